@@ -1,0 +1,55 @@
+"""A window: what the target sees of one clip at one moment, and what the ego vehicle then did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+# Index and name of each camera of the dataset (specification 3.1), in the order the prompt uses.
+CAMERAS = {
+    0: "camera_cross_left_120fov",
+    1: "camera_front_wide_120fov",
+    2: "camera_cross_right_120fov",
+    3: "camera_rear_left_70fov",
+    4: "camera_rear_tele_30fov",
+    5: "camera_rear_right_70fov",
+    6: "camera_front_tele_30fov",
+}
+DEFAULT_CAMERAS = (0, 1, 2, 6)
+FRAMES_PER_CAMERA = 4
+HISTORY_POINTS = 16
+FUTURE_POINTS = 64
+STEP_S = 0.1
+DEFAULT_T0_US = 5_100_000
+
+
+@dataclass(frozen=True)
+class Window:
+    """One moment of one clip. Poses are in the ego frame at t0: x forward, y left, z up; metres.
+
+    Attributes:
+        clip_id: the dataset's name of the clip.
+        t0_us: the moment, microseconds on the clip's clock.
+        cameras: dataset camera indices, ascending.
+        frames: uint8 [cameras, frames, height, width, 3] RGB, oldest frame first.
+        ego_history_xyz: float32 [16, 3], t0 - 1.5 s ... t0 (the last point is the origin).
+        ego_history_rot: float32 [16, 3, 3].
+        ego_future_xyz: float32 [64, 3], t0 + 0.1 s ... t0 + 6.4 s; None where the clip ends before.
+        ego_future_rot: float32 [64, 3, 3], or None.
+    """
+
+    clip_id: str
+    t0_us: int
+    cameras: tuple[int, ...]
+    frames: npt.NDArray[np.uint8]
+    ego_history_xyz: npt.NDArray[np.float32]
+    ego_history_rot: npt.NDArray[np.float32]
+    ego_future_xyz: npt.NDArray[np.float32] | None = None
+    ego_future_rot: npt.NDArray[np.float32] | None = None
+
+    @property
+    def key(self) -> str:
+        """The window's name, `clip_id@t0_us`: with a seed it fixes every random choice made on it."""
+        return f"{self.clip_id}@{self.t0_us}"

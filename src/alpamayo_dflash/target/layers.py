@@ -1,0 +1,95 @@
+"""The decoder block of Qwen3, written once: for the prompt, for verify rows and for the action expert.
+
+Attention is handed in, so that who owns a cache decides what a row sees. The weights stay in the modules
+of transformers; they are read here, never changed.
+
+Shapes: R rows, H query heads, K KV heads, D head dim, C hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [..., R, H, D], k [..., R, K, D], v [..., R, K, D]) -> [..., R, H, D]; q and k are rotated."""
+
+AfterLayer = Callable[[int, Tensor], Tensor]
+"""(layer, hidden [..., R, C]) -> hidden that the next layer reads: adds deepstack features, or taps."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm in float32, cast back, times weight (specification 6)."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotary_tables(
+    position_ids: Tensor, *, head_dim: int, theta: float, mrope_section: Iterable[int]
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of interleaved M-RoPE (specification 5).
+
+    Args:
+        position_ids: int64 [3, ..., R], the axes (t, h, w).
+        head_dim: D.
+        theta: the rotary base.
+        mrope_section: frequencies of (t, h, w); only h's and w's counts are used.
+
+    Returns:
+        cos and sin, float32 [..., R, D].
+    """
+    _, section_h, section_w = mrope_section
+    index = torch.arange(head_dim // 2, device=position_ids.device)
+    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=index.device) / head_dim)
+    axis = torch.zeros_like(index)
+    axis[(index % 3 == 1) & (index < 3 * section_h)] = 1
+    axis[(index % 3 == 2) & (index < 3 * section_w)] = 2
+    angles = position_ids.movedim(0, -1).float()[..., axis] * inverse
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary tables [..., R, D] to x [..., R, heads, D] in rotate-half form."""
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + turned * sin
+
+
+def run_layers(
+    layers: nn.ModuleList,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    attend: Attend,
+    after_layer: AfterLayer | None = None,
+) -> Tensor:
+    """Run Qwen3 decoder layers over rows.
+
+    Args:
+        layers: transformers' decoder layers (of the text model or of the expert).
+        hidden: [..., R, C] input of the first layer.
+        rotary: cos and sin, [..., R, D], in the dtype of `hidden`.
+        attend: the attention, which also owns the cache.
+        after_layer: called with each layer's output; what it returns goes on.
+
+    Returns:
+        [..., R, C], the last layer's output *before* the final norm.
+    """
+    cos, sin = rotary
+    for index, layer in enumerate(layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        normed = layer.input_layernorm(hidden)
+        heads = (*normed.shape[:-1], -1, attention.head_dim)
+        q = rotate(attention.q_norm(attention.q_proj(normed).view(heads)), cos, sin)
+        k = rotate(attention.k_norm(attention.k_proj(normed).view(heads)), cos, sin)
+        v = attention.v_proj(normed).view(heads)
+        hidden = hidden + attention.o_proj(attend(index, q, k, v).flatten(-2))
+        normed = layer.post_attention_layernorm(hidden)
+        hidden = hidden + mlp.down_proj(functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
+        if after_layer is not None:
+            hidden = after_layer(index, hidden)
+    return hidden
