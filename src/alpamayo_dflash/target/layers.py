@@ -9,6 +9,7 @@ Shapes: R rows, H query heads, K KV heads, D head dim, C hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,9 @@ def rotary_tables(
     """
     _, section_h, section_w = mrope_section
     index = torch.arange(head_dim // 2, device=position_ids.device)
-    inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=index.device) / head_dim)
+    inverse = 1.0 / theta ** (
+        torch.arange(0, head_dim, 2, dtype=torch.float32, device=index.device) / head_dim
+    )
     axis = torch.zeros_like(index)
     axis[(index % 3 == 1) & (index < 3 * section_h)] = 1
     axis[(index % 3 == 2) & (index < 3 * section_w)] = 2
@@ -80,6 +83,7 @@ def run_layers(
         [..., R, C], the last layer's output *before* the final norm.
     """
     cos, sin = rotary
+    layer: Any
     for index, layer in enumerate(layers):
         attention, mlp = layer.self_attn, layer.mlp
         normed = layer.input_layernorm(hidden)

@@ -1,0 +1,192 @@
+"""The action expert: a second, smaller decoder that denoises way-points beside the target's cache.
+
+Specification 8.1 to 8.3. Every layer attends to the keys and values that the target cached in the same
+layer, and to its own way-points, all to all.
+
+Shapes: S sample, N way-points, T cache entries, K KV heads, G query heads a KV head, D head dim, L layers,
+F Fourier features, A the MLP's width, C the expert's hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer, Qwen3VLTextRMSNorm
+
+from alpamayo_dflash.target.config import ActionProjectionConfig
+from alpamayo_dflash.target.layers import Attend, rms_norm
+
+_MLP_NORM_EPS = 1e-5
+ACTION_CHANNELS = 2
+
+
+@dataclass(frozen=True)
+class ActionPrefix:
+    """The target's cache, as the expert reads it.
+
+    Attributes:
+        keys: [L, S, T, K, D], rotated.
+        values: [L, S, T, K, D].
+        lengths: int64 [S], entries that a sample's way-points see (its first ones).
+        positions: int64 [S], the position of a sample's first way-point: offset + rope_delta, where the
+            offset counts the tokens through `<|traj_future_start|>` (specification 7).
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    positions: Tensor
+
+    def __post_init__(self) -> None:
+        if self.keys.dim() != 5 or self.keys.shape != self.values.shape:
+            raise ValueError(
+                f"keys {tuple(self.keys.shape)} and values {tuple(self.values.shape)} "
+                "must both be [L, S, T, K, D]"
+            )
+        samples = (self.keys.shape[1],)
+        if self.lengths.shape != samples or self.positions.shape != samples:
+            raise ValueError(
+                f"lengths {tuple(self.lengths.shape)} and positions {tuple(self.positions.shape)} "
+                f"must both be [{samples[0]}]"
+            )
+
+    def attend(self, waypoints: int) -> Attend:
+        """The expert's attention: N way-points a sample over the visible prefix and themselves."""
+        entries = self.keys.shape[2]
+        visible = torch.arange(entries, device=self.keys.device) < self.lengths.unsqueeze(-1)
+        mask = functional.pad(visible, (0, waypoints), value=True)[:, None, None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # All rows of a sample see the same, so the query heads of a KV head fold into the rows.
+            samples, rows, heads, dim = q.shape
+            kv_heads = k.shape[-2]
+            q_SKGD = q.reshape(samples, rows, kv_heads, -1, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+            k_SKTD = torch.cat((self.keys[layer], k), dim=1).transpose(1, 2)
+            v_SKTD = torch.cat((self.values[layer], v), dim=1).transpose(1, 2)
+            out = functional.scaled_dot_product_attention(q_SKGD, k_SKTD, v_SKTD, attn_mask=mask)
+            grouped = out.reshape(samples, kv_heads, -1, rows, dim).permute(0, 3, 1, 2, 4)
+            return grouped.reshape(samples, rows, heads, dim)
+
+        return attend
+
+
+class Expert(nn.Module):
+    """The expert's decoder layers and final norm; the names are the checkpoint's."""
+
+    def __init__(self, config: Qwen3VLTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            Qwen3VLTextDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = Qwen3VLTextRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class FourierFeatures(nn.Module):
+    """sqrt(2)·[sin 2πfs, cos 2πfs] at log-spaced frequencies from 1 to `max_freq`; R1 stores them."""
+
+    freqs: Tensor
+
+    def __init__(self, features: int, max_freq: float) -> None:
+        super().__init__()
+        self.count, self.max_freq = features // 2, max_freq
+        self.register_buffer("freqs", log_spaced(self.count, max_freq))
+
+    def reset(self, device: torch.device, *, rounded: bool) -> None:
+        """Set the frequencies by the formula, rounded to bfloat16 if asked (specification 1.5)."""
+        freqs = log_spaced(self.count, self.max_freq)
+        self.freqs = (freqs.bfloat16().float() if rounded else freqs).to(device)
+
+    def forward(self, s: Tensor) -> Tensor:
+        """Map [...] to float32 [..., F]."""
+        angles = s.float().unsqueeze(-1) * self.freqs.float().view(-1) * (2 * math.pi)
+        return torch.cat((angles.sin(), angles.cos()), dim=-1) * math.sqrt(2)
+
+
+def log_spaced(count: int, max_freq: float) -> Tensor:
+    """Frequencies 10^(i·log10(max_freq)/(count − 1)), float32 [1, count]."""
+    exponents: Tensor = torch.linspace(0, math.log10(max_freq), count, dtype=torch.float32)
+    return torch.pow(10.0, exponents).unsqueeze(0)
+
+
+class RMSNorm(nn.Module):
+    """The MLP's RMS norm; its epsilon is 1e-5, not the decoder's."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return rms_norm(x, self.weight, _MLP_NORM_EPS)
+
+
+class MLPEncoder(nn.Module):
+    """The MLP over Fourier features; only its submodule's name, `trunk`, is the checkpoint's business."""
+
+    def __init__(self, features: int, width: int, layers: int, out: int) -> None:
+        super().__init__()
+        parts: list[nn.Module] = [nn.Linear(features, width), nn.SiLU()]
+        for _ in range(layers - 1):
+            parts += [RMSNorm(width), nn.Linear(width, width), nn.SiLU()]
+        self.trunk = nn.Sequential(*parts, RMSNorm(width), nn.Linear(width, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., features] to [..., out]."""
+        encoded: Tensor = self.trunk(x)
+        return encoded
+
+
+class ActionProjection(nn.Module):
+    """Noisy actions and time to the expert's input (specification 8.2, steps 1 and 2)."""
+
+    def __init__(self, config: ActionProjectionConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.sinus = nn.ModuleList(
+            FourierFeatures(config.num_fourier_feats, config.max_freq) for _ in range(ACTION_CHANNELS)
+        )
+        self.timestep_fourier_encoder = FourierFeatures(config.num_fourier_feats, config.max_freq)
+        features = (ACTION_CHANNELS + 1) * config.num_fourier_feats
+        self.encoder = MLPEncoder(features, config.hidden_size, config.num_enc_layers, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Embed actions.
+
+        Args:
+            x: [S, N, 2], the noisy actions.
+            t: [S], the time in 0 ... 1.
+
+        Returns:
+            [S, N, C] in the dtype of the weights.
+        """
+        channels = [encoder(x[..., index]) for index, encoder in enumerate(self.sinus)]
+        time = self.timestep_fourier_encoder(t).unsqueeze(-2).expand(-1, x.shape[-2], -1)
+        features = torch.cat((*channels, time), dim=-1)
+        embedded: Tensor = self.norm(self.encoder(features.to(self.norm.weight.dtype)))
+        return embedded
+
+
+def expert_text_config(vlm_config: Qwen3VLConfig, changes: dict[str, Any]) -> Qwen3VLTextConfig:
+    """The expert's configuration: the text model's with `expert_cfg`'s keys put in (specification 8.1).
+
+    Raises:
+        ValueError: head_dim or the KV heads then differ from the text model's, whose cache the expert shares.
+    """
+    text: Any = vlm_config.text_config
+    shared: dict[str, Any] = text.to_dict()
+    values = shared | changes
+    config: Qwen3VLTextConfig = Qwen3VLTextConfig.from_dict(values)
+    for key in ("head_dim", "num_key_value_heads", "num_hidden_layers"):
+        if values[key] != shared[key]:
+            raise ValueError(
+                f"expert_cfg.{key} is {values[key]}, but the target's is {shared[key]}; they share a cache"
+            )
+    return config

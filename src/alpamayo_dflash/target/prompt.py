@@ -1,0 +1,266 @@
+"""From a window to the target's prompt (specification 3, 4.3 and 5).
+
+Shapes: P prompt tokens, T image tokens, C hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from alpamayo_dflash.clips.window import Window
+from alpamayo_dflash.target.config import AlpamayoConfig
+from alpamayo_dflash.target.history import encode_history
+from alpamayo_dflash.target.images import patches, resize, smart_size
+from alpamayo_dflash.target.tokenizer import SpecialTokens
+
+_SYSTEM = "You are a driving assistant that generates safe and accurate actions."
+_INSTRUCTION = (
+    "output the chain-of-thought reasoning of the driving process, then output the future trajectory."
+)
+_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+# Camera names in the text of 1.5's prompt, by the dataset's index.
+CAMERA_TEXT = {
+    0: "Front left camera",
+    1: "Front camera",
+    2: "Front right camera",
+    3: "Rear left camera",
+    4: "Rear camera",
+    5: "Rear right camera",
+    6: "Front telephoto camera",
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the target reads before its first own token.
+
+    Attributes:
+        input_ids: int64 [P], the history already written over its placeholders.
+        pixel_values: float32 [patches, 3·temporal·patch·patch].
+        image_grid_thw: int64 [images, 3], in patches.
+        position_ids: int64 [3, P], M-RoPE positions (t, h, w).
+        rope_delta: a generated token at cache index n has position n + rope_delta.
+        key: the window's name, which fixes the noise.
+        ego_history_xyz: float32 [M, 3] metres.
+        ego_history_rot: float32 [M, 3, 3].
+    """
+
+    input_ids: Tensor
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+    position_ids: Tensor
+    rope_delta: int
+    key: str
+    ego_history_xyz: Tensor
+    ego_history_rot: Tensor
+
+    def __len__(self) -> int:
+        """P, the tokens of the prompt."""
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str) -> Prompt:
+        """The same prompt with its tensors on `device`."""
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            pixel_values=self.pixel_values.to(device),
+            image_grid_thw=self.image_grid_thw.to(device),
+            position_ids=self.position_ids.to(device),
+            ego_history_xyz=self.ego_history_xyz.to(device),
+            ego_history_rot=self.ego_history_rot.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """The input of the first text layer, and what is added behind the first few layers.
+
+    Attributes:
+        hidden: [P, C], image features at image positions.
+        deepstack: [n, T, C]; item k is added at image positions to the output of layer k.
+        image_positions: int64 [T].
+    """
+
+    hidden: Tensor
+    deepstack: Tensor
+    image_positions: Tensor
+
+
+@dataclass(frozen=True)
+class PatchShape:
+    """How the vision tower cuts images: patch side, merged blocks' side, frames a patch."""
+
+    patch: int
+    merge: int
+    temporal: int
+
+
+def render(
+    config: AlpamayoConfig,
+    cameras: tuple[int, ...],
+    frames: int,
+    *,
+    camera_text: bool | None = None,
+    route: str | None = None,
+    question: str | None = None,
+) -> str:
+    """The prompt's text with one `<|image_pad|>` an image.
+
+    Args:
+        config: the checkpoint's; R1 and 1.5 differ.
+        cameras: dataset indices in prompt order.
+        frames: frames a camera.
+        camera_text: whether camera names and frame numbers stand between the images; None is the official
+            example's way, with them in 1.5 and without in R1.
+        route: 1.5's navigation text.
+        question: 1.5's question; the prompt then asks for an answer instead of a trajectory.
+
+    Raises:
+        ValueError: R1 was asked for something that only 1.5 knows, or a camera has no name.
+    """
+    is_r1 = config.version == "r1"
+    if is_r1 and (camera_text or route is not None or question is not None):
+        raise ValueError("camera text, a route and questions belong to Alpamayo 1.5; this checkpoint is R1")
+    named = not is_r1 if camera_text is None else camera_text
+    images = _named_images(cameras, frames) if named else _IMAGE * (len(cameras) * frames)
+    if question is not None:
+        user, start = f"<|question_start|>{question}<|question_end|>", "<|answer_start|>"
+    else:
+        history = "<|traj_history|>" * config.tokens_per_history_traj
+        route_text = "" if route is None else f"<|route_start|>{route}<|route_end|>"
+        user = f"<|traj_history_start|>{history}<|traj_history_end|>{route_text}{_INSTRUCTION}"
+        start = "<|cot_start|>"
+    return (
+        f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n"
+        f"<|im_start|>user\n{images}{user}<|im_end|>\n"
+        f"<|im_start|>assistant\n{start}"
+    )
+
+
+def _named_images(cameras: tuple[int, ...], frames: int) -> str:
+    unknown = [camera for camera in cameras if camera not in CAMERA_TEXT]
+    if unknown:
+        raise ValueError(f"camera {unknown[0]} has no name; known are {', '.join(map(str, CAMERA_TEXT))}")
+    numbered = "".join(f"frame {index} {_IMAGE}" for index in range(frames))
+    return "".join(f"{CAMERA_TEXT[camera]}: {numbered}" for camera in cameras)
+
+
+def fuse_history(input_ids: Tensor, history_ids: Tensor, placeholder: int) -> Tensor:
+    """Write history ids [n] over the placeholders in input_ids [P], in order (specification 4.3).
+
+    Raises:
+        ValueError: the counts differ.
+    """
+    where = input_ids == placeholder
+    count = int(where.sum())
+    if count != history_ids.numel():
+        raise ValueError(
+            f"the prompt has {count} history placeholders, but the history gives {history_ids.numel()}"
+        )
+    fused = input_ids.clone()
+    fused[where] = history_ids
+    return fused
+
+
+def mrope_positions(input_ids: Tensor, grid: Tensor, *, image_pad: int, merge: int) -> tuple[Tensor, int]:
+    """Interleaved M-RoPE positions (specification 5).
+
+    Args:
+        input_ids: int64 [P], image tokens repeated.
+        grid: int64 [images, 3], (1, gh, gw) in patches.
+        image_pad: the id of image tokens.
+        merge: patches on the side of a merged block.
+
+    Returns:
+        position_ids int64 [3, P] and the rope delta.
+    """
+    parts: list[Tensor] = []
+    image_starts = (input_ids == image_pad).nonzero().flatten().tolist()
+    cursor = position = used = 0
+    for _, grid_h, grid_w in grid.tolist():
+        rows, columns = grid_h // merge, grid_w // merge
+        text = image_starts[used] - cursor
+        parts.append((position + torch.arange(text)).expand(3, -1))
+        position += text
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        parts.append(position + torch.stack((torch.zeros_like(row), row, column)).flatten(1))
+        position += max(rows, columns)
+        cursor = image_starts[used] + rows * columns
+        used += rows * columns
+    parts.append((position + torch.arange(len(input_ids) - cursor)).expand(3, -1))
+    position_ids = torch.cat(parts, dim=1)
+    return position_ids, int(position_ids.max()) + 1 - len(input_ids)
+
+
+def build_prompt(
+    window: Window,
+    config: AlpamayoConfig,
+    tokenizer: Tokenizer,
+    special: SpecialTokens,
+    shape: PatchShape,
+    *,
+    camera_text: bool | None = None,
+    route: str | None = None,
+    question: str | None = None,
+) -> Prompt:
+    """Turn a window into a prompt, on the CPU; for the options see `render`.
+
+    Raises:
+        ValueError: the window's arrays do not fit the checkpoint.
+    """
+    frames, cameras = _ordered_frames(window)
+    pixel_values, grid = _pixels(frames, config, shape)
+    text = render(
+        config, cameras, window.frames.shape[1], camera_text=camera_text, route=route, question=question
+    )
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+    repeats = torch.ones_like(ids)
+    repeats[ids == special.image_pad] = grid.prod(-1) // shape.merge**2
+    ids = ids.repeat_interleave(repeats)
+    xyz = torch.from_numpy(np.asarray(window.ego_history_xyz, dtype=np.float32))
+    rot = torch.from_numpy(np.asarray(window.ego_history_rot, dtype=np.float32))
+    _check_history(xyz, rot)
+    if question is None:
+        history = encode_history(xyz, rot, config.history_tokenizer) + config.history_token_start_idx
+        ids = fuse_history(ids, history, special.traj_history)
+    position_ids, delta = mrope_positions(ids, grid, image_pad=special.image_pad, merge=shape.merge)
+    return Prompt(ids, pixel_values, grid, position_ids, delta, window.key, xyz, rot)
+
+
+def _ordered_frames(window: Window) -> tuple[Tensor, tuple[int, ...]]:
+    """Frames uint8 [images, 3, h, w], camera-major with cameras ascending, and the cameras in that order."""
+    frames = window.frames
+    if frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(
+            f"window {window.key}: frames are {frames.dtype} {frames.shape}; "
+            "they must be uint8 [cameras, frames, height, width, 3]"
+        )
+    if len(window.cameras) != len(frames):
+        raise ValueError(f"window {window.key}: {len(window.cameras)} cameras, but frames of {len(frames)}")
+    order = np.argsort(window.cameras, kind="stable")
+    ordered = torch.from_numpy(np.ascontiguousarray(frames[order])).flatten(0, 1)
+    return ordered.permute(0, 3, 1, 2), tuple(int(window.cameras[index]) for index in order)
+
+
+def _pixels(frames: Tensor, config: AlpamayoConfig, shape: PatchShape) -> tuple[Tensor, Tensor]:
+    height, width = smart_size(
+        *frames.shape[-2:],
+        factor=shape.patch * shape.merge,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+    )
+    resized = resize(frames, height, width)
+    return patches(resized, patch=shape.patch, merge=shape.merge, temporal=shape.temporal)
+
+
+def _check_history(xyz: Tensor, rot: Tensor) -> None:
+    if xyz.dim() != 2 or xyz.shape[1] != 3 or rot.shape != (*xyz.shape, 3) or len(xyz) < 2:
+        raise ValueError(
+            f"ego history xyz {tuple(xyz.shape)}, rot {tuple(rot.shape)}: must be [M, 3] and [M, 3, 3], M ≥ 2"
+        )

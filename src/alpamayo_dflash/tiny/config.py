@@ -1,0 +1,57 @@
+"""The tiny Alpamayo's training options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TinyTrainConfig:
+    """Train the tiny Alpamayo on the synthetic world and write its checkpoint in the official layout.
+
+    Attributes:
+        out: folder of the checkpoint (config.json, model.safetensors, vlm/, training.json).
+        steps: optimiser steps.
+        batch_size: scenes a step; every scene is drawn anew.
+        learning_rate: peak of the cosine schedule.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: of AdamW, on matrices only.
+        trajectory_weight: weight of the flow-matching loss beside the cross-entropy.
+        pixel_noise: standard deviation of the noise added to pixels, in levels of 255 (video coding's scale).
+        workers: processes that draw scenes.
+        seed: of weights, scenes and order.
+        device: torch device.
+        init_from: a checkpoint of the same shape to go on from; none starts from random weights.
+        validate_every: steps between looks at held-out scenes.
+        validate_scenes: held-out scenes of such a look.
+        time_limit_s: stop (with a finished schedule) when this much time has passed; 0 is no limit.
+    """
+
+    out: Path = Path("runs/tiny")
+    steps: int = 6000
+    batch_size: int = 128
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 300
+    weight_decay: float = 0.02
+    trajectory_weight: float = 0.25
+    pixel_noise: float = 3.0
+    workers: int = 2
+    seed: int = 0
+    device: str = "cpu"
+    init_from: Path | None = None
+    validate_every: int = 1000
+    validate_scenes: int = 512
+    time_limit_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("steps", "batch_size", "validate_every", "validate_scenes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}; it must be at least 0 and below steps ({self.steps})"
+            )
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")

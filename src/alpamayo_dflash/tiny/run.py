@@ -1,0 +1,95 @@
+"""The stage: train the tiny Alpamayo on the world and write its checkpoint."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from alpamayo_dflash.artefacts import atomic_folder, provenance, write_json
+from alpamayo_dflash.target import Alpamayo, AlpamayoConfig
+from alpamayo_dflash.tiny.architecture import write_blueprint
+from alpamayo_dflash.tiny.scenes import SceneStream, loader
+from alpamayo_dflash.tiny.training import BatchForward, train_steps
+from alpamayo_dflash.tiny.validate import held_out, look
+from alpamayo_dflash.world.language import vocabulary_texts
+
+if TYPE_CHECKING:
+    from alpamayo_dflash.tiny.config import TinyTrainConfig
+
+_TOKENIZER_TEXTS = 20_000
+_LOG_EVERY = 50
+
+
+def run(config: TinyTrainConfig) -> dict[str, Any]:
+    """Train; the folder `config.out` appears whole at the end, with `training.json` as its log.
+
+    Raises:
+        ValueError: `init_from` is not a checkpoint of the tiny shape.
+    """
+    started = time.time()
+    console = Console(file=sys.stderr)
+    torch.manual_seed(config.seed)
+    with atomic_folder(config.out) as folder:
+        target = _start(config, folder)
+        log = _train(target, _random(folder), config, console)
+        target.save_pretrained(folder, dtype=torch.bfloat16)
+        # What ships is what is judged: the weights as stored, in float32 arithmetic.
+        stored = Alpamayo.from_pretrained(folder, dtype=torch.float32, device=config.device)
+        seen = look(stored, held_out(config.validate_scenes, config.seed))
+        summary = {
+            "parameters": sum(p.numel() for p in stored.parameters()),
+            "checkpoint_bytes": (folder / "model.safetensors").stat().st_size,
+            "held_out": seen,
+            "log": log,
+            "provenance": provenance(config=config, seed=config.seed, device=config.device, started=started),
+        }
+        write_json(folder / "training.json", summary)
+    return {key: summary[key] for key in ("parameters", "checkpoint_bytes", "held_out")} | {
+        "out": str(config.out)
+    }
+
+
+def _start(config: TinyTrainConfig, folder: Path) -> Alpamayo:
+    """The model to train, with its blueprint files in `folder`."""
+    if config.init_from is None:
+        write_blueprint(folder, vocabulary_texts(_TOKENIZER_TEXTS, config.seed))
+        target = _random(folder)
+    else:
+        target = Alpamayo.from_pretrained(config.init_from, dtype=torch.float32)
+        target.save_pretrained(folder)
+    return target.to(device=config.device, dtype=torch.float32).train()
+
+
+def _random(folder: Path) -> Alpamayo:
+    """Random weights in the shape that a checkpoint folder's files tell."""
+    return Alpamayo.from_config(AlpamayoConfig.from_file(folder / "config.json"), folder / "vlm")
+
+
+def _train(
+    target: Alpamayo, reader: Alpamayo, config: TinyTrainConfig, console: Console
+) -> list[dict[str, float]]:
+    """All steps; returns the log's rows. `reader` is a copy on the CPU for the workers that draw scenes."""
+    torch.set_float32_matmul_precision("high")
+    example = target.prompt(held_out(1, config.seed)[0][0])
+    stream = SceneStream(reader, config.seed, config.batch_size)
+    log: list[dict[str, float]] = []
+    watched = held_out(min(64, config.validate_scenes), config.seed)
+    batches = iter(loader(stream, config.workers))
+    for row in train_steps(target, BatchForward(target, example), batches, config):
+        step = int(row["step"])
+        if step % _LOG_EVERY == 0:
+            plain = {name: round(float(value), 5) for name, value in row.items()}
+            console.print(" ".join(f"{name} {value:g}" for name, value in plain.items()), highlight=False)
+            log.append(plain)
+        if step % config.validate_every == 0 and step < config.steps:
+            target.eval()
+            seen = look(target, watched)
+            target.train()
+            console.print(f"step {step} held-out {seen}", highlight=False)
+            log.append({"step": step} | seen)
+    return log
