@@ -83,7 +83,9 @@ def test_prompt_fits_transformers(r1: Alpamayo):
     with torch.no_grad():
         embeddings = r1.embed(prompt)
         features = r1.vlm.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
-    assert torch.equal(embeddings.hidden[embeddings.image_positions], torch.cat(features.pooler_output))
+    # Equal images go through the tower together, so rounding differs from transformers' loop over images.
+    seen = embeddings.hidden[embeddings.image_positions]
+    torch.testing.assert_close(seen, torch.cat(features.pooler_output), atol=2e-5, rtol=1e-5)
 
 
 def test_cameras_are_sorted(r1: Alpamayo):

@@ -29,10 +29,10 @@ class TinyTrainConfig:
     """
 
     out: Path = Path("runs/tiny")
-    steps: int = 6000
-    batch_size: int = 128
-    learning_rate: float = 1.5e-3
-    warmup_steps: int = 300
+    steps: int = 1150
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
     weight_decay: float = 0.02
     trajectory_weight: float = 0.25
     pixel_noise: float = 3.0
@@ -40,8 +40,8 @@ class TinyTrainConfig:
     seed: int = 0
     device: str = "cpu"
     init_from: Path | None = None
-    validate_every: int = 1000
-    validate_scenes: int = 512
+    validate_every: int = 2000
+    validate_scenes: int = 128
     time_limit_s: float = 0.0
 
     def __post_init__(self) -> None:

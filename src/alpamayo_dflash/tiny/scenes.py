@@ -1,6 +1,7 @@
 """Training scenes: an endless stream, every scene drawn anew, already in the target's input form.
 
-Shapes: B scenes, T patches of a window, E values of a patch in one time slot, G response tokens, N way-points.
+Shapes: B scenes, T patches of a window, E values of a patch in one time slot, P prompt tokens, G response
+tokens, N way-points.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ class Batch:
     """Scenes in the target's input form.
 
     Attributes:
-        patches_BTE: uint8, resized frames cut into patches, one time slot.
+        patches: uint8 [B, T, E], resized frames cut into patches, one time slot.
         input_ids: int64 [B, P + G], fused prompt, response, padding.
         labels: int64 [B, G]: the response's ids, `IGNORE` behind its end.
-        lengths_B: int64, entries up to and including `<|traj_future_start|>`.
-        action_BN2: float32, normalised future actions.
+        lengths: int64 [B], entries up to and including `<|traj_future_start|>`.
+        action: float32 [B, N, 2], normalised future actions.
     """
 
-    patches_BTE: Tensor
+    patches: Tensor
     input_ids: Tensor
     labels: Tensor
-    lengths_B: Tensor
-    action_BN2: Tensor
+    lengths: Tensor
+    action: Tensor
 
     def to(self, device: str) -> Batch:
         """The same batch on a device."""
@@ -99,11 +100,11 @@ class SceneStream(IterableDataset[Batch]):
             input_ids[row, prompt_length : prompt_length + len(response)] = torch.tensor(response)
             labels[row, : len(response)] = torch.tensor(response)
         return Batch(
-            patches_BTE=torch.stack([patches for patches, _, _, _ in rows]),
+            patches=torch.stack([patches for patches, _, _, _ in rows]),
             input_ids=input_ids,
             labels=labels,
-            lengths_B=torch.tensor([prompt_length + len(response) for _, _, response, _ in rows]),
-            action_BN2=torch.stack([action for _, _, _, action in rows]),
+            lengths=torch.tensor([prompt_length + len(response) for _, _, response, _ in rows]),
+            action=torch.stack([action for _, _, _, action in rows]),
         )
 
     def _row(self, seed: int) -> tuple[Tensor, Tensor, list[int], Tensor]:

@@ -60,7 +60,7 @@ class BatchForward:
         """Both losses of a batch; `pixel_noise` is a standard deviation in levels of 255."""
         target = self.target
         scenes, length = batch.input_ids.shape
-        pixels = (batch.patches_BTE.float() - 127.5) / 127.5
+        pixels = (batch.patches.float() - 127.5) / 127.5
         pixels = pixels + torch.randn_like(pixels) * (pixel_noise / 127.5)
         pixels = pixels.unflatten(-1, (3, 1, -1)).expand(-1, -1, -1, 2, -1).flatten(2).flatten(0, 1)
         embeds, deepstack = encode_equal_images(target.vlm.model.visual, pixels, self.grid_h, self.grid_w)
@@ -94,21 +94,21 @@ class BatchForward:
         prefix = ActionPrefix(
             keys=torch.stack(keys),
             values=torch.stack(values),
-            lengths=batch.lengths_B,
-            positions=batch.lengths_B + self.rope_delta,
+            lengths=batch.lengths,
+            positions=batch.lengths + self.rope_delta,
         )
-        return Losses(text, self._flow_matching(batch.action_BN2, prefix), accuracy)
+        return Losses(text, self._flow_matching(batch.action, prefix), accuracy)
 
-    def _flow_matching(self, action_BN2: Tensor, prefix: ActionPrefix) -> Tensor:
+    def _flow_matching(self, action: Tensor, prefix: ActionPrefix) -> Tensor:
         """Mean squared error of the velocity at t = 0.999 (1 - Beta(1.5, 1)) (specification 8.3)."""
-        scenes = action_BN2.shape[0]
-        uniform = torch.rand(scenes, device=action_BN2.device)
+        scenes = action.shape[0]
+        uniform = torch.rand(scenes, device=action.device)
         t = 0.999 * (
             1 - uniform.pow(1 / 1.5)
         )  # the inverse distribution function of Beta(1.5, 1) is u^(1/1.5)
-        noise = torch.randn_like(action_BN2)
-        x = t[:, None, None] * action_BN2 + (1 - t[:, None, None]) * noise
-        return functional.mse_loss(self.target.velocity(x, t, prefix).float(), action_BN2 - noise)
+        noise = torch.randn_like(action)
+        x = t[:, None, None] * action + (1 - t[:, None, None]) * noise
+        return functional.mse_loss(self.target.velocity(x, t, prefix).float(), action - noise)
 
 
 def learning_rate(config: TinyTrainConfig, progress: float, step: int) -> float:

@@ -1,0 +1,247 @@
+"""The main job on one CPU: world, layers, data, training and evaluation, one after another."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alpamayo_dflash.artefacts import folder_hash, provenance, read_json, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from alpamayo_dflash.distill import DistillConfig
+    from alpamayo_dflash.evaluate import EvaluateConfig
+    from alpamayo_dflash.layers import LayersConfig
+    from alpamayo_dflash.train import TrainConfig
+    from alpamayo_dflash.world import WorldConfig
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Run the whole chain on the synthetic world with the tiny target; run again, it goes on where it was.
+
+    Attributes:
+        out: folder of everything: world, layers, data, draft, evaluation, summary.json and the report.
+        num_chunks: chunks of the world; the last ones are held out.
+        held_out_chunks: chunks that only the evaluation sees.
+        clips_per_chunk: clips of a chunk.
+        num_samples: held-out clips to evaluate.
+        layers_clips: training clips whose rollouts choose the layers.
+        num_target_layers: layers to tap.
+        context_len: tapped prompt positions that the draft sees.
+        samples_per_clip: responses a training clip; the first is greedy, the others sampled.
+        block_size: of the draft.
+        num_draft_layers: of the draft.
+        num_epochs: of the draft's training.
+        batch_size: blocks a step.
+        learning_rate: peak of the draft's training.
+        seed: of the world, of sampling and of the draft.
+        workers: processes that write the world.
+    """
+
+    out: Path
+    num_chunks: int = 10
+    held_out_chunks: int = 1
+    clips_per_chunk: int = 60
+    num_samples: int = 60
+    layers_clips: int = 16
+    num_target_layers: int = 4
+    context_len: int = 16
+    samples_per_clip: int = 3
+    block_size: int = 8
+    num_draft_layers: int = 2
+    num_epochs: int = 12
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    seed: int = 0
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        """Check that there is something to train on and enough to evaluate."""
+        if not 1 <= self.held_out_chunks < self.num_chunks:
+            raise ValueError(
+                f"held_out_chunks is {self.held_out_chunks}; it must be at least 1 and below "
+                f"num_chunks ({self.num_chunks})"
+            )
+        there = self.held_out_chunks * self.clips_per_chunk
+        if not 1 <= self.num_samples <= there:
+            raise ValueError(f"num_samples is {self.num_samples}; the held-out chunks have {there} clips")
+
+    @property
+    def training(self) -> str:
+        """The chunks to train on."""
+        return f"0-{self.num_chunks - self.held_out_chunks - 1}"
+
+    @property
+    def held_out(self) -> str:
+        """The chunks to evaluate on."""
+        return f"{self.num_chunks - self.held_out_chunks}-{self.num_chunks - 1}"
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The configs of the demo's stages."""
+
+    world: WorldConfig
+    layers: LayersConfig
+    distill: DistillConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+
+
+def stages(config: DemoConfig, target: str) -> Stages:
+    """Turn the demo's options into those of its stages."""
+    from alpamayo_dflash.distill import DistillConfig
+    from alpamayo_dflash.evaluate import EvaluateConfig
+    from alpamayo_dflash.layers import LayersConfig
+    from alpamayo_dflash.train import TrainConfig
+    from alpamayo_dflash.world import WorldConfig
+
+    world, data, train = config.out / "world", config.out / "data", config.out / "train"
+    return Stages(
+        world=WorldConfig(
+            out=world,
+            num_chunks=config.num_chunks,
+            clips_per_chunk=config.clips_per_chunk,
+            seed=config.seed,
+            workers=config.workers,
+        ),
+        layers=LayersConfig(
+            model_path=target,
+            cache_dir=world,
+            output_dir=config.out / "layers",
+            chunks=config.training,
+            num_samples=config.layers_clips,
+            num_target_layers=config.num_target_layers,
+            seed=config.seed,
+            plot=True,
+            local_files_only=True,
+        ),
+        distill=DistillConfig(
+            model_path=target,
+            cache_dir=world,
+            output_dir=data,
+            chunks=config.training,
+            layers_file=config.out / "layers",
+            context_len=config.context_len,
+            samples_per_clip=config.samples_per_clip,
+            seed=config.seed,
+            local_files_only=True,
+        ),
+        train=TrainConfig(
+            target_model=target,
+            data_dir=data,
+            output_dir=train,
+            block_size=config.block_size,
+            num_draft_layers=config.num_draft_layers,
+            num_epochs=config.num_epochs,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            seed=config.seed,
+            local_files_only=True,
+        ),
+        evaluate=EvaluateConfig(
+            draft_model=train / "draft",
+            alpamayo_model=target,
+            cache_dir=world,
+            chunks=config.held_out,
+            num_samples=config.num_samples,
+            temperature=0.0,
+            seed=config.seed,
+            detailed_timing=True,
+            local_files_only=True,
+            output_dir=config.out / "evaluation",
+        ),
+    )
+
+
+def run(config: DemoConfig) -> dict[str, Any]:
+    """Run every stage, then write summary.json and the report.
+
+    Returns:
+        The summary without its rows: the evaluation's object, `world` (the world's figures, as shipped) and
+        `world_here` (the same over this run's own training clips), and the seconds of each stage.
+
+    Raises:
+        ValueError: the shipped target or its figures are missing.
+    """
+    from rich.console import Console
+
+    from alpamayo_dflash.tiny import checkpoint_path, world_figures_path
+
+    started = time.time()
+    console = Console(file=sys.stderr)
+    figures = read_json(world_figures_path())["figures"]
+    plan = stages(config, str(checkpoint_path()))
+    seconds = _run_stages(plan, console)
+    summary = _summary(plan, figures) | {"seconds": seconds}
+    summary["provenance"] = provenance(
+        config=config,
+        parents={"target": folder_hash(checkpoint_path()), "draft": folder_hash(plan.evaluate.draft_model)},
+        seed=config.seed,
+        started=started,
+    )
+    write_json(config.out / "summary.json", summary)
+    return _report(config, summary)
+
+
+def _run_stages(plan: Stages, console: Console) -> dict[str, float]:
+    """Run the stages in order; returns the seconds that each took."""
+    from alpamayo_dflash.distill.run import run as distill
+    from alpamayo_dflash.evaluate.run import run as evaluate
+    from alpamayo_dflash.layers.run import run as layers
+    from alpamayo_dflash.train.run import run as train
+    from alpamayo_dflash.world.run import run as world
+
+    steps: dict[str, Callable[[], dict[str, Any]]] = {
+        "world": partial(world, plan.world),
+        "layers": partial(layers, plan.layers),
+        "distill": partial(distill, plan.distill),
+        "train": partial(train, plan.train),
+        "evaluate": partial(evaluate, plan.evaluate),
+    }
+    seconds: dict[str, float] = {}
+    for number, (name, step) in enumerate(steps.items(), start=1):
+        console.rule(f"{number}/{len(steps)} {name}")
+        began = time.time()
+        step()
+        seconds[name] = round(time.time() - began, 1)
+    return seconds
+
+
+def _summary(plan: Stages, figures: dict[str, float]) -> dict[str, Any]:
+    """The evaluation with its rows, and the world's figures: shipped, and over the training clips."""
+    from alpamayo_dflash.distill import DistillData
+    from alpamayo_dflash.evaluate.world import coc_tokens, figures_of
+    from alpamayo_dflash.target import Alpamayo
+    from alpamayo_dflash.world.measure import BOUNDS
+
+    evaluation: dict[str, Any] = read_json(plan.evaluate.output_dir / "evaluation.json")
+    cot_end = Alpamayo.from_pretrained(plan.evaluate.alpamayo_model).special.cot_end
+    sampled: dict[str, list[tuple[str, int]]] = {}
+    for sample in DistillData(plan.distill.output_dir).samples:
+        if sample.temperature > 0:
+            response = (sample.text, coc_tokens(sample.token_ids, cot_end))
+            sampled.setdefault(sample.clip_id, []).append(response)
+    return evaluation | {
+        "world": figures,
+        "world_here": figures_of(list(sampled.values())),
+        "world_here_clips": len(sampled),
+        "world_bounds": BOUNDS,
+    }
+
+
+def _report(config: DemoConfig, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write the report and return what the command prints."""
+    from alpamayo_dflash.report.run import write_report
+
+    written = write_report(summary, config.out / "report")
+    hidden = ("clip_rows", "head", "provenance")
+    plain = {name: value for name, value in summary.items() if name not in hidden}
+    return plain | {"summary": str(config.out / "summary.json"), "report": written["report"]}

@@ -1,0 +1,103 @@
+"""The entry point `alpamayo-dflash`: one subcommand a stage, made from the stage's config.
+
+Every subcommand prints one JSON object as its last line of standard output; tables, progress and errors go
+to standard error. Exit status: 0 done; 1 a measurement lies outside its bounds; 2 bad input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alpamayo_dflash.artefacts import to_plain
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a subcommand's config and its run function are; both are imported only when they are needed.
+
+    Attributes:
+        config: the config's class, as module:name under `alpamayo_dflash`.
+        run: the function that takes such a config and returns the JSON object, likewise.
+        tables: whether the object is an evaluation's, whose tables are shown.
+    """
+
+    config: str
+    run: str
+    tables: bool = False
+
+
+COMMANDS = {
+    "world": Command("world.config:WorldConfig", "world.run:run"),
+    "clips": Command("cli.clips:ClipsConfig", "cli.clips:run"),
+    "tiny-train": Command("tiny.config:TinyTrainConfig", "tiny.run:run"),
+    "measure-world": Command("evaluate.config:MeasureWorldConfig", "evaluate.world:run"),
+    "layers": Command("layers.config:LayersConfig", "layers.run:run"),
+    "distill": Command("distill.config:DistillConfig", "distill.run:run"),
+    "train": Command("train.config:TrainConfig", "train.run:run"),
+    "evaluate": Command("evaluate.config:EvaluateConfig", "evaluate.run:run", tables=True),
+    "lossless": Command("evaluate.config:LosslessConfig", "evaluate.lossless:run"),
+    "distribution": Command("evaluate.config:DistributionConfig", "evaluate.distribution:run"),
+    "report": Command("report.config:ReportConfig", "report.run:run"),
+    "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables=True),
+}
+
+
+def _load(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(f"alpamayo_dflash.{module}"), name)
+
+
+def parse(argv: Sequence[str]) -> tuple[str, Any]:
+    """The subcommand's name and its config, built.
+
+    Raises:
+        SystemExit: help was asked for (0), or the arguments do not fit (2; the message is on standard error).
+    """
+    import tyro
+
+    configs = {name: _load(command.config) for name, command in COMMANDS.items()}
+    config = tyro.extras.subcommand_cli_from_dict(
+        configs,
+        prog="alpamayo-dflash",
+        description="Lossless speculative decoding of Alpamayo's Chain-of-Causation with DFlash drafts.",
+        args=argv,
+    )
+    name = next(name for name, kind in configs.items() if type(config) is kind)
+    return name, config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    name, config = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        result = _load(COMMANDS[name].run)(config)
+    except (ValueError, OSError) as error:
+        print(f"alpamayo-dflash {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"alpamayo-dflash {name}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if COMMANDS[name].tables:
+        _show(result)
+    print(json.dumps(to_plain(result), allow_nan=False), flush=True)
+    return 0 if result.get("passed", True) else 1
+
+
+def _show(result: dict[str, Any]) -> None:
+    """Print an evaluation's tables."""
+    from rich.console import Console
+
+    from alpamayo_dflash.report import all_tables
+
+    console = Console(stderr=True)
+    for table in all_tables(result):
+        console.print(table.rich())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Lists of chunks and of clips, as users write them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+
+def parse_chunks(text: str) -> list[int]:
+    """Read chunk numbers such as `0-3,7`; ranges include both ends.
+
+    Returns:
+        The numbers, each once, ascending.
+
+    Raises:
+        ValueError: the text is empty or is not of this form.
+    """
+    chunks: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None:
+            raise ValueError(f"{text!r} is no list of chunks; write numbers and ranges such as 0-3,7")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f"{text!r}: the range of chunks {part.strip()} ends before it begins")
+        chunks.update(range(first, last + 1))
+    return sorted(chunks)
+
+
+def read_clip_list(path: Path | str) -> list[str]:
+    """Read clip ids from a file, in its order.
+
+    `.json` holds a list of ids, or an object with such a list under `clip_ids`; `.parquet` holds a column or
+    an index named `clip_id`; any other file holds one id a line.
+
+    Raises:
+        ValueError: the file is missing, is not of its form, holds no clip, or holds one twice.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; it should hold clip ids")
+    readers = {".json": _from_json, ".parquet": _from_parquet}
+    clip_ids = readers.get(path.suffix.lower(), _from_text)(path)
+    if not clip_ids:
+        raise ValueError(f"{path}: the list holds no clip ids")
+    twice = [clip_id for clip_id, count in Counter(clip_ids).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{path}: {len(twice)} clip ids stand in the list more than once, such as {twice[0]}"
+        )
+    return clip_ids
+
+
+def _from_text(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file of clip ids ({error})") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _from_json(path: Path) -> list[str]:
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if isinstance(value, dict):
+        value = value.get("clip_ids")
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{path}: should be a list of clip ids, or an object with one under `clip_ids`")
+    return value
+
+
+def _from_parquet(path: Path) -> list[str]:
+    import pandas as pd
+    import pyarrow as pa
+
+    try:
+        table = pd.read_parquet(path)
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: not a Parquet file ({error})") from None
+    if table.index.name == "clip_id":
+        table = table.reset_index()
+    if "clip_id" not in table:
+        raise ValueError(f"{path}: has no column or index `clip_id`; it has {list(table.columns)}")
+    return [str(clip_id) for clip_id in table["clip_id"]]

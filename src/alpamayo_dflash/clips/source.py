@@ -1,0 +1,280 @@
+"""Reading clips of the driving dataset, real or synthetic, through NVIDIA's devkit `physical_ai_av`."""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, chunk_file, find_snapshot
+from alpamayo_dflash.clips.window import (
+    CAMERAS,
+    DEFAULT_CAMERAS,
+    DEFAULT_T0_US,
+    FRAMES_PER_CAMERA,
+    FUTURE_POINTS,
+    HISTORY_POINTS,
+    STEP_S,
+    Window,
+)
+
+_STEP_US = round(STEP_S * 1e6)
+Frames = npt.NDArray[np.uint8]
+Poses = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+
+class ClipError(ValueError):
+    """A clip that cannot be read.
+
+    Attributes:
+        clip_id: the clip.
+        reason: what is wrong.
+    """
+
+    def __init__(self, clip_id: str, reason: str) -> None:
+        super().__init__(f"clip {clip_id}: {reason}")
+        self.clip_id = clip_id
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ClipError], tuple[str, str]]:
+        return type(self), (self.clip_id, self.reason)
+
+
+class ClipSource:
+    """The clips of a dataset, read as windows.
+
+    Offline, the dataset is what the hub's cache holds, and nothing is asked of the network: the revision is
+    looked up in the cache here, and the devkit is told that *this dataset* is offline. The environment
+    variable `HF_HUB_OFFLINE` is neither needed nor set (it would count only before the hub's library is first
+    imported, and then for every model of the process too).
+
+    A source may be used from several threads.
+    """
+
+    def __init__(
+        self,
+        cache_dir: Path | str | None,
+        *,
+        revision: str = "main",
+        cameras: Sequence[int] = DEFAULT_CAMERAS,
+        repo_id: str = REPO_ID,
+        offline: bool = True,
+    ) -> None:
+        """Open a dataset.
+
+        Args:
+            cache_dir: the hub cache that holds it; None, only when not offline, for the hub's own.
+            revision: branch, tag or 40-digit hash.
+            cameras: dataset indices of the cameras to read; they are read in ascending order.
+            repo_id: the dataset's name on the hub.
+            offline: read the cache only. Otherwise what the cache lacks is streamed from the hub.
+
+        Raises:
+            ValueError: an unknown or repeated camera, or the cache does not hold the dataset.
+        """
+        if not cameras or len(set(cameras)) != len(cameras) or not set(cameras) <= set(CAMERAS):
+            raise ValueError(f"cameras {tuple(cameras)}: should be different ones of {CAMERAS}")
+        self.cameras = tuple(sorted(cameras))
+        self.offline = offline
+        if offline:
+            if cache_dir is None:
+                raise ValueError("cache_dir is missing: offline reading needs the folder with the dataset")
+            self._dataset = _open_offline(Path(cache_dir), revision, repo_id)
+        else:
+            self._dataset = _open_online(cache_dir, revision, repo_id)
+        self._chunk_of: dict[str, int] = {
+            str(clip_id): int(chunk) for clip_id, chunk in self._dataset.clip_index["chunk"].items()
+        }
+
+    def chunks(self) -> list[int]:
+        """The chunks that can be read, ascending: offline those whose files are all in the cache."""
+        chunks = sorted(set(self._chunk_of.values()))
+        return [chunk for chunk in chunks if self._is_at_hand(chunk)] if self.offline else chunks
+
+    def clip_ids(self, chunks: Sequence[int] | None = None) -> list[str]:
+        """The clips of some chunks, or of all that can be read, sorted.
+
+        Raises:
+            ValueError: a chunk that cannot be read, or no clip at all.
+        """
+        at_hand = self.chunks()
+        wanted = set(at_hand if chunks is None else chunks)
+        missing = sorted(wanted - set(at_hand))
+        if missing:
+            raise ValueError(f"chunks {missing} are not in the dataset's cache; it holds {_ranges(at_hand)}")
+        clip_ids = sorted(clip_id for clip_id, chunk in self._chunk_of.items() if chunk in wanted)
+        if not clip_ids:
+            raise ValueError("the list of clips is empty: no chunk was asked for, or the cache holds none")
+        return clip_ids
+
+    def chunk_of(self, clip_id: str) -> int:
+        """The chunk that a clip belongs to.
+
+        Raises:
+            ClipError: there is no such clip.
+        """
+        if clip_id not in self._chunk_of:
+            raise ClipError(
+                clip_id, f"unknown; the dataset has {len(self._chunk_of)} clips, but not this one"
+            )
+        return self._chunk_of[clip_id]
+
+    def window(self, clip_id: str, t0_us: int = DEFAULT_T0_US) -> Window:
+        """Read what the target sees of a clip at a moment, and what the ego did around it.
+
+        Poses are interpolated at 10 Hz and moved to the ego frame at t0 by the whole inverse rotation, so
+        that roll and pitch against t0 and changes of height stay.
+
+        Args:
+            clip_id: the clip.
+            t0_us: the moment, microseconds on the clip's clock.
+
+        Returns:
+            A window; without a future where the clip ends before t0 + 6.4 s.
+
+        Raises:
+            ClipError: the clip is unknown, one of its files is missing or damaged, or t0 lies outside it.
+        """
+        self.chunk_of(clip_id)
+        frames = [self._frames(clip_id, CAMERAS[index], t0_us) for index in self.cameras]
+        if len({frame.shape for frame in frames}) > 1:
+            sizes = {CAMERAS[i]: frame.shape[1:3] for i, frame in zip(self.cameras, frames, strict=True)}
+            raise ClipError(clip_id, f"its cameras' pictures differ in size: {sizes}")
+        history, future = self._poses(clip_id, t0_us)
+        return Window(clip_id, t0_us, self.cameras, np.stack(frames), *history, *(future or (None, None)))
+
+    def _is_at_hand(self, chunk: int) -> bool:
+        features = (EGOMOTION, *(CAMERAS[index] for index in self.cameras))
+        return all(self._dataset.is_file_cached(self._file(feature, chunk)) for feature in features)
+
+    def _file(self, feature: str, chunk: int) -> str:
+        if feature not in self._dataset.features.ALL:
+            return chunk_file(feature, chunk)
+        name: str = self._dataset.features.get_chunk_feature_filename(chunk, feature)
+        return name
+
+    def _frames(self, clip_id: str, feature: str, t0_us: int) -> Frames:
+        """The last frames [frames, height, width, 3] at or before t0 - 0.3 s ... t0 of one camera."""
+        wanted = t0_us + np.arange(1 - FRAMES_PER_CAMERA, 1, dtype=np.int64) * _STEP_US
+        reader = self._read(clip_id, feature)
+        try:
+            images, stamps = reader.decode_images_from_timestamps(wanted)
+        except _damage() as error:
+            raise self._explain(clip_id, feature, error) from error
+        finally:
+            reader.close()
+        late = int((wanted - stamps).max())
+        if late >= _STEP_US:
+            raise ClipError(clip_id, f"{feature} has no frame for {late / 1e3:.0f} ms before t0 = {t0_us} us")
+        frames: Frames = images
+        return frames
+
+    def _poses(self, clip_id: str, t0_us: int) -> tuple[Poses, Poses | None]:
+        """History [16] and future [64] of the ego, as positions and rotations in the ego frame at t0."""
+        motion = self._read(clip_id, EGOMOTION)
+        first, last = motion.time_range
+        steps = np.arange(1 - HISTORY_POINTS, FUTURE_POINTS + 1, dtype=np.int64)
+        if t0_us + steps[0] * _STEP_US < first or t0_us > last:
+            raise ClipError(
+                clip_id,
+                f"its ego motion covers {first} to {last} us, but t0 = {t0_us} us needs 1.5 s of history",
+            )
+        if t0_us + steps[-1] * _STEP_US > last:
+            steps = steps[:HISTORY_POINTS]
+        pose = motion(t0_us + steps * _STEP_US).pose
+        rotation, place = pose.rotation.as_matrix(), pose.translation
+        zero = HISTORY_POINTS - 1
+        back = rotation[zero].T
+        xyz = ((place - place[zero]) @ back.T).astype(np.float32)
+        rot = (back @ rotation).astype(np.float32)
+        if not (np.isfinite(xyz).all() and np.isfinite(rot).all()):
+            raise ClipError(clip_id, f"its ego motion has entries that are not finite around t0 = {t0_us} us")
+        history = xyz[:HISTORY_POINTS], rot[:HISTORY_POINTS]
+        future = xyz[HISTORY_POINTS:], rot[HISTORY_POINTS:]
+        return history, future if len(steps) > HISTORY_POINTS else None
+
+    def _read(self, clip_id: str, feature: str) -> Any:
+        """The devkit's object for one feature of a clip."""
+        try:
+            return self._dataset.get_clip_feature(clip_id, feature, maybe_stream=not self.offline)
+        except _damage() as error:
+            raise self._explain(clip_id, feature, error) from error
+
+    def _explain(self, clip_id: str, feature: str, error: Exception) -> ClipError:
+        file = self._file(feature, self._chunk_of[clip_id])
+        problem = str(error) or "damaged"
+        return ClipError(clip_id, f"cannot read {feature} from {file} ({type(error).__name__}: {problem})")
+
+
+@functools.cache
+def _damage() -> tuple[type[Exception], ...]:
+    """What the devkit lets through for a file that is missing, damaged, or does not cover the times asked.
+
+    It checks little itself: a video without frames, for instance, ends in an IndexError or a TypeError.
+    """
+    import av
+
+    return (
+        ValueError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        StopIteration,
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        av.FFmpegError,
+    )
+
+
+def _open_online(cache_dir: Path | str | None, revision: str, repo_id: str) -> Any:
+    from physical_ai_av import PhysicalAIAVDatasetInterface
+
+    return PhysicalAIAVDatasetInterface(revision, repo_id=repo_id, cache_dir=cache_dir)
+
+
+def _open_offline(cache_dir: Path, revision: str, repo_id: str) -> Any:
+    """The devkit's interface on the cache alone."""
+    snapshot = find_snapshot(cache_dir, revision, repo_id)
+    try:
+        # With the hash for a revision the hub's library takes cached files without asking for newer ones.
+        return _offline_interface()(snapshot.name, repo_id=repo_id, cache_dir=cache_dir)
+    except (OSError, LookupError, ValueError) as error:
+        raise ValueError(f"{snapshot} does not hold the dataset's tables ({error})") from error
+
+
+@functools.cache
+def _offline_interface() -> Any:
+    """The devkit's interface as a class whose instances never ask the network.
+
+    The devkit takes its offline flag from a constant of the hub's library, which is fixed when that is first
+    imported. Here the flag is the instance's own.
+    """
+    from physical_ai_av import PhysicalAIAVDatasetInterface
+
+    class OfflineInterface(PhysicalAIAVDatasetInterface):
+        @property
+        def is_offline_mode(self) -> bool:
+            return True
+
+        @is_offline_mode.setter
+        def is_offline_mode(self, value: bool) -> None:
+            """The constant that the constructor assigns does not matter here."""
+
+    return OfflineInterface
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, shortened: "0-3, 7"."""
+    if not numbers:
+        return "none"
+    breaks = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+    runs = [numbers[a:b] for a, b in zip([0, *breaks], [*breaks, len(numbers)], strict=True)]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

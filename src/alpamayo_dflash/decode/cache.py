@@ -1,0 +1,118 @@
+"""The memory of one prompt and what is generated behind it: keys, values and tapped states.
+
+One preallocated storage: the prompt's entries, then the tail's slots, then one slot that padding rows write
+to. Nothing is cropped or copied whole; slots are freed and used again.
+
+Shapes: L layers, P prompt tokens, X context, S sample, T entries, K KV heads, D head dim, F taps·C features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alpamayo_dflash.decode.tail import Tail
+from alpamayo_dflash.target.expert import ActionPrefix
+from alpamayo_dflash.target.model import Alpamayo
+
+_FIRST_TAIL_SLOTS = 256
+
+
+class Cache:
+    """Storage for a prompt of up to `prompt_capacity` tokens and a tail.
+
+    Args:
+        target: fixes layers, heads, dtype and device.
+        prompt_capacity: the longest prompt, tokens.
+        num_taps: how many layers' outputs are kept.
+        context_len: X, how many of the prompt's last positions keep them.
+
+    Attributes:
+        keys: [L, prompt_capacity + slots + 1, K, D], rotated.
+        values: of the same shape.
+        taps: [X + slots + 1, F]: the prompt's last X positions, right-aligned, then the slots.
+        prompt_length: P.
+        tail: the bookkeeping of the slots.
+    """
+
+    def __init__(self, target: Alpamayo, *, prompt_capacity: int, num_taps: int, context_len: int) -> None:
+        self._like = target.embedding
+        self._heads = (target.num_layers, target.num_kv_heads, target.head_dim)
+        self._features = num_taps * target.hidden_size
+        self.prompt_capacity = prompt_capacity
+        self.context_len = context_len
+        self.prompt_length = 0
+        self._allocate(_FIRST_TAIL_SLOTS)
+        self.tail = Tail(_FIRST_TAIL_SLOTS)
+
+    def _allocate(self, slots: int) -> None:
+        layers, heads, dim = self._heads
+        shape = (layers, self.prompt_capacity + slots + 1, heads, dim)
+        # Zeros: a masked entry counts for nothing only if it is finite.
+        self.keys, self.values = self._like.new_zeros(shape), self._like.new_zeros(shape)
+        self.taps = self._like.new_zeros(self.context_len + slots + 1, self._features)
+        self._slots = slots
+        # Indexing a tensor costs microseconds, so it is done once.
+        self.layer_keys, self.layer_values = self.keys.unbind(), self.values.unbind()
+
+    def reserve(self, slots: int) -> None:
+        """Empty the tail and give it this many slots; the prompt stays."""
+        if slots > self._slots:
+            keys, values, taps, used = self.keys, self.values, self.taps, self.prompt_length
+            self._allocate(slots)
+            self.keys[:, :used], self.values[:, :used] = keys[:, :used], values[:, :used]
+            self.taps[: self.context_len] = taps[: self.context_len]
+        self.tail = Tail(slots)
+
+    def set_prompt(self, length: int, taps_NF: Tensor | None) -> None:
+        """Say that entries [0, length) are the prompt's now, and keep its last states; the tail is emptied.
+
+        Args:
+            length: P.
+            taps_NF: the tapped states of the last min(X, P) positions, or None without taps.
+        """
+        self.prompt_length = length
+        self.tail = Tail(self.tail.capacity)
+        if taps_NF is not None:
+            missing = self.context_len - len(taps_NF)
+            self.taps[:missing] = 0
+            self.taps[missing : self.context_len] = taps_NF
+
+    def context(self, paths: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """The tapped states of the last X positions at the end of each path.
+
+        Args:
+            paths: S lists of slots, from the prompt's end on.
+
+        Returns:
+            [S, X, F], right-aligned, zero where there are fewer than X positions, and int64 [S] their number.
+        """
+        width = self.context_len
+        prompt = list(range(width))
+        rows = [(prompt + [width + slot for slot in path[-width:]])[-width:] if width else [] for path in paths]
+        lengths = [min(width, self.prompt_length + len(path)) for path in paths]
+        device = self.taps.device
+        return self.taps[torch.tensor(rows, device=device)], torch.tensor(lengths, device=device)
+
+    def prefix(self, paths: Sequence[Sequence[int]], offsets: Sequence[int], rope_delta: int) -> ActionPrefix:
+        """What the action expert reads of each sample.
+
+        Args:
+            paths: S lists of slots that a sample's way-points see behind the prompt.
+            offsets: S counts of generated tokens, cached or not.
+            rope_delta: the prompt's.
+        """
+        prompt, device = self.prompt_length, self.keys.device
+        lengths = torch.tensor([prompt + len(path) for path in paths], device=device)
+        positions = torch.tensor([prompt + offset + rope_delta for offset in offsets], device=device)
+        if len(paths) == 1 and list(paths[0]) == list(range(len(paths[0]))):
+            end = prompt + len(paths[0])  # the entries lie in order: no copy
+            return ActionPrefix(self.keys[:, None, :end], self.values[:, None, :end], lengths, positions)
+        longest = max(len(path) for path in paths)
+        rows = [
+            [*range(prompt), *(prompt + slot for slot in path), *([0] * (longest - len(path)))] for path in paths
+        ]
+        index = torch.tensor(rows, device=device)
+        return ActionPrefix(self.keys[:, index], self.values[:, index], lengths, positions)

@@ -1,0 +1,75 @@
+"""What a user sets about decoding. Nothing here imports torch, so that a command line can be made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SentenceEnd = Literal["hint", "force", "off"]
+
+# Below this temperature a token is the arg max of its logits (design, invariant 2).
+GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen from the target's logits.
+
+    Attributes:
+        temperature: divides the logits; below 1e-5 decoding is greedy.
+        top_p: nucleus mass: a token may be chosen if the mass of strictly more probable tokens is below it.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.98
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether a token is simply the arg max."""
+        return self.temperature < GREEDY_BELOW
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How the decoder runs. Nothing here changes what is written, except `sentence_end="force"`.
+
+    Attributes:
+        sentence_end: what happens at sentence ends. `hint` proposes the end marks after a period and lets
+            the target decide; `force` is the first prototype's behaviour and is not lossless; `off` does
+            neither (see `decode.stops`).
+        row_width: run every verify pass at exactly this many rows (padded, or split), one sample after
+            another, over keys of one length, so that in bf16 both loops round alike. None takes the rows
+            as they come.
+        prompt_capacity: the longest prompt that the cache holds, tokens.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    sentence_end: SentenceEnd = "hint"
+    row_width: int | None = None
+    prompt_capacity: int = 4096
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.sentence_end not in ("hint", "force", "off"):
+            raise ValueError(f"sentence_end is {self.sentence_end!r}; it must be 'hint', 'force' or 'off'")
+        if self.row_width is not None and self.row_width < 1:
+            raise ValueError(f"row_width is {self.row_width}; it must be 1 or more, or None")
+        if self.prompt_capacity < 1:
+            raise ValueError(f"prompt_capacity is {self.prompt_capacity}; it must be 1 or more")
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the output is what the target alone writes."""
+        return self.sentence_end != "force"

@@ -1,0 +1,180 @@
+"""Noise that belongs to a place, not to the order in which it was drawn.
+
+The token at (seed, window, sample, position) is chosen with noise that depends on these four and on the
+token's id alone, so the same seed gives the same text with any draft, block size, tree or batch (design,
+invariant 2). The generator is Philox 4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as
+easy as 1, 2, 3", SC 2011), a function from a counter and a key to four 32-bit words, here in int64
+operations that never overflow, so that every device computes the same bits.
+
+    key      two words: hash of (seed, window, sample)
+    counter  token noise: (token id // 4, position, 0, 0); word `token id % 4` of the result is the token's
+             flow noise:  (block of four values, 0, 1, 0)
+
+Shapes: S sample, N positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_TOKENS, _FLOW = 0, 1  # the third word of the counter keeps the two streams apart
+_CHUNK_POSITIONS = 16  # a CoC's median is 14 tokens, so one chunk mostly serves all of it
+_CHUNK_VALUES = 1 << 20
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox 4x32-10.
+
+    Args:
+        counter: four int64 tensors of values in [0, 2^32), of one shape or broadcastable to one.
+        key: two int64 tensors of values in [0, 2^32), broadcastable to that shape.
+
+    Returns:
+        Four int64 tensors of values in [0, 2^32).
+    """
+    words = torch.broadcast_tensors(*counter)
+    even, odd = torch.stack((words[0], words[2])), torch.stack((words[1], words[3]))
+    trailing = (2, *([1] * words[0].dim()))
+    # x times (m - 2^32) stays within 63 bits; its low word is that of x·m, its high word is short by x.
+    multiplier = torch.tensor([m - (1 << 32) for m in _MULTIPLIERS], device=even.device).view(trailing)
+    keys = torch.stack(torch.broadcast_tensors(*key))
+    keys = keys.view(2, *([1] * (even.dim() - keys.dim())), *keys.shape[1:])
+    step = torch.tensor(_KEY_STEPS, device=even.device).view((2, *([1] * (keys.dim() - 1))))
+    for _ in range(_ROUNDS):
+        product = even * multiplier
+        high = ((product >> 32) + even) & _WORD
+        even = high.flip(0) ^ odd ^ keys
+        odd = (product & _WORD).flip(0)
+        keys = (keys + step) & _WORD
+    return even[0], odd[0], even[1], odd[1]
+
+
+def stream_key(seed: int, window: str, sample: int) -> tuple[int, int]:
+    """Hash (seed, window, sample) to the two words of a Philox key, the same in every process."""
+    text = json.dumps([int(seed), window, int(sample)])
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def _stream_keys(
+    seed: int, window: str, samples: Sequence[int], device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    keys = torch.tensor([stream_key(seed, window, sample) for sample in samples], device=device)
+    return keys[:, 0], keys[:, 1]
+
+
+def _uniform(word: Tensor) -> Tensor:
+    """Words to float64 strictly between 0 and 1: (word + 1/2) / 2^32, exactly."""
+    return (word.double() + 0.5) * 2.0**-32
+
+
+def token_noise(
+    seed: int,
+    window: str,
+    samples: Sequence[int],
+    positions: Sequence[int],
+    vocab_size: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Gumbel noise for every token of the vocabulary.
+
+    Args:
+        seed: the user's seed.
+        window: the window's key, clip id and moment.
+        samples: S sample indices.
+        positions: N indices among the generated tokens (0 is the first after the prompt).
+        vocab_size: V.
+        device: where to compute.
+
+    Returns:
+        float32 [N, S, V], between about -3.14 and 22.9: never infinite.
+    """
+    key0, key1 = _stream_keys(seed, window, samples, device)
+    block = torch.arange((vocab_size + 3) // 4, device=device).view(1, 1, -1)
+    position = torch.tensor(list(positions), device=device).view(-1, 1, 1)
+    shape = (len(positions), len(samples), block.shape[-1])
+    constant = torch.full((1, 1, 1), _TOKENS, device=device)
+    counter = (block.expand(shape), position.expand(shape), constant.expand(shape), constant.expand(shape))
+    words = philox(counter, (key0.view(1, -1, 1), key1.view(1, -1, 1)))
+    uniform = _uniform(torch.stack(words, dim=-1)).flatten(-2)[..., :vocab_size]
+    return uniform.log_().neg_().log_().neg_().float()
+
+
+def flow_noise(
+    seed: int,
+    window: str,
+    samples: Sequence[int],
+    num_waypoints: int,
+    channels: int = 2,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Standard normal values for the start of flow matching, by Box and Muller's transform.
+
+    Args:
+        seed: the user's seed.
+        window: the window's key.
+        samples: S sample indices.
+        num_waypoints: way-points per trajectory.
+        channels: values per way-point.
+        device: where to compute.
+
+    Returns:
+        float32 [S, num_waypoints, channels].
+    """
+    key0, key1 = _stream_keys(seed, window, samples, device)
+    count = num_waypoints * channels
+    block = torch.arange((count + 3) // 4, device=device).expand(len(samples), -1)
+    zero = torch.zeros_like(block)
+    words = philox((block, zero, zero + _FLOW, zero), (key0.view(-1, 1), key1.view(-1, 1)))
+    radius = torch.stack([torch.sqrt(-2.0 * _uniform(words[i]).log()) for i in (0, 2)], dim=-1)
+    angle = torch.stack([2.0 * math.pi * _uniform(words[i]) for i in (1, 3)], dim=-1)
+    normals = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)
+    return normals[:, :count].reshape(len(samples), num_waypoints, channels).float()
+
+
+class TokenNoise:
+    """The token noise of one window, made in chunks of positions when first asked for.
+
+    Target and draft look up the same rows, and every loop the same values.
+
+    Args:
+        seed: the user's seed.
+        window: the window's key.
+        num_samples: S.
+        vocab_size: V.
+        device: where the rows live.
+    """
+
+    def __init__(
+        self, seed: int, window: str, num_samples: int, vocab_size: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self._stream = (seed, window)
+        self._num_samples = num_samples
+        self._device = device
+        self._chunk = max(1, min(_CHUNK_POSITIONS, _CHUNK_VALUES // (num_samples * vocab_size)))
+        self._rows = torch.empty(0, num_samples, vocab_size, device=device)
+
+    def rows(self, samples: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Return float32 [R, V]: row r is the noise of samples[r] at positions[r]."""
+        while len(self._rows) <= max(positions):
+            start = len(self._rows)
+            chunk = token_noise(
+                *self._stream,
+                range(self._num_samples),
+                range(start, start + self._chunk),
+                self._rows.shape[-1],
+                self._device,
+            )
+            self._rows = torch.cat((self._rows, chunk))
+        index = [p * self._num_samples + s for s, p in zip(samples, positions, strict=True)]
+        return self._rows.flatten(0, 1).index_select(0, torch.tensor(index, device=self._device))

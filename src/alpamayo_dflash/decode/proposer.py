@@ -1,0 +1,62 @@
+"""What the decoder asks of a draft. A draft need not import this package: it only has to look like this.
+
+Shapes: S sample (distinct texts, not copies of one), X context, F taps·C features, C hidden, V target
+vocabulary, Vd draft vocabulary, b block size.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class ProposalLike(Protocol):
+    """A draft's word on the next b − 1 tokens of each text."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Float [S, b − 1, Vd]: column i of the middle axis predicts the i-th token after the anchor."""
+        ...
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """int64 [Vd], the target's id of each column of a reduced head; None if Vd is V."""
+        ...
+
+
+class Proposer(Protocol):
+    """A block draft."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers whose outputs feed the draft, in the order in which they are concatenated."""
+        ...
+
+    @property
+    def context_len(self) -> int:
+        """X: how many positions before the anchor the draft sees."""
+        ...
+
+    @property
+    def block_size(self) -> int:
+        """b: the anchor and b − 1 proposed tokens."""
+        ...
+
+    def bind(self, embedding: Tensor, head: Tensor, num_layers: int) -> None:
+        """Take the target's embedding [V, C] and head [V, C], and its number of layers.
+
+        Raises:
+            ValueError: taps or width do not fit the target.
+        """
+        ...
+
+    def propose(self, context: Tensor, context_lengths: Tensor, anchors: Tensor) -> ProposalLike:
+        """Predict b − 1 tokens behind each anchor.
+
+        Args:
+            context: [S, X, F], right-aligned, its left part zero where there is less context than X.
+            context_lengths: int64 [S], how many of the X are real.
+            anchors: int64 [S], the last known token.
+        """
+        ...

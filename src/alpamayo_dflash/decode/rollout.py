@@ -1,0 +1,291 @@
+"""From a window to a Chain-of-Causation and a trajectory, with or without a draft.
+
+Shapes: S sample, N way-points, V vocabulary, C hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alpamayo_dflash.clips.window import Window
+from alpamayo_dflash.decode.config import DecodeConfig, Sampling
+from alpamayo_dflash.decode.loop import Decode, Drafter, autoregressive, speculative
+from alpamayo_dflash.decode.noise import flow_noise
+from alpamayo_dflash.decode.observer import Observer
+from alpamayo_dflash.decode.proposer import Proposer
+from alpamayo_dflash.decode.stops import StopReason, StopRules
+from alpamayo_dflash.decode.verify import Prefilled, Verifier
+from alpamayo_dflash.target.expert import ActionPrefix
+from alpamayo_dflash.target.model import Alpamayo
+from alpamayo_dflash.target.prompt import Prompt
+
+# Slots of the tail a sample beside its tokens: the widest block that a draft may propose.
+_BLOCK_ROOM = 64
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall time of one `generate`, milliseconds.
+
+    Attributes:
+        prefill_ms: vision and the prompt's pass; 0 for a prompt that had been read before.
+        decode_ms: from the prompt's logits to the last token, and the cache made whole for the expert.
+        action_ms: the action expert and the trajectory.
+        total_ms: everything, images to prompt included.
+    """
+
+    prefill_ms: float
+    decode_ms: float
+    action_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `SpeculativeDecoder.generate` returns, S samples of one window.
+
+    Attributes:
+        coc: the Chain-of-Causation texts.
+        token_ids: the emitted ids, through `<|traj_future_start|>`, eos or the limit.
+        stops: why each sample ended.
+        pred_xyz: float32 [S, N, 3] metres in the ego frame at t0; None if no trajectories were wanted.
+        pred_rot: float32 [S, N, 3, 3], or None.
+        rounds: verify passes after the prompt's (closing rows, which have no logits, are not counted).
+        emitted: tokens after the first, over all samples: numerator of the acceptance length.
+        passes: verify passes that a sample took part in, over all samples: its denominator. Pool both over
+            windows.
+        drafted: tokens that the draft proposed and the target verified, over all samples: denominator of
+            the acceptance rate. End marks put in by rule are not the draft's.
+        accepted: how many of those the target chose too.
+        draft_failures: texts and rounds in which the draft's logits were not finite.
+        lossless: whether the mode guarantees the target's own output (all but `force`).
+        timings: wall times.
+    """
+
+    coc: list[str]
+    token_ids: list[list[int]]
+    stops: list[StopReason]
+    pred_xyz: Tensor | None
+    pred_rot: Tensor | None
+    rounds: int
+    emitted: int
+    passes: int
+    drafted: int
+    accepted: int
+    draft_failures: int
+    lossless: bool
+    timings: Timings
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens after the first over verify passes, pooled over samples; 0 if no pass was needed."""
+        return self.emitted / self.passes if self.passes else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted drafted tokens over drafted tokens; 0 if nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+class SpeculativeDecoder:
+    """Decodes a target with a draft; without one, autoregressively. The text is the same either way.
+
+    Args:
+        target: the model.
+        draft: proposes blocks; None for the autoregressive loop.
+        config: see DecodeConfig.
+
+    Attributes:
+        verifier: the target with its cache, which holds one prompt at a time.
+
+    Raises:
+        ValueError: the draft does not fit the target.
+    """
+
+    def __init__(
+        self, target: Alpamayo, draft: Proposer | None = None, config: DecodeConfig | None = None
+    ) -> None:
+        self.target = target
+        self.draft = draft
+        self.config = config or DecodeConfig()
+        if draft is not None:
+            if not 2 <= draft.block_size <= _BLOCK_ROOM:
+                raise ValueError(f"the draft's block_size is {draft.block_size}; it must be 2 to {_BLOCK_ROOM}")
+            draft.bind(target.embedding, target.head, target.num_layers)
+        self._drafter = Drafter(draft) if draft is not None else None
+        self.verifier = Verifier(
+            target,
+            taps=draft.taps if draft is not None else (),
+            context_len=draft.context_len if draft is not None else 0,
+            prompt_capacity=self.config.prompt_capacity,
+            row_width=self.config.row_width,
+        )
+        self.rules = stop_rules(target, self.config)
+
+    def prefill(self, window: Window | Prompt) -> Prefilled:
+        """Read a prompt, so that `generate` can start from it any number of times.
+
+        It stays good until this decoder reads another.
+
+        Raises:
+            ValueError: the prompt is longer than `prompt_capacity`.
+        """
+        prompt = window if isinstance(window, Prompt) else self.target.prompt(window)
+        return self.verifier.prefill(prompt)
+
+    def generate(
+        self,
+        window: Window | Prompt | Prefilled,
+        *,
+        temperature: float = 0.6,
+        top_p: float = 0.98,
+        num_traj_samples: int = 1,
+        seed: int = 0,
+        max_new_tokens: int = 128,
+        observer: Observer | None = None,
+        trajectories: bool = True,
+        action_noise: Tensor | None = None,
+    ) -> Result:
+        """Write the Chain-of-Causation and predict the trajectory.
+
+        Args:
+            window: a window, its prompt, or a prompt that this decoder has read.
+            temperature: divides the logits; below 1e-5 greedy.
+            top_p: nucleus mass.
+            num_traj_samples: S.
+            seed: with the window's key, fixes every random choice.
+            max_new_tokens: the most tokens that a sample may emit.
+            observer: watches; see `decode.observer`.
+            trajectories: whether to run the action expert.
+            action_noise: float32 [S, N, 2], where flow matching starts; None draws it from the seed.
+
+        Raises:
+            ValueError: an option outside its range, or a prompt longer than the cache.
+        """
+        sampling = Sampling(temperature, top_p)
+        _check_positive(num_traj_samples=num_traj_samples, max_new_tokens=max_new_tokens)
+        start = self._now_ms()
+        if not isinstance(window, Prefilled):
+            prompt = window if isinstance(window, Prompt) else self.target.prompt(window)
+            before = self._now_ms()
+            prefilled = self.prefill(prompt)
+        else:
+            prefilled, before = window, self._now_ms()
+        read = self._now_ms() if not isinstance(window, Prefilled) else before
+        self.verifier.begin(prefilled, num_traj_samples * (max_new_tokens + _BLOCK_ROOM))
+        decode = self._decode(
+            prefilled, sampling, seed, num_traj_samples, max_new_tokens, observer or Observer()
+        )
+        written = self._now_ms()
+        xyz = rot = None
+        if trajectories:
+            xyz, rot = self._act(prefilled, decode, seed, action_noise)
+        end = self._now_ms()
+        timings = Timings(read - before, written - read, end - written, end - start)
+        return self._result(decode, xyz, rot, timings)
+
+    @torch.inference_mode()
+    def _decode(
+        self,
+        prefilled: Prefilled,
+        sampling: Sampling,
+        seed: int,
+        num_samples: int,
+        max_new_tokens: int,
+        observer: Observer,
+    ) -> Decode:
+        decode = Decode(
+            self.verifier,
+            prefilled,
+            sampling=sampling,
+            rules=self.rules,
+            seed=seed,
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+            observer=observer,
+        )
+        # At one row width, samples go one after another: sharing would order the cache's slots differently
+        # in the two loops, and with it the roundings.
+        together = [decode.samples] if self.config.row_width is None else [[s] for s in decode.samples]
+        for samples in together:
+            if self._drafter is None:
+                autoregressive(decode, samples)
+            else:
+                speculative(decode, samples, self._drafter)
+        return decode
+
+    def action_prefix(self, prefilled: Prefilled, decode: Decode) -> ActionPrefix:
+        """The keys and values that the action expert reads of each sample."""
+        return self.verifier.cache.prefix(
+            [sample.path for sample in decode.samples],
+            [len(sample.tokens) for sample in decode.samples],
+            prefilled.prompt.rope_delta,
+        )
+
+    def _act(
+        self, prefilled: Prefilled, decode: Decode, seed: int, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        target, prompt = self.target, prefilled.prompt
+        samples = range(len(decode.samples))
+        shape = (len(samples), target.n_waypoints, 2)
+        if noise is None:
+            noise = flow_noise(seed, prompt.key, samples, target.n_waypoints, device=target.device)
+        elif noise.shape != shape:
+            raise ValueError(f"action_noise is {tuple(noise.shape)}; it must be {shape}")
+        with torch.inference_mode():
+            action = target.denoise(noise.to(target.device), self.action_prefix(prefilled, decode))
+            xyz, rot = target.trajectory(action, prompt.ego_history_xyz, prompt.ego_history_rot)
+        return xyz.clone(), rot.clone()  # ordinary tensors, not inference mode's
+
+    def _result(self, decode: Decode, xyz: Tensor | None, rot: Tensor | None, timings: Timings) -> Result:
+        samples = decode.samples
+        return Result(
+            coc=[self.target.coc_text(sample.tokens) for sample in samples],
+            token_ids=[sample.tokens for sample in samples],
+            stops=[sample.stop for sample in samples if sample.stop is not None],
+            pred_xyz=xyz,
+            pred_rot=rot,
+            rounds=decode.rounds,
+            emitted=sum(len(sample.tokens) - 1 for sample in samples),
+            passes=sum(sample.passes for sample in samples),
+            drafted=sum(sample.drafted for sample in samples),
+            accepted=sum(sample.accepted for sample in samples),
+            draft_failures=decode.draft_failures,
+            lossless=self.config.lossless,
+            timings=timings,
+        )
+
+    def _now_ms(self) -> float:
+        synchronise(self.target.device)()
+        return time.perf_counter() * 1e3
+
+
+def stop_rules(target: Alpamayo, config: DecodeConfig) -> StopRules:
+    """The target's end tokens; the period is looked up in its tokenizer."""
+    period = target.tokenizer.encode(".", add_special_tokens=False).ids
+    special = target.special
+    return StopRules(
+        cot_end=special.cot_end,
+        traj_future_start=special.traj_future_start,
+        eos=special.eos,
+        period=period[0] if len(period) == 1 else None,
+        mode=config.sentence_end,
+    )
+
+
+def synchronise(device: torch.device) -> Callable[[], None]:
+    """What to call before reading the clock: waits for a GPU, does nothing on a CPU."""
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be 1 or more")

@@ -1,0 +1,94 @@
+"""Where a Chain-of-Causation ends, and what is proposed at its end.
+
+Pure functions on token ids. The end of a CoC is `<|cot_end|>` and then `<|traj_future_start|>`.
+
+What the modes do (`DecodeConfig.sentence_end`), P standing for the period, E for `<|cot_end|>`, T for
+`<|traj_future_start|>`:
+
+- every mode: E in a proposal, or as anchor, is followed by T, and nothing is proposed after T or eos.
+- `hint`: P in a proposal, or as anchor, is followed by E T. A draft is not asked after a P that is the
+  anchor. The target decides, so the output does not change.
+- `force`, the first prototype's two rules, not lossless: (1) when the anchor is P, E T are *emitted*, as far
+  as the token limit allows, and the sample stops; neither draft nor target is asked. (2) where the draft
+  proposes E with no P before it, P is proposed in its place and the proposal ends there; the target verifies
+  that P as it does any proposed token, so rule 2 alone changes no text, but a P that the target accepts and
+  does not follow by its own token in the same pass becomes the anchor on which rule 1 acts.
+- `off`: nothing more than every mode does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from alpamayo_dflash.decode.config import SentenceEnd
+
+
+class StopReason(StrEnum):
+    """Why a sample's text ended."""
+
+    TRAJ_FUTURE_START = "traj_future_start"
+    EOS = "eos"
+    LIMIT = "limit"
+    FORCED = "forced"  # the end marks were written by `force`, not by the target
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """The tokens that matter at a CoC's end, and the mode.
+
+    Attributes:
+        cot_end: id of `<|cot_end|>`.
+        traj_future_start: id of `<|traj_future_start|>`.
+        eos: id of `<|im_end|>`.
+        period: id of the sentence's period; None if the tokenizer has no single token for it, and then
+            `hint` and `force` do nothing.
+        mode: see the module's text.
+    """
+
+    cot_end: int
+    traj_future_start: int
+    eos: int
+    period: int | None
+    mode: SentenceEnd = "hint"
+
+    def reason(self, token: int) -> StopReason | None:
+        """Why decoding stops after `token`, or None if it goes on."""
+        if token == self.traj_future_start:
+            return StopReason.TRAJ_FUTURE_START
+        return StopReason.EOS if token == self.eos else None
+
+    def shape(self, anchor: int, drafted: Sequence[int]) -> list[int]:
+        """Make the proposal that stands behind `anchor` out of what the draft says.
+
+        With nothing drafted, what comes back is what is proposed without asking the draft.
+        """
+        proposal: list[int] = []
+        previous = anchor
+        for token in drafted:
+            if self._continues(previous):
+                break
+            if self.mode == "force" and token == self.cot_end and self.period not in (None, previous):
+                return [*proposal, self.period]  # type: ignore[list-item]
+            proposal.append(token)
+            if self.reason(token):
+                return proposal
+            previous = token
+        return proposal + self._continuation(previous)
+
+    def forced_end(self, anchor: int) -> list[int]:
+        """The tokens that `force` emits after this anchor without asking (rule 1), or none."""
+        if self.mode == "force" and self.period is not None and anchor == self.period:
+            return [self.cot_end, self.traj_future_start]
+        return []
+
+    def _continues(self, token: int) -> bool:
+        return bool(self._continuation(token))
+
+    def _continuation(self, token: int) -> list[int]:
+        if token == self.cot_end:
+            return [self.traj_future_start]
+        if self.mode == "hint" and token == self.period:
+            return [self.cot_end, self.traj_future_start]
+        return []

@@ -1,0 +1,132 @@
+"""Reading a distillation set: its manifest, its samples, and their tensors on demand."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alpamayo_dflash.artefacts import file_hash
+from alpamayo_dflash.distill.shards import (
+    TENSOR_NAMES,
+    DistillSample,
+    merge,
+    read_manifests,
+    read_table,
+    shard_path,
+    table_path,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_OPEN_SHARDS = 32
+
+
+class DistillData:
+    """A distillation set, the ranks' parts put together.
+
+    Attributes:
+        folder: where it lies.
+        manifest: taps, context_len, top_k, hidden_size, vocab_size, num_target_layers, dtype, the settings
+            and the counts, as in `distill.json`.
+        samples: one entry a response: rank by rank, in the order written.
+    """
+
+    def __init__(self, folder: Path | str, *, allow_incomplete: bool = False) -> None:
+        """Read manifests and tables; tensors are read when asked for.
+
+        Args:
+            folder: the output folder of `distill`.
+            allow_incomplete: take what is there although a rank has not finished or not begun.
+
+        Raises:
+            ValueError: no set, parts that do not belong together, an unfinished rank, or a broken or missing
+                file; the message names it.
+        """
+        self.folder = Path(folder)
+        manifests = read_manifests(self.folder)
+        if not manifests:
+            raise ValueError(f"{self.folder}: no distillation data (no manifest of any rank)")
+        self.manifest: dict[str, Any] = merge(manifests)
+        unfinished = [rank for rank, complete in self.manifest["complete"].items() if not complete]
+        if unfinished and not allow_incomplete:
+            raise ValueError(
+                f"{self.folder}: of {len(self.manifest['complete'])} ranks, {', '.join(unfinished)} did not "
+                "finish; run it (again), or allow incomplete data"
+            )
+        self.samples: list[DistillSample] = []
+        for content in manifests:
+            self.samples += read_table(table_path(self.folder, content["rank"]), content["shards"])
+        self._files: OrderedDict[str, Any] = OrderedDict()
+
+    def tensors(self, sample: DistillSample) -> dict[str, Tensor]:
+        """Read one response's tensors.
+
+        Args:
+            sample: an entry of `samples`, T tokens long.
+
+        Returns:
+            prompt_states [X, taps, C]: outputs of the tapped layers at the last X prompt positions;
+            states [T, taps, C]: the same at the response's tokens;
+            topk_logits float32 [T, k] and topk_ids int32 [T, k]: row i predicts token i.
+
+        Raises:
+            ValueError: the shard is missing or corrupt; the message names the file.
+        """
+        from safetensors import SafetensorError
+
+        path = shard_path(self.folder, sample.shard)
+        try:
+            file = self._open(path)
+            tensors = {name: file.get_tensor(f"{sample.index}.{name}") for name in TENSOR_NAMES}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: missing or corrupt shard ({error})") from None
+        self._check(path, sample, tensors)
+        return tensors
+
+    def verify(self) -> None:
+        """Compare every shard with the hash in its manifest.
+
+        Raises:
+            ValueError: a shard is missing or has changed; the message names the file.
+        """
+        for shard in self.manifest["shards"]:
+            if shard["file"] is None:
+                continue
+            path = shard_path(self.folder, shard["file"])
+            if not path.exists():
+                raise ValueError(f"{path}: missing shard")
+            if file_hash(path) != shard["sha256"]:
+                raise ValueError(f"{path}: corrupt shard, its content is not what was written")
+
+    def _open(self, path: Path) -> Any:
+        """Open a shard, or take it from the few kept open."""
+        from safetensors import safe_open
+
+        if path.name not in self._files:
+            self._files[path.name] = safe_open(path, framework="pt")
+            if len(self._files) > _OPEN_SHARDS:
+                self._files.popitem(last=False)
+        self._files.move_to_end(path.name)
+        return self._files[path.name]
+
+    def _check(self, path: Path, sample: DistillSample, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse tensors whose shapes do not fit the sample and the manifest."""
+        taps, hidden = len(self.manifest["taps"]), self.manifest["hidden_size"]
+        length, top_k = len(sample.token_ids), self.manifest["top_k"]
+        wanted = {
+            "states": (length, taps, hidden),
+            "topk_logits": (length, top_k),
+            "topk_ids": (length, top_k),
+        }
+        wanted["prompt_states"] = (len(tensors["prompt_states"]), taps, hidden)
+        for name, shape in wanted.items():
+            found = tuple(tensors[name].shape)
+            if found != shape:
+                raise ValueError(f"{path}: corrupt shard, {sample.index}.{name} is {found}, not {shape}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files behind when a data loader's worker takes a copy."""
+        return {**self.__dict__, "_files": OrderedDict()}

@@ -1,0 +1,213 @@
+"""The data stage: this rank's clips through the target, shard by shard."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from alpamayo_dflash.artefacts import file_hash, provenance
+from alpamayo_dflash.clips import ClipError, ClipSource, Window, parse_chunks
+from alpamayo_dflash.distill.config import EXPECTED_TOKENS, DistillConfig, response_bytes
+from alpamayo_dflash.distill.responses import respond, top_k_of
+from alpamayo_dflash.distill.shards import write_merged
+from alpamayo_dflash.distill.writer import ClipResult, RankWriter
+from alpamayo_dflash.layers.choice import CHOICE_FILE, read_choice
+from alpamayo_dflash.layers.config import check_layers, parse_layers
+from alpamayo_dflash.layers.inputs import list_hash, load_target, progressing_windows
+from alpamayo_dflash.layers.ranks import own_device, share_of
+from alpamayo_dflash.layers.rollout import Rollouts
+
+if TYPE_CHECKING:
+    from alpamayo_dflash.target import Alpamayo
+
+
+def run(config: DistillConfig) -> dict[str, Any]:
+    """Write this rank's part of the set, or what is left of it.
+
+    Returns:
+        this rank's `clips {attempted, done, failed}`, `samples`, `tokens` and `bytes`, the estimate of disk
+        space, and whether there was nothing to do.
+
+    Raises:
+        ValueError: bad input, too little disk space, or data made with other settings in the folder.
+    """
+    started = time.time()
+    rank, world_size = share_of(config.rank, config.world_size)
+    source = ClipSource(config.cache_dir)
+    clip_ids = source.clip_ids(_chunks(config, source))
+    target, target_hash = load_target(
+        config.model_path,
+        dtype=config.target_dtype,
+        device=own_device(config.device),
+        local_files_only=config.local_files_only,
+    )
+    settings = data_settings(config, target, target_hash, clip_ids, world_size)
+    writer = RankWriter(
+        config.output_dir,
+        rank,
+        settings,
+        clip_ids[rank::world_size],
+        clips_per_shard=max(1, config.shard_size // config.samples_per_clip),
+        provenance=provenance(
+            config=config,
+            parents={"target": target_hash, **_layers_parent(config)},
+            seed=config.seed,
+            device=str(target.device),
+            started=started,
+        ),
+    )
+    nothing_to_do = writer.complete
+    remaining = [clip_id for clips in writer.remaining for clip_id in clips]
+    estimate = estimated_bytes(settings, len(remaining))
+    if nothing_to_do:
+        write_merged(config.output_dir)
+    else:
+        require_disk(config.output_dir, estimate, ranks=world_size)
+        writer.begin()
+        windows = progressing_windows(source, remaining, config.t0_us, "writing responses")
+        write_windows(target, source, windows, writer, config)
+    return {
+        "output_dir": str(config.output_dir),
+        "rank": rank,
+        "world_size": world_size,
+        "target_layers": settings["taps"],
+        **writer.summary(),
+        "estimated_bytes": estimate,
+        "nothing_to_do": nothing_to_do,
+    }
+
+
+def _chunks(config: DistillConfig, source: ClipSource) -> list[int] | None:
+    """The chunks asked for; None for all."""
+    if config.chunks is not None:
+        return parse_chunks(config.chunks)
+    return config.chunk_numbers(source.chunks())
+
+
+def _layers_parent(config: DistillConfig) -> dict[str, str]:
+    """The hash of the choice of layers, where one was read."""
+    if config.layers_file is None:
+        return {}
+    path = Path(config.layers_file)
+    return {"layers": file_hash(path / CHOICE_FILE if path.is_dir() else path)}
+
+
+def data_settings(
+    config: DistillConfig, target: Alpamayo, target_hash: str, clip_ids: Sequence[str], world_size: int
+) -> dict[str, Any]:
+    """All that decides the data; a folder holds data of one such setting only.
+
+    Raises:
+        ValueError: a layer to tap that the target does not have, or a choice that cannot be read.
+    """
+    if config.layers_file is not None:
+        taps = read_choice(config.layers_file)
+    else:
+        taps = parse_layers(config.target_layers) or ()
+    check_layers(taps, target.num_layers)
+    target_dtype = str(target.dtype).removeprefix("torch.")
+    settings = {
+        "target": target_hash,
+        "clips": list_hash(clip_ids),
+        "world_size": world_size,
+        "taps": list(taps),
+        "top_k": top_k_of(config, target),
+        "hidden_size": target.hidden_size,
+        "vocab_size": target.vocab_size,
+        "num_target_layers": target.num_layers,
+        "target_dtype": target_dtype,
+        "dtype": config.dtype or target_dtype,
+    }
+    for key in ("context_len", "full_vocab", "samples_per_clip", "temperature", "top_p", "max_tokens"):
+        settings[key] = getattr(config, key)
+    for key in ("shard_size", "seed", "t0_us"):
+        settings[key] = getattr(config, key)
+    return settings
+
+
+def estimated_bytes(settings: dict[str, Any], num_clips: int) -> int:
+    """Disk space that the responses on so many clips will take, at `EXPECTED_TOKENS` a response."""
+    each = response_bytes(
+        num_tokens=min(EXPECTED_TOKENS, settings["max_tokens"]),
+        context_len=settings["context_len"],
+        num_taps=len(settings["taps"]),
+        hidden_size=settings["hidden_size"],
+        top_k=settings["top_k"],
+        dtype=settings["dtype"],
+    )
+    return num_clips * int(settings["samples_per_clip"]) * each
+
+
+def require_disk(folder: Path, estimate: int, *, ranks: int) -> None:
+    """Print the disk space needed, and refuse to begin where there is less.
+
+    Args:
+        folder: the output folder, which need not exist yet.
+        estimate: bytes that this rank needs.
+        ranks: processes that write to the same disk, taken to need as much each.
+
+    Raises:
+        ValueError: naming folder, need and free space.
+    """
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    need, free = estimate * ranks, shutil.disk_usage(existing).free
+    Console(stderr=True).print(
+        f"disk needed: about {_size(estimate)}"
+        + (f" for this rank, {_size(need)} for all {ranks}" if ranks > 1 else "")
+        + f"; free: {_size(free)}"
+    )
+    if need > free:
+        raise ValueError(
+            f"{folder}: about {_size(need)} are needed, but only {_size(free)} are free; take fewer chunks, "
+            "samples, taps or context, or another output_dir"
+        )
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    size, unit = next(
+        ((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB")) if count >= size), (1e3, "kB")
+    )
+    return f"{count / size:.1f} {unit}"
+
+
+def write_windows(
+    target: Alpamayo,
+    source: ClipSource,
+    windows: Iterable[tuple[str, Window | ClipError]],
+    writer: RankWriter,
+    config: DistillConfig,
+) -> None:
+    """Let the target write on the remaining clips and finish shard after shard.
+
+    Args:
+        target: the model.
+        source: says which chunk a clip belongs to.
+        windows: the clips of `writer.remaining` in order, with their windows or with why there is none.
+        writer: takes the results.
+        config: what is sampled and kept.
+
+    Raises:
+        ValueError: a clip failed and `keep_going` is off; the message names it.
+    """
+    taps = writer.settings["taps"]
+    rollouts = Rollouts(target, taps=taps, context_len=config.context_len, max_tokens=config.max_tokens)
+    results: list[ClipResult] = []
+    for clip_id, window in windows:
+        chunk = source.chunk_of(clip_id)
+        try:
+            if isinstance(window, ClipError):
+                raise window
+            results.append(ClipResult(clip_id, chunk, respond(rollouts, window, config)))
+        except ValueError as error:
+            if not config.keep_going:
+                raise ValueError(f"clip {clip_id}: {error}") from error
+            results.append(ClipResult(clip_id, chunk, failure=str(error)))
+        if len(results) == len(writer.remaining[0]):
+            writer.write(results)
+            results = []

@@ -1,0 +1,248 @@
+"""The files of a distillation set: shards, the table of samples, each rank's manifest, and their union.
+
+A shard holds the responses of a fixed run of a rank's clips and is written whole; the rank's manifest lists
+the finished ones. Whatever was cut short is therefore redone in the same shape, and an interrupted set equals
+an uninterrupted one. Nothing here needs torch except writing a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alpamayo_dflash.artefacts import atomic_file, file_hash, read_json, write_json
+from alpamayo_dflash.layers.ranks import require_same
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+MANIFEST_FILE = "distill.json"
+TENSOR_NAMES = ("prompt_states", "states", "topk_logits", "topk_ids")
+
+
+@dataclass(frozen=True)
+class DistillSample:
+    """One response: a row of the table of samples.
+
+    Attributes:
+        clip_id: the clip it was written on.
+        chunk: the clip's chunk.
+        t0_us: the moment, microseconds on the clip's clock.
+        sample: its number among the clip's responses; 0 is greedy.
+        temperature: it was sampled at; 0 for the greedy one.
+        top_p: nucleus it was sampled with.
+        seed: with the window and the sample's number it fixes the noise: sample n > 0 is sample n - 1 of
+            `generate` with this seed, temperature and nucleus.
+        token_ids: the ids that the target emitted, never text tokenised again.
+        text: their CoC, for reading.
+        stop: why the response ended, in the decoder's words.
+        shard: file name of the shard with its tensors.
+        index: its number in that shard.
+    """
+
+    clip_id: str
+    chunk: int
+    t0_us: int
+    sample: int
+    temperature: float
+    top_p: float
+    seed: int
+    token_ids: tuple[int, ...]
+    text: str
+    stop: str
+    shard: str
+    index: int
+
+
+def shard_name(rank: int, number: int) -> str:
+    """File name of a rank's shard."""
+    return f"rank{rank}-{number}.safetensors"
+
+
+def shard_path(folder: Path, name: str) -> Path:
+    """Where a shard lies."""
+    return folder / "shards" / name
+
+
+def table_path(folder: Path, rank: int) -> Path:
+    """Where a rank's table of samples lies."""
+    return folder / f"samples-rank{rank}.parquet"
+
+
+def manifest_path(folder: Path, rank: int) -> Path:
+    """Where a rank's manifest lies."""
+    return folder / f"manifest-rank{rank}.json"
+
+
+def write_shard(path: Path, responses: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Write the tensors of a shard's responses, atomically.
+
+    Args:
+        path: the safetensors file.
+        responses: for each index the tensors of `TENSOR_NAMES`.
+
+    Returns:
+        `bytes` and `sha256` of the file.
+    """
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as temporary:
+        save_file(
+            {
+                f"{index}.{name}": tensors[name]
+                for index, tensors in enumerate(responses)
+                for name in TENSOR_NAMES
+            },
+            temporary,
+        )
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+
+
+def write_table(path: Path, samples: Sequence[DistillSample]) -> None:
+    """Write a rank's table of samples as Parquet, atomically."""
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.schema(
+        [
+            ("clip_id", pyarrow.string()),
+            ("chunk", pyarrow.int32()),
+            ("t0_us", pyarrow.int64()),
+            ("sample", pyarrow.int32()),
+            ("temperature", pyarrow.float64()),
+            ("top_p", pyarrow.float64()),
+            ("seed", pyarrow.int64()),
+            ("token_ids", pyarrow.list_(pyarrow.int32())),
+            ("text", pyarrow.string()),
+            ("stop", pyarrow.string()),
+            ("shard", pyarrow.string()),
+            ("index", pyarrow.int32()),
+        ]
+    )
+    table = pyarrow.Table.from_pylist([asdict(sample) for sample in samples], schema=schema)
+    with atomic_file(path) as temporary:
+        pyarrow.parquet.write_table(table, temporary)
+
+
+def read_table(path: Path, shards: Sequence[Mapping[str, Any]]) -> list[DistillSample]:
+    """Read the rows of a rank's finished shards.
+
+    Args:
+        path: the Parquet file.
+        shards: the finished shards of the rank's manifest; rows of others (a write cut short) are left out.
+
+    Raises:
+        ValueError: the file is missing or broken, or lacks rows of a finished shard; the message names it.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    expected = {shard["file"]: shard["samples"] for shard in shards if shard["file"] is not None}
+    if not expected:
+        return []
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (FileNotFoundError, pyarrow.ArrowInvalid) as error:
+        raise ValueError(f"{path}: not a readable table of samples ({error})") from None
+    samples = [
+        DistillSample(**{**row, "token_ids": tuple(row["token_ids"])})
+        for row in rows
+        if row["shard"] in expected
+    ]
+    for name, count in expected.items():
+        found = sum(sample.shard == name for sample in samples)
+        if found != count:
+            raise ValueError(f"{path}: {found} rows for shard {name}, which holds {count} responses")
+    return samples
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a rank's manifest.
+
+    Raises:
+        ValueError: missing, broken or of another format; the message names the file.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a manifest of distillation data of format {FORMAT}")
+    return content
+
+
+def read_manifests(folder: Path) -> list[dict[str, Any]]:
+    """Read the manifests of all ranks that have begun, by rank.
+
+    Raises:
+        ValueError: they do not belong together; the message names the file and the setting.
+    """
+    found = [(path, read_manifest(path)) for path in folder.glob("manifest-rank*.json")]
+    found.sort(key=lambda item: item[1]["rank"])
+    for path, content in found[1:]:
+        require_same(content["settings"], found[0][1]["settings"], path)
+    return [content for _, content in found]
+
+
+def merge(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Put the ranks' manifests together: the content of `distill.json`.
+
+    Args:
+        manifests: at least one, with equal settings.
+
+    Returns:
+        what the set holds, its settings, and for each rank whether it is complete.
+    """
+    settings = manifests[0]["settings"]
+    begun = {content["rank"]: content for content in manifests}
+    world = range(settings["world_size"])
+    complete = {str(rank): rank in begun and begun[rank]["complete"] for rank in world}
+    shards = [shard for content in manifests for shard in content["shards"]]
+    failures = [failure for shard in shards for failure in shard["failures"]]
+    done = sum(len(shard["clips"]) for shard in shards)
+    return {
+        "format": FORMAT,
+        "taps": settings["taps"],
+        "context_len": settings["context_len"],
+        "top_k": settings["top_k"],
+        "full_vocab": settings["full_vocab"],
+        "hidden_size": settings["hidden_size"],
+        "vocab_size": settings["vocab_size"],
+        "num_target_layers": settings["num_target_layers"],
+        "dtype": settings["dtype"],
+        "samples": sum(shard["samples"] for shard in shards),
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "clips": {"attempted": done + len(failures), "done": done, "failed": len(failures)},
+        "complete": complete,
+        "settings": settings,
+        "shards": shards,
+        "provenance": {str(content["rank"]): content["provenance"] for content in manifests},
+    }
+
+
+def write_merged(folder: Path) -> dict[str, Any]:
+    """Bring `distill.json` up to date with the manifests of all ranks, beside other ranks doing the same.
+
+    A rank looks again after its own write, until the file says what the manifests say; so whoever writes last
+    has seen every manifest.
+    """
+    path = folder / MANIFEST_FILE
+    while True:
+        merged = merge(read_manifests(folder))
+        if path.exists() and read_json(path) == merged:
+            return merged
+        write_json(path, merged)
+
+
+def remove_leftovers(folder: Path, rank: int) -> None:
+    """Remove the temporary files that a killed process of this rank left behind."""
+    patterns = (
+        f"shards/.rank{rank}-*",
+        f".samples-rank{rank}.*",
+        f".manifest-rank{rank}.*",
+        f".failures-rank{rank}.*",
+    )
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink()

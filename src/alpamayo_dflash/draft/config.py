@@ -1,0 +1,83 @@
+"""The shape of a draft network, and what of the target it was made for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """A plain DFlash draft.
+
+    Attributes:
+        hidden_size: C, of the draft and of the target's text decoder; they share embedding and head.
+        num_layers: decoder layers of the draft.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: D, even.
+        intermediate_size: width of the gated MLP.
+        vocab_size: rows of the target's embedding and head.
+        block_size: tokens of a block, the known one included.
+        context_len: how many tapped states before the anchor the draft sees.
+        target_layer_ids: the taps; index i is the *output* of the target's decoder layer i.
+        num_target_layers: decoder layers of the target.
+        mask_token_id: the id that stands for the mask; one past the target's vocabulary, with an embedding of
+            the draft's own. (Drafts of z-lab reuse a row of their target's table and name an id inside.)
+        rms_norm_eps: of every RMS norm.
+        rope_theta: base of the plain 1-D rotary positions.
+        trained_embeddings: the draft holds its own embedding and head and uses them in place of the target's.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    block_size: int
+    context_len: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    mask_token_id: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    trained_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value against the others."""
+        for name in (
+            *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
+            *("vocab_size", "context_len", "num_target_layers", "rms_norm_eps", "rope_theta"),
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.block_size < 2:
+            raise ValueError(
+                f"block_size is {self.block_size}; it must be 2 (a known token and a mask) or more"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if self.mask_token_id < 0:
+            raise ValueError(f"mask_token_id is {self.mask_token_id}; it must be 0 or more")
+        self._check_taps()
+
+    def _check_taps(self) -> None:
+        taps = self.target_layer_ids
+        if not taps:
+            raise ValueError("target_layer_ids is empty; the draft needs at least one tap")
+        if len(set(taps)) != len(taps):
+            raise ValueError(f"target_layer_ids {list(taps)} names a layer twice")
+        wrong = [tap for tap in taps if not 0 <= tap < self.num_target_layers]
+        if wrong:
+            raise ValueError(
+                f"target_layer_ids {wrong} out of range; the target's {self.num_target_layers} layers "
+                f"are 0 to {self.num_target_layers - 1}"
+            )
+
+    @property
+    def feature_size(self) -> int:
+        """F, the width of one context entry: the tapped states side by side."""
+        return len(self.target_layer_ids) * self.hidden_size

@@ -1,0 +1,362 @@
+"""Reading and writing drafts on disk.
+
+Our layout is z-lab's: their tensor names, and a `config.json` of Qwen3 keys with `architectures:
+["DFlashDraftModel"]`, `num_target_layers` and `dflash_config {target_layer_ids, mask_token_id, block_size}`.
+Ours adds the tensor `mask_embedding` [C], the key `context_len`, the keys of `dflash_config` again at top
+level (where FlashDrive's files have them), `tap_convention: "layer_output"`, and, with `trained_embeddings`,
+the tensors `embed_tokens.weight` and `lm_head.weight` [V, C].
+
+Reading names every key that is missing, unknown or changes the arithmetic, and guesses none: a tap that is
+one layer off costs a sixth of the accepted tokens, and nothing else shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alpamayo_dflash.artefacts import atomic_folder, read_json, write_json
+from alpamayo_dflash.draft.config import DraftConfig
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+MASK_FILE = "mask_embedding.pt"
+PROVENANCE = "provenance.json"
+
+ARCHITECTURE = "DFlashDraftModel"
+TAP_CONVENTION = "layer_output"
+
+# Our name -> the key of a Qwen3 config.
+_SHAPE_KEYS = {
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "num_target_layers": "num_target_layers",
+}
+# Keys of the draft itself: in `dflash_config`, at top level, or (equal) in both.
+_DRAFT_KEYS = ("target_layer_ids", "mask_token_id", "block_size")
+
+# Keys that change the arithmetic, with the only values that this network computes.
+_FIXED: dict[str, Callable[[Any], bool]] = {
+    "model_type": lambda value: value == "qwen3",
+    "hidden_act": lambda value: value == "silu",
+    "attention_bias": lambda value: value is False,
+    "tie_word_embeddings": lambda value: value is False,
+    "attention_dropout": lambda value: value == 0,
+    "rope_scaling": lambda value: value is None,
+    "use_sliding_window": lambda value: value is False,
+    "layer_types": lambda value: value is None or set(value) == {"full_attention"},
+    "is_causal": lambda value: value in (None, False),
+    "input_embedding_scale": lambda value: value in (None, 1, 1.0),
+    "tap_convention": lambda value: value == TAP_CONVENTION,
+}
+# Keys that say nothing about the arithmetic here.
+_IGNORED = {
+    *("_name_or_path", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id"),
+    *("id2label", "initializer_range", "is_encoder_decoder", "label2id", "max_position_embeddings"),
+    *("max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type"),
+    *("return_dict", "sliding_window", "torch_dtype", "transformers_version", "use_cache"),
+}
+_OWN = {
+    *("architectures", "context_len", "dflash_config", "rms_norm_eps", "rope_parameters", "rope_theta"),
+    "trained_embeddings",
+}
+_KNOWN = _IGNORED | _OWN | set(_FIXED) | set(_SHAPE_KEYS.values()) | set(_DRAFT_KEYS)
+
+
+def tensor_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a draft in our layout."""
+    c, d, inner = config.hidden_size, config.head_dim, config.intermediate_size
+    q, kv = config.num_heads * d, config.num_kv_heads * d
+    layer = {
+        "self_attn.q_proj": (q, c),
+        "self_attn.k_proj": (kv, c),
+        "self_attn.v_proj": (kv, c),
+        "self_attn.o_proj": (c, q),
+        "self_attn.q_norm": (d,),
+        "self_attn.k_norm": (d,),
+        "mlp.gate_proj": (inner, c),
+        "mlp.up_proj": (inner, c),
+        "mlp.down_proj": (c, inner),
+        "input_layernorm": (c,),
+        "post_attention_layernorm": (c,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (c, config.feature_size),
+        "hidden_norm.weight": (c,),
+        "norm.weight": (c,),
+        "mask_embedding": (c,),
+    }
+    for index in range(config.num_layers):
+        shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
+    if config.trained_embeddings:
+        shapes |= {"embed_tokens.weight": (config.vocab_size, c), "lm_head.weight": (config.vocab_size, c)}
+    return shapes
+
+
+def to_json(config: DraftConfig) -> dict[str, Any]:
+    """The `config.json` of a draft in our layout, which z-lab's code reads too."""
+    draft = {name: getattr(config, name) for name in _DRAFT_KEYS}
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "qwen3",
+        **{key: getattr(config, name) for name, key in _SHAPE_KEYS.items()},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "layer_types": ["full_attention"] * config.num_layers,
+        "use_sliding_window": False,
+        "dflash_config": draft,
+        **draft,
+        "context_len": config.context_len,
+        "tap_convention": TAP_CONVENTION,
+        "trained_embeddings": config.trained_embeddings,
+    }
+
+
+def from_json(values: Mapping[str, Any], where: str, *, context_len: int | None = None) -> DraftConfig:
+    """Read a draft's `config.json`, in our, z-lab's or FlashDrive's layout.
+
+    Args:
+        values: the file's object.
+        where: the file's name, for messages.
+        context_len: context length of a draft whose file names none (z-lab's keep every state).
+
+    Raises:
+        ValueError: a key is missing, unknown, contradicts another or asks for other arithmetic.
+    """
+    _check_convention(values, where)
+    _check_keys(values, where)
+    shape = {name: _number(values, key, where) for name, key in _SHAPE_KEYS.items()}
+    draft = {key: _draft_value(values, key, where) for key in _DRAFT_KEYS}
+    taps = draft["target_layer_ids"]
+    if not isinstance(taps, list) or not all(type(tap) is int for tap in taps):
+        raise ValueError(f"{where}: target_layer_ids is {taps!r}; it must be a list of layer numbers")
+    found = values.get("context_len", context_len)
+    if found is None:
+        raise ValueError(f"{where}: no context_len; say how many states the draft sees (context_len=…)")
+    try:
+        return DraftConfig(
+            **shape,
+            block_size=_number(draft, "block_size", where),
+            context_len=_number({"context_len": found}, "context_len", where),
+            target_layer_ids=tuple(taps),
+            mask_token_id=_number(draft, "mask_token_id", where),
+            rms_norm_eps=float(_required(values, "rms_norm_eps", where)),
+            rope_theta=_rope_theta(values, where),
+            trained_embeddings=bool(values.get("trained_embeddings", False)),
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _check_convention(values: Mapping[str, Any], where: str) -> None:
+    """Refuse a file whose numbering of taps is not known to mean layer outputs."""
+    if "speculators_model_type" in values or "aux_hidden_state_layer_ids" in values:
+        raise ValueError(f"{where}: a speculators draft, whose layer ids are one higher; convert it first")
+    if values.get("architectures") != [ARCHITECTURE]:
+        raise ValueError(
+            f"{where}: architectures is {values.get('architectures')!r}, not ['{ARCHITECTURE}']; "
+            "what its taps count from is not known"
+        )
+
+
+def _check_keys(values: Mapping[str, Any], where: str) -> None:
+    """Refuse unknown keys and values that ask for arithmetic that this network does not do."""
+    inner = values.get("dflash_config", {})
+    if not isinstance(inner, dict):
+        raise ValueError(f"{where}: dflash_config is {inner!r}; it must be an object")
+    unknown = sorted(set(values) - _KNOWN)
+    unknown += [f"dflash_config.{key}" for key in inner if key not in _DRAFT_KEYS]
+    if unknown:
+        raise ValueError(f"{where}: unknown keys {unknown}; they may change what the draft computes")
+    for key, fits in _FIXED.items():
+        if key in values and not fits(values[key]):
+            raise ValueError(f"{where}: {key} is {values[key]!r}, which plain DFlash does not compute")
+
+
+def _required(values: Mapping[str, Any], key: str, where: str) -> Any:
+    if values.get(key) is None:
+        raise ValueError(f"{where}: no {key}")
+    return values[key]
+
+
+def _number(values: Mapping[str, Any], key: str, where: str) -> int:
+    value = _required(values, key, where)
+    if type(value) is not int:
+        raise ValueError(f"{where}: {key} is {value!r}; it must be a whole number")
+    return value
+
+
+def _draft_value(values: Mapping[str, Any], key: str, where: str) -> Any:
+    """A key that may stand in `dflash_config`, at top level, or with one value in both."""
+    places = (values.get("dflash_config", {}), values)
+    found = [place[key] for place in places if place.get(key) is not None]
+    if not found:
+        raise ValueError(f"{where}: no {key}, neither in dflash_config nor at top level")
+    if any(value != found[0] for value in found):
+        raise ValueError(f"{where}: {key} is {found[0]!r} in dflash_config and {found[1]!r} at top level")
+    return found[0]
+
+
+def _rope_theta(values: Mapping[str, Any], where: str) -> float:
+    """The rotary base, from `rope_theta` (transformers 4) or `rope_parameters` (transformers 5)."""
+    parameters = values.get("rope_parameters") or {}
+    if parameters.get("rope_type", "default") != "default" or set(parameters) - {"rope_type", "rope_theta"}:
+        raise ValueError(
+            f"{where}: rope_parameters is {parameters!r}; only the default type is computed here"
+        )
+    found = [place["rope_theta"] for place in (values, parameters) if place.get("rope_theta") is not None]
+    if not found:
+        raise ValueError(f"{where}: no rope_theta, neither at top level nor in rope_parameters")
+    if any(value != found[0] for value in found):
+        raise ValueError(f"{where}: rope_theta is {found[0]!r}, in rope_parameters {found[1]!r}")
+    return float(found[0])
+
+
+def read_draft(
+    folder: Path | str, *, context_len: int | None = None, own_mask: bool = True
+) -> tuple[DraftConfig, dict[str, Tensor]]:
+    """Read a draft's config and tensors, in the dtype of the file, on the CPU.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors` (or shards with their index); a mask embedding may
+            lie beside them in `mask_embedding.pt`, as FlashDrive has it.
+        context_len: context length of a draft whose file names none.
+        own_mask: refuse a draft that has no mask embedding of its own (z-lab's take a row of their target's
+            table). With False such a draft comes without the tensor `mask_embedding`.
+
+    Raises:
+        ValueError: a file, key or tensor is missing, surplus, misshapen or corrupt; the message names it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; a draft's folder holds {CONFIG} and {WEIGHTS}")
+    config = from_json(read_json(folder / CONFIG), str(folder / CONFIG), context_len=context_len)
+    tensors = _read_weights(folder)
+    if "mask_embedding" not in tensors and (folder / MASK_FILE).exists():
+        tensors["mask_embedding"] = _read_mask(folder / MASK_FILE)
+    expected = tensor_shapes(config)
+    if "mask_embedding" not in tensors and config.mask_token_id < config.vocab_size:
+        if own_mask:
+            raise ValueError(
+                f"{folder}: the draft has no mask embedding of its own; it takes row {config.mask_token_id} "
+                "of its target's table. Train from it with --init-from, which gives it one"
+            )
+        del expected["mask_embedding"]
+    check_tensors(tensors, expected, str(folder))
+    return config, tensors
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise ValueError for missing, surplus and misshapen tensors, by name."""
+    faults = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
+    faults += [f"surplus {name}" for name in sorted(tensors.keys() - expected.keys())]
+    faults += [
+        f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if faults:
+        raise ValueError(f"{where}: " + "; ".join(faults[:8]) + ("; …" if len(faults) > 8 else ""))
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    index = folder / INDEX
+    files: Iterable[str] = (WEIGHTS,)
+    if not (folder / WEIGHTS).exists() and index.exists():
+        files = sorted(set(_required(read_json(index), "weight_map", str(index)).values()))
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        tensors |= read_tensors(folder / name)
+    return tensors
+
+
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Read a whole safetensors file onto the CPU.
+
+    Raises:
+        ValueError: the file is missing or corrupt.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _read_mask(path: Path) -> Tensor:
+    """The mask embedding of a FlashDrive draft: a tensor, or the only one of a dictionary; [C] or [1, C]."""
+    value = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(value, dict) and len(value) == 1:
+        (value,) = value.values()
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{path}: holds {type(value).__name__}, not a tensor")
+    return value.detach().reshape(-1)
+
+
+def write_draft(
+    folder: Path | str,
+    config: DraftConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a draft folder in our layout, whole or not at all. An earlier draft in it is replaced.
+
+    Raises:
+        ValueError: the tensors are not those of `config`, or the folder holds something other than a draft.
+    """
+    folder = Path(folder)
+    check_tensors(tensors, tensor_shapes(config), str(folder))
+    draft_files = {CONFIG, WEIGHTS, INDEX, MASK_FILE, PROVENANCE}
+    inside = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(inside - draft_files)
+    if others:
+        raise ValueError(f"{folder}: holds {others[:4]}, so it is not a draft's folder; name another")
+    with atomic_folder(folder) as temporary:
+        write_files(temporary, config, tensors)
+        if provenance is not None:
+            write_json(temporary / PROVENANCE, provenance)
+
+
+def write_files(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write `config.json` and `model.safetensors` into a folder that the caller replaces atomically."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / CONFIG, to_json(config))
+
+
+def resize_vocabulary(
+    config: DraftConfig, tensors: Mapping[str, Tensor], embedding_VC: Tensor, head_VC: Tensor
+) -> tuple[DraftConfig, dict[str, Tensor]]:
+    """Give a draft the target's vocabulary; new rows of its own embedding and head are the target's.
+
+    The mask's id moves to one past the vocabulary; its embedding stays.
+    """
+    size = embedding_VC.shape[0]
+    resized = dict(tensors)
+    if config.trained_embeddings:
+        for name, table in (("embed_tokens.weight", embedding_VC), ("lm_head.weight", head_VC)):
+            old = tensors[name][:size]
+            resized[name] = torch.cat((old, table[len(old) :].to(old)))
+    return replace(config, vocab_size=size, mask_token_id=size), resized

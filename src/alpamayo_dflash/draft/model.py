@@ -1,0 +1,343 @@
+"""The DFlash draft network, with the arithmetic of z-lab's plain DFlash (their package `dflash` 0.1.0).
+
+A block of b tokens, the first known and the rest masks, is filled in at once. In every layer the queries come
+from the block; keys and values come from the context features and the block through the same projections, and
+the context features skip the layer's input norm. Block tokens see all context and each other.
+
+The draft is stateless: slots are numbered from 0 over [context, block], the context right-aligned, so that
+the block always stands at positions X … X+b−1. Rotary scores depend on distances only, so these numbers are
+as good as absolute ones. Empty slots at the left, where fewer than X states exist, are masked.
+
+Shapes: S blocks, X context, b block size, U states, F taps·C, C hidden, H heads, K KV heads, D head dim,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from alpamayo_dflash.draft.config import DraftConfig
+from alpamayo_dflash.draft.formats import read_draft, write_draft
+from alpamayo_dflash.draft.masks import attention_mask
+from alpamayo_dflash.target.layers import rms_norm
+
+INITIAL_STD = 0.02
+"""Standard deviation of new weights, as in Qwen3."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What the draft predicts for a block's masks.
+
+    Attributes:
+        logits: [S, b−1, V].
+        token_ids: int64 [V] where the head covers only some of the target's tokens; None where it covers all.
+    """
+
+    logits: Tensor
+    token_ids: Tensor | None = None
+
+
+class RMSNorm(nn.Module):
+    """RMS norm with a weight, in float32 inside."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of x."""
+        if x.dtype == torch.float32:
+            # The same arithmetic in one call.
+            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply rotary tables to x [..., T, heads, D] in rotate-half form.
+
+    Args:
+        x: queries or keys.
+        tables: cos, and sin with its first half negated, [T, 1, D]: the sign that rotate-half gives the
+            second half of x sits in the table, which leaves three passes over x instead of five.
+    """
+    cos, signed_sin = tables
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), signed_sin)
+
+
+class DraftAttention(nn.Module):
+    """Attention of the block over context and block."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        c, d = config.hidden_size, config.head_dim
+        q, kv = config.num_heads * d, config.num_kv_heads * d
+        self.head_dim = config.head_dim
+        self.grouped = config.num_heads != config.num_kv_heads
+        self.q_proj = nn.Linear(c, q, bias=False)
+        self.k_proj = nn.Linear(c, kv, bias=False)
+        self.v_proj = nn.Linear(c, kv, bias=False)
+        self.o_proj = nn.Linear(q, c, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (normed, not rotated) and values [..., K, D] of context features or block tokens [..., C]."""
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        return self.k_norm(self.k_proj(x).view(heads)), self.v_proj(x).view(heads)
+
+    def forward(
+        self, x_SbC: Tensor, context: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor], seen: Tensor
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            x_SbC: the block's normed tokens.
+            context: keys and values [S, X, K, D] of the context, keys not rotated.
+            rotary: tables [X + b, 1, D] of all slots, as `rotate` takes them.
+            seen: bool [S, 1, 1, X + b].
+
+        Returns:
+            [S, b, C].
+        """
+        size = x_SbC.shape[1]
+        q = self.q_norm(self.q_proj(x_SbC).view(*x_SbC.shape[:-1], -1, self.head_dim))
+        q = rotate(q, (rotary[0][-size:], rotary[1][-size:]))
+        k_block, v_block = self.keys_values(x_SbC)
+        k = rotate(torch.cat((context[0], k_block), dim=1), rotary)
+        v = torch.cat((context[1], v_block), dim=1)
+        mixed = functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen, enable_gqa=self.grouped
+        )
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
+        return out
+
+
+class DraftMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] to [..., C]."""
+        out: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class DraftLayer(nn.Module):
+    """A Qwen3 decoder layer whose attention also reads the context features."""
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.self_attn = DraftAttention(config)
+        self.mlp = DraftMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x_SbC: Tensor, context: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor], seen: Tensor
+    ) -> Tensor:
+        """One layer over the block; arguments as in `DraftAttention.forward`."""
+        x_SbC = x_SbC + self.self_attn(self.input_layernorm(x_SbC), context, rotary, seen)
+        out: Tensor = x_SbC + self.mlp(self.post_attention_layernorm(x_SbC))
+        return out
+
+
+class DFlashDraft(nn.Module):
+    """A DFlash draft, which the decoder drives as its `Proposer`.
+
+    The embedding and the head are the target's: `bind` hands them in, nothing stores them. A draft with
+    `trained_embeddings` holds its own and only lets `bind` check the target.
+    """
+
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=False)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        if config.trained_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._bound: tuple[Tensor, Tensor] | None = None
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def random(cls, config: DraftConfig, seed: int = 0) -> DFlashDraft:
+        """A new draft: normal weights of standard deviation 0.02, norms 1, the same for the same seed."""
+        draft = cls(config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in draft.named_parameters():
+                if parameter.ndim == 2 or name == "mask_embedding":
+                    parameter.normal_(0.0, INITIAL_STD, generator=generator)
+        return draft
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        context_len: int | None = None,
+    ) -> DFlashDraft:
+        """Read a draft folder.
+
+        Args:
+            folder: in our layout, or z-lab's or FlashDrive's with a mask embedding beside it.
+            dtype: of the weights; the file's own where it is left out.
+            device: where to put them. (`bind` moves the draft to the target's device and dtype.)
+            context_len: for a folder that names none.
+
+        Raises:
+            ValueError: something is missing, surplus, misshapen, corrupt or would have to be guessed.
+        """
+        config, tensors = read_draft(folder, context_len=context_len)
+        draft = cls(config)
+        draft.load_state_dict(tensors, assign=True)
+        return draft.to(device=device, dtype=dtype).eval()
+
+    def save_pretrained(self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write the draft folder, atomically.
+
+        Raises:
+            ValueError: the folder holds something other than a draft.
+        """
+        write_draft(folder, self.config, self.state_dict(), provenance=provenance)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers whose outputs the draft reads, in the order of their concatenation."""
+        return self.config.target_layer_ids
+
+    @property
+    def context_len(self) -> int:
+        """X, how many states before the anchor the draft sees."""
+        return self.config.context_len
+
+    @property
+    def block_size(self) -> int:
+        """B, tokens of a block, the known one included."""
+        return self.config.block_size
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, C], the target's, or the draft's own."""
+        return self.embed_tokens.weight if self.config.trained_embeddings else self._target()[0]
+
+    @property
+    def head(self) -> Tensor:
+        """[V, C], the target's, or the draft's own."""
+        return self.lm_head.weight if self.config.trained_embeddings else self._target()[1]
+
+    def _target(self) -> tuple[Tensor, Tensor]:
+        if self._bound is None:
+            raise ValueError("the draft has no embedding and head yet; bind it to a target first")
+        return self._bound
+
+    def bind(self, embedding: Tensor, head: Tensor, num_layers: int) -> None:
+        """Take the target's embedding and head, and move the draft to their device and dtype.
+
+        Args:
+            embedding: [V, C].
+            head: [V, C].
+            num_layers: decoder layers of the target.
+
+        Raises:
+            ValueError: the draft was made for another width, vocabulary or number of layers.
+        """
+        config = self.config
+        if embedding.shape != head.shape:
+            raise ValueError(f"embedding {list(embedding.shape)} and head {list(head.shape)} differ in shape")
+        rows, width = embedding.shape
+        if width != config.hidden_size:
+            raise ValueError(f"the draft's hidden size is {config.hidden_size}, the target's {width}")
+        if rows != config.vocab_size:
+            raise ValueError(
+                f"the draft's vocabulary has {config.vocab_size} tokens, the target's {rows}; "
+                "train from this draft with --init-from and --full-vocab to resize it"
+            )
+        if num_layers != config.num_target_layers:
+            raise ValueError(
+                f"the draft taps layers {list(config.target_layer_ids)} of a target with "
+                f"{config.num_target_layers} layers; this target has {num_layers}"
+            )
+        self.to(device=embedding.device, dtype=embedding.dtype)
+        self._bound = (embedding.detach(), head.detach())
+
+    def _rotary(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables [X + b, 1, D] of slots 0 …, in the dtype of `like`, kept from call to call."""
+        tables = self._tables
+        if tables is None or tables[0].device != like.device or tables[0].dtype != like.dtype:
+            config = self.config
+            slots = torch.arange(config.context_len + config.block_size, device=like.device)
+            exponents = torch.arange(0, config.head_dim, 2, device=like.device).float() / config.head_dim
+            angles = slots[:, None].float() / config.rope_theta**exponents
+            cos, sin = angles.cos(), angles.sin()
+            both = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+            tables = self._tables = (both[0][:, None].to(like.dtype), both[1][:, None].to(like.dtype))
+        return tables
+
+    def features(self, states: Tensor) -> Tensor:
+        """Context features [..., C] of tapped states [..., F]."""
+        features: Tensor = self.hidden_norm(self.fc(states))
+        return features
+
+    def forward(
+        self, states: Tensor, context_lengths_S: Tensor, anchors_S: Tensor, entries_SX: Tensor | None = None
+    ) -> Tensor:
+        """Predict the masks of one block for each anchor.
+
+        Args:
+            states: tapped states, [S, X, F] (right-aligned), or [U, F] if `entries_SX` is given.
+            context_lengths_S: int64 [S], filled context slots of each block.
+            anchors_S: int64 [S], token ids of the blocks' known tokens.
+            entries_SX: int64 [S, X], which of the U states each context slot holds. Blocks of one response
+                share most of their context: so its features and keys are computed once.
+
+        Returns:
+            [S, b−1, C] at the masks, after the final norm: `x @ head.T` are the logits.
+        """
+        config = self.config
+        features = self.features(states)
+        known = functional.embedding(anchors_S, self.embedding)[:, None]
+        masks = self.mask_embedding.to(known.dtype).expand(len(anchors_S), config.block_size - 1, -1)
+        x = torch.cat((known, masks), dim=1)
+        seen = attention_mask(context_lengths_S, config.context_len, config.block_size)
+        rotary = self._rotary(x)
+        for layer in self.layers:
+            assert isinstance(layer, DraftLayer)
+            keys, values = layer.self_attn.keys_values(features)
+            if entries_SX is not None:
+                keys, values = keys[entries_SX], values[entries_SX]
+            x = layer(x, (keys, values), rotary, seen)
+        hidden: Tensor = self.norm(x[:, 1:])
+        return hidden
+
+    @torch.no_grad()
+    def propose(self, context_SXF: Tensor, context_lengths_S: Tensor, anchors_S: Tensor) -> Proposal:
+        """Propose the b−1 tokens after each anchor.
+
+        Args:
+            context_SXF: tapped states strictly before the anchor, right-aligned; finite numbers, such as
+                zeros, in the empty slots at the left.
+            context_lengths_S: int64 [S].
+            anchors_S: int64 [S], the known tokens.
+        """
+        hidden = self(context_SXF, context_lengths_S, anchors_S)
+        return Proposal(functional.linear(hidden, self.head))

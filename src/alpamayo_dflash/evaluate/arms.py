@@ -1,0 +1,167 @@
+"""One clip through one arm: the same prompt, temperature, stop rule, token limit and noise in each.
+
+Shapes: S sample, N way-points.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alpamayo_dflash.decode import Observer, Prefilled, Result, Sampling, SpeculativeDecoder, synchronise
+from alpamayo_dflash.decode.noise import flow_noise
+from alpamayo_dflash.decode.proposer import Proposer
+from alpamayo_dflash.evaluate.config import ARMS, EvaluateConfig
+from alpamayo_dflash.evaluate.reference import generate
+from alpamayo_dflash.evaluate.rows import Acceptance, ArmRow
+from alpamayo_dflash.target.model import Alpamayo
+from alpamayo_dflash.target.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one arm gave on one clip.
+
+    Attributes:
+        token_ids: of each sample.
+        coc: of each sample.
+        xyz: float32 [S, N, 3], metres.
+        times: the row to keep.
+        result: the loop's own result; None for transformers.
+    """
+
+    token_ids: list[list[int]]
+    coc: list[str]
+    xyz: Tensor
+    times: ArmRow
+    result: Result | None = None
+
+
+class Arms:
+    """The three arms over one target.
+
+    Args:
+        target: the model.
+        draft: the speculative loop's.
+        config: the evaluation's options.
+
+    Attributes:
+        names: the arms that the options ask for, in the order of the tables.
+        block_size: the draft's.
+
+    Raises:
+        ValueError: the draft does not fit the target.
+    """
+
+    def __init__(self, target: Alpamayo, draft: Proposer, config: EvaluateConfig) -> None:
+        self.target = target
+        self.config = config
+        self._decoders = {"dflash": SpeculativeDecoder(target, draft, config.decode)}
+        if config.compare:
+            self._decoders["autoregressive"] = SpeculativeDecoder(target, None, config.decode)
+        self._read: dict[str, Prefilled] = {}
+        self.block_size = draft.block_size
+        self.names = list(ARMS) if config.compare else ["dflash"]
+
+    def timed(self, arm: str, prompt: Prompt) -> Run:
+        """The whole way from the prompt to the trajectory, timed, at the evaluation's own temperature."""
+        return self._transformers(prompt) if arm == "transformers" else self._loop(arm, prompt)
+
+    def again(self, arm: str, prompt: Prompt, sampling: Sampling, observer: Observer | None = None) -> Result:
+        """Decode once more behind the prompt that a loop has just read; no trajectory.
+
+        Raises:
+            ValueError: the loop has read another prompt, or none.
+        """
+        config = self.config
+        prefilled = self._read.get(arm)
+        if prefilled is None or prefilled.prompt.key != prompt.key:
+            raise ValueError(f"the {arm} loop has not read {prompt.key}")
+        return self._decoders[arm].generate(
+            prefilled,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            num_traj_samples=config.num_traj_samples,
+            seed=config.seed,
+            max_new_tokens=config.max_tokens,
+            observer=observer,
+            trajectories=False,
+        )
+
+    def transformers_greedy(self, prompt: Prompt) -> list[list[int]]:
+        """The greedy tokens of transformers, one sample."""
+        return generate(
+            self.target,
+            prompt,
+            temperature=0.0,
+            top_p=1.0,
+            num_traj_samples=1,
+            max_new_tokens=self.config.max_tokens,
+            seed=self.config.seed,
+        ).token_ids
+
+    def _now_ms(self) -> float:
+        synchronise(self.target.device)()
+        return time.perf_counter() * 1e3
+
+    def _loop(self, arm: str, prompt: Prompt) -> Run:
+        config, decoder = self.config, self._decoders[arm]
+        start = self._now_ms()
+        prefilled = self._read[arm] = decoder.prefill(prompt)
+        prefill_ms = self._now_ms() - start
+        result = decoder.generate(
+            prefilled,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            num_traj_samples=config.num_traj_samples,
+            seed=config.seed,
+            max_new_tokens=config.max_tokens,
+        )
+        assert result.pred_xyz is not None, "trajectories were asked for"
+        times = arm_row(prefill_ms, result.timings.decode_ms, result.timings.action_ms, result.token_ids)
+        return Run(result.token_ids, result.coc, result.pred_xyz, times, result)
+
+    def _transformers(self, prompt: Prompt) -> Run:
+        config, target = self.config, self.target
+        given = generate(
+            target,
+            prompt,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            num_traj_samples=config.num_traj_samples,
+            max_new_tokens=config.max_tokens,
+            seed=config.seed,
+        )
+        start = self._now_ms()
+        samples = range(config.num_traj_samples)
+        noise = flow_noise(config.seed, prompt.key, samples, target.n_waypoints, device=target.device)
+        with torch.inference_mode():
+            action = target.denoise(noise, given.prefix)
+            xyz, _ = target.trajectory(action, prompt.ego_history_xyz, prompt.ego_history_rot)
+        action_ms = self._now_ms() - start
+        times = arm_row(given.prefill_ms, given.decode_ms, action_ms, given.token_ids)
+        return Run(given.token_ids, [target.coc_text(ids) for ids in given.token_ids], xyz, times)
+
+
+def arm_row(prefill_ms: float, decode_ms: float, action_ms: float, token_ids: list[list[int]]) -> ArmRow:
+    """The times of one run as a row; the total is their sum, the making of the prompt left out."""
+    return {
+        "prefill_ms": round(prefill_ms, 4),
+        "decode_ms": round(decode_ms, 4),
+        "action_ms": round(action_ms, 4),
+        "total_ms": round(prefill_ms + decode_ms + action_ms, 4),
+        "tokens": sum(len(ids) for ids in token_ids),
+    }
+
+
+def acceptance_of(result: Result) -> Acceptance:
+    """The counts of a speculative run that are pooled over clips."""
+    return {
+        "tokens_after_first": result.emitted,
+        "passes": result.passes,
+        "drafted": result.drafted,
+        "accepted": result.accepted,
+    }

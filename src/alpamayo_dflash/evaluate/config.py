@@ -1,0 +1,231 @@
+"""The options of the evaluation and of the measurements beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from alpamayo_dflash.decode.config import DecodeConfig, Sampling, SentenceEnd
+
+ARMS = ("transformers", "autoregressive", "dflash")
+"""transformers' own `generate`; the project's autoregressive loop; the speculative loop with the draft."""
+
+SAMPLED_TEMPERATURE = 0.6
+"""Temperature of the sampled identity check where the timed runs are greedy."""
+
+
+def check_positive(**values: int | float | None) -> None:
+    """Raise ValueError for the first value that is below 1; None is let through."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Run the arms on the same clips: times, speed-ups, acceptance, losslessness and trajectory error.
+
+    Attributes:
+        draft_model: folder of the draft.
+        cache_dir: hub cache folder that holds the clips' dataset (or that `world` wrote).
+        alpamayo_model: folder or hub id of the target.
+        clip_id: evaluate this one clip.
+        clip_ids: file with clip ids, one a line (or JSON or Parquet).
+        chunks: chunks to take clips from, such as 0-3,7; all where neither clips nor chunks are given.
+        num_samples: number of clips to take; all where it is left out.
+        t0_us: moment in the clip, microseconds.
+        max_tokens: limit of generated tokens.
+        temperature: of the timed runs; 0 is greedy.
+        top_p: nucleus mass of the timed runs.
+        num_traj_samples: samples (CoC and trajectory) of each clip.
+        seed: of sampling and of the trajectory's noise.
+        compare: run all three arms, check losslessness, print and store the comparison; else dflash alone.
+        verbose: print each round's block with accepted, rejected and target tokens marked.
+        detailed_timing: split decode into draft, verify, sampling, cache and other.
+        local_files_only: never ask the hub for the target's files.
+        sentence_end: rules at sentence ends; hint and off are lossless, force is not.
+        row_width: run both loops at this number of rows (bit-equal passes in bfloat16).
+        prompt_capacity: the longest prompt that the loops' cache holds, tokens.
+        warmup: untimed runs of every arm before the first clip.
+        output_dir: folder of evaluation.json and of the rows kept while it runs.
+        device: torch device.
+        dtype: of the target's weights; the checkpoint's own where it is left out.
+    """
+
+    draft_model: Path
+    cache_dir: Path
+    alpamayo_model: str = "nvidia/Alpamayo-R1-10B"
+    clip_id: str | None = None
+    clip_ids: Path | None = None
+    chunks: str | None = None
+    num_samples: int | None = None
+    t0_us: int = 5_100_000
+    max_tokens: int = 128
+    temperature: float = 0.6
+    top_p: float = 0.98
+    num_traj_samples: int = 1
+    seed: int = 0
+    compare: bool = True
+    verbose: bool = False
+    detailed_timing: bool = False
+    local_files_only: bool = False
+    sentence_end: SentenceEnd = "hint"
+    row_width: int | None = None
+    prompt_capacity: int = 4096
+    warmup: int = 1
+    output_dir: Path = Path("runs/evaluation")
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges and that the clips are named in one way only."""
+        check_positive(
+            max_tokens=self.max_tokens,
+            num_traj_samples=self.num_traj_samples,
+            num_samples=self.num_samples,
+        )
+        _ = self.sampling, self.decode  # these check their own values
+        if self.warmup < 0:
+            raise ValueError(f"warmup is {self.warmup}; it must be at least 0")
+        named = [name for name in ("clip_id", "clip_ids", "chunks") if getattr(self, name) is not None]
+        if len(named) > 1:
+            raise ValueError(f"{' and '.join(named)} are given; name the clips in one way only")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the timed runs choose tokens."""
+        return Sampling(self.temperature, self.top_p)
+
+    @property
+    def sampled(self) -> Sampling:
+        """How the sampled identity check chooses tokens."""
+        return Sampling(SAMPLED_TEMPERATURE, self.top_p) if self.sampling.greedy else self.sampling
+
+    @property
+    def decode(self) -> DecodeConfig:
+        """How both loops run."""
+        return DecodeConfig(self.sentence_end, self.row_width, self.prompt_capacity)
+
+
+@dataclass(frozen=True)
+class LosslessConfig:
+    """Count the clips whose speculative output equals the autoregressive one, for trained and random drafts.
+
+    Attributes:
+        draft_models: folders of trained drafts, one for each block size; each gets a random twin.
+        cache_dir: hub cache folder that holds the clips' dataset.
+        alpamayo_model: folder or hub id of the target.
+        chunks: chunks to take clips from; all where it is left out.
+        num_samples: number of clips.
+        t0_us: moment in the clip, microseconds.
+        max_tokens: limit of generated tokens.
+        temperature: of the sampled runs.
+        top_p: nucleus mass of the sampled runs.
+        seed: of sampling and of the random drafts' weights.
+        out: the JSON file to write.
+        device: torch device.
+    """
+
+    draft_models: tuple[Path, ...]
+    cache_dir: Path
+    alpamayo_model: str
+    chunks: str | None = None
+    num_samples: int = 200
+    t0_us: int = 5_100_000
+    max_tokens: int = 128
+    temperature: float = SAMPLED_TEMPERATURE
+    top_p: float = 0.98
+    seed: int = 0
+    out: Path = Path("docs/results/lossless_tiny.json")
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_positive(num_samples=self.num_samples, max_tokens=self.max_tokens)
+        if not self.draft_models:
+            raise ValueError("draft_models is empty; give at least one draft's folder")
+        if Sampling(self.temperature, self.top_p).greedy:
+            raise ValueError(f"temperature is {self.temperature}; the sampled check needs one above 0")
+
+
+@dataclass(frozen=True)
+class DistributionConfig:
+    """Compare the frequencies of sampled tokens over many seeds with the target's own distribution.
+
+    Attributes:
+        draft_model: folder of the draft of the speculative runs.
+        cache_dir: hub cache folder that holds the clip.
+        alpamayo_model: folder or hub id of the target.
+        clip_id: the prompt's clip; the first of the folder where it is left out.
+        t0_us: moment in the clip, microseconds.
+        seeds: number of seeds.
+        sample_counts: samples a seed of each series.
+        tokens: leading tokens whose joint frequencies are compared.
+        temperature: of sampling.
+        top_p: nucleus mass.
+        level: a series fails if its chi-square p-value lies below this level, divided by the number of tests.
+        out: the JSON file to write.
+        device: torch device.
+    """
+
+    draft_model: Path
+    cache_dir: Path
+    alpamayo_model: str
+    clip_id: str | None = None
+    t0_us: int = 5_100_000
+    seeds: int = 20_000
+    sample_counts: tuple[int, ...] = (1, 6)
+    tokens: int = 3
+    temperature: float = SAMPLED_TEMPERATURE
+    top_p: float = 0.98
+    level: float = 0.01
+    out: Path = Path("docs/results/distribution_tiny.json")
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_positive(seeds=self.seeds, tokens=self.tokens)
+        if not self.sample_counts or min(self.sample_counts) < 1:
+            raise ValueError(
+                f"sample_counts is {self.sample_counts}; give at least one count, each at least 1"
+            )
+        if not 0 < self.level < 1:
+            raise ValueError(f"level is {self.level}; it must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class MeasureWorldConfig:
+    """Measure how hard the world is, on the target's own sampled CoCs; fails outside the bounds.
+
+    Attributes:
+        alpamayo_model: folder of the tiny target; the one in the package where it is left out.
+        cache_dir: hub cache folder of a written world; scenes are drawn in memory where it is left out.
+        chunks: chunks of the written world; all where it is left out.
+        num_samples: number of clips.
+        world_seed: seed of the world, where its scenes are drawn in memory.
+        temperature: of the rollouts.
+        top_p: nucleus mass of the rollouts.
+        seed: of sampling.
+        max_tokens: limit of generated tokens.
+        out: the JSON file to write.
+        device: torch device.
+    """
+
+    alpamayo_model: str | None = None
+    cache_dir: Path | None = None
+    chunks: str | None = None
+    num_samples: int = 1200
+    world_seed: int = 1
+    temperature: float = SAMPLED_TEMPERATURE
+    top_p: float = 0.98
+    seed: int = 0
+    max_tokens: int = 128
+    out: Path = Path("docs/results/world_tiny.json")
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_positive(num_samples=self.num_samples, max_tokens=self.max_tokens)
+        if self.chunks is not None and self.cache_dir is None:
+            raise ValueError("chunks is given without cache_dir; chunks belong to a written world")

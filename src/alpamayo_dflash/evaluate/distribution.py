@@ -1,0 +1,235 @@
+"""Are sampled tokens drawn from the target's distribution, and is their noise independent?
+
+The joint distribution of the first tokens is computed without any noise; the frequencies come from the very
+loops that users run, over many seeds. All tests together fail with a chance below `level` if all is right:
+each is held to `level` over their number (Bonferroni).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from alpamayo_dflash.artefacts import folder_hash, provenance, write_json
+from alpamayo_dflash.clips import ClipSource
+from alpamayo_dflash.decode import Prefilled, Sampling, SpeculativeDecoder, chi_square, joint_distribution
+from alpamayo_dflash.decode.noise import token_noise
+from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.evaluate.config import DistributionConfig
+from alpamayo_dflash.evaluate.reference import next_logits
+from alpamayo_dflash.evaluate.setup import open_target
+from alpamayo_dflash.target.prompt import Prompt
+
+# Tokens written beyond those that count, so that a draft's proposals run past them as they do in use.
+_BEYOND = 2
+_BINS = 8
+_NOISE_VALUES = 1 << 20
+
+Text = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Test:
+    """A statistical test.
+
+    Attributes:
+        name: what is tested.
+        p_value: the chance of a statistic at least as large if all is right.
+        detail: the statistic and what it was computed from.
+    """
+
+    name: str
+    p_value: float
+    detail: Mapping[str, Any]
+
+
+def first_tokens(
+    decoder: SpeculativeDecoder, prefilled: Prefilled, config: DistributionConfig, samples: int
+) -> list[list[Text]]:
+    """The first tokens of every sample, seed by seed."""
+    console = Console(file=sys.stderr)
+    drafted = "without a draft" if decoder.draft is None else "with a draft"
+    found = []
+    for seed in track(range(config.seeds), f"{samples} sample(s) {drafted}", console=console):
+        result = decoder.generate(
+            prefilled,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            num_traj_samples=samples,
+            seed=seed,
+            max_new_tokens=config.tokens + _BEYOND,
+            trajectories=False,
+        )
+        found.append([tuple(ids[: config.tokens]) for ids in result.token_ids])
+    return found
+
+
+def frequency_test(series: str, found: Sequence[Sequence[Text]], joint: Mapping[Text, float]) -> Test:
+    """Joint frequencies against the distribution; p is 0 if a text occurred that cannot."""
+    counts = Counter(text for texts in found for text in texts)
+    impossible = sum(count for text, count in counts.items() if text not in joint)
+    fit = chi_square(counts, joint)
+    detail = {
+        "statistic": fit.statistic,
+        "degrees": fit.degrees,
+        "draws": fit.draws,
+        "impossible": impossible,
+    }
+    return Test(f"joint frequencies, {series}", 0.0 if impossible else fit.p_value, detail)
+
+
+def contingency(pairs: Sequence[tuple[Any, Any]], least: float = 5.0) -> tuple[float, int, float]:
+    """Pearson's chi-square test of independence of two categories.
+
+    Categories whose smallest expected cell would be below `least` are pooled into one.
+
+    Returns:
+        The statistic, its degrees of freedom and its p-value; a p-value of 1 where fewer than two categories
+        are left on a side.
+    """
+    total = len(pairs)
+    threshold = math.sqrt(least * total)
+    left, right = (_pooled([pair[side] for pair in pairs], threshold) for side in (0, 1))
+    rows, columns, cells = Counter(left), Counter(right), Counter(zip(left, right, strict=True))
+    statistic = 0.0
+    for row, row_count in rows.items():
+        for column, column_count in columns.items():
+            expected = row_count * column_count / total
+            statistic += (cells[row, column] - expected) ** 2 / expected
+    degrees = (len(rows) - 1) * (len(columns) - 1)
+    return statistic, degrees, upper_tail(statistic, degrees) if degrees else 1.0
+
+
+def _pooled(values: Sequence[Any], threshold: float) -> list[Any]:
+    """Values with the rare ones, fewer than `threshold`, replaced by one."""
+    counts = Counter(values)
+    return [value if counts[value] >= threshold else "rare" for value in values]
+
+
+def upper_tail(statistic: float, degrees: int) -> float:
+    """The chance that chi-square with these degrees of freedom is at least this large."""
+    half = torch.tensor([degrees / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))
+
+
+def noise_tests(vocab_size: int) -> list[Test]:
+    """Independence of the noise of neighbouring positions, of samples, of windows, of seeds and of tokens.
+
+    Each pairs a million values of one place with those of another, binned by their own distribution's
+    quantiles, in a contingency table.
+    """
+    places = max(1, _NOISE_VALUES // vocab_size)
+
+    def at(seed: int = 0, window: str = "a@0", sample: int = 0, first: int = 0) -> Tensor:
+        rows = token_noise(seed, window, [sample], range(first, first + places), vocab_size)
+        # exp(-exp(-g)) is uniform where g is Gumbel noise.
+        return rows.double().neg().exp().neg().exp().flatten()
+
+    base = at()
+    others = {
+        "positions": at(first=1),
+        "samples": at(sample=1),
+        "windows": at(window="b@0"),
+        "seeds": at(seed=1),
+        "tokens": base.view(places, -1).roll(1, dims=-1).flatten(),
+    }
+    return [_noise_test(name, base, other) for name, other in others.items()]
+
+
+def _noise_test(name: str, one: Tensor, other: Tensor) -> Test:
+    """Pearson's test on a table of equal bins, and the correlation beside it."""
+    cells = (one * _BINS).long() * _BINS + (other * _BINS).long()
+    counts = torch.bincount(cells, minlength=_BINS**2).double().view(_BINS, _BINS)
+    expected = counts.sum(1, keepdim=True) * counts.sum(0, keepdim=True) / counts.sum()
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    degrees = (_BINS - 1) ** 2
+    correlation = float(torch.corrcoef(torch.stack((one, other)))[0, 1])
+    detail = {"statistic": statistic, "degrees": degrees, "values": len(one), "correlation": correlation}
+    return Test(f"noise of different {name} is independent", upper_tail(statistic, degrees), detail)
+
+
+def check_reference(
+    decoder: SpeculativeDecoder, prompt: Prompt, joint: Mapping[Text, float], sampling: Sampling
+) -> float:
+    """The largest difference of the first token's probabilities from those of transformers' own forward.
+
+    The mask, temperature and nucleus are written out here a second time.
+    """
+    target = decoder.target
+    logits = next_logits(target, prompt).double()
+    logits[target.traj_ids.start : target.traj_ids.stop] = -math.inf
+    ranked, ids = (logits / sampling.temperature).softmax(-1).sort(descending=True)
+    kept = ranked * (ranked.cumsum(-1) - ranked < sampling.top_p)
+    expected: dict[int, float] = dict(zip(ids.tolist(), (kept / kept.sum()).tolist(), strict=True))
+    ours = dict.fromkeys(expected, 0.0)
+    for text, probability in joint.items():
+        ours[text[0]] += probability
+    return max(abs(expected[token] - ours[token]) for token in expected)
+
+
+def run(config: DistributionConfig) -> dict[str, Any]:
+    """Draw, count, test, write; `passed` says whether every test holds at its level.
+
+    Raises:
+        ValueError: bad input; the message names it.
+    """
+    started = time.time()
+    source = ClipSource(config.cache_dir)
+    clip_id = config.clip_id or source.clip_ids()[0]
+    window = source.window(clip_id, config.t0_us)
+    draft = DFlashDraft.from_pretrained(config.draft_model, dtype=torch.float32)
+    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
+    prompt = target.prompt(window)
+    sampling = Sampling(config.temperature, config.top_p)
+    decoders = {"autoregressive": SpeculativeDecoder(target), "dflash": SpeculativeDecoder(target, draft)}
+    plain = decoders["autoregressive"]
+    joint = joint_distribution(plain, plain.prefill(prompt), config.tokens, sampling)
+    tests = _series_tests(decoders, prompt, joint, config) + noise_tests(target.vocab_size)
+    bound = config.level / len(tests)
+    result = {
+        "window": prompt.key,
+        "outcomes": len(joint),
+        "probability_total": sum(joint.values()),
+        "reference_difference": check_reference(plain, prompt, joint, sampling),
+        "level": config.level,
+        "level_each": bound,
+        "tests": [dataclasses.asdict(test) | {"passed": test.p_value >= bound} for test in tests],
+        "passed": all(test.p_value >= bound for test in tests),
+    }
+    parents = {"target": target_hash, "draft": folder_hash(config.draft_model)}
+    made = provenance(config=config, parents=parents, device=config.device, started=started)
+    write_json(config.out, result | {"provenance": made})
+    return result | {"out": str(config.out)}
+
+
+def _series_tests(
+    decoders: Mapping[str, SpeculativeDecoder],
+    prompt: Prompt,
+    joint: Mapping[Text, float],
+    config: DistributionConfig,
+) -> list[Test]:
+    """The joint frequencies of every series, and the independence of its samples where it has several."""
+    tests = []
+    for arm, decoder in decoders.items():
+        prefilled = decoder.prefill(prompt)
+        for samples in config.sample_counts:
+            found = first_tokens(decoder, prefilled, config, samples)
+            tests.append(frequency_test(f"{arm}, {samples} sample(s)", found, joint))
+            if samples > 1:
+                pairs = [(texts[0], texts[1]) for texts in found]
+                statistic, degrees, p_value = contingency(pairs)
+                detail = {"statistic": statistic, "degrees": degrees, "draws": len(pairs)}
+                name = f"samples of one seed are independent, {arm}, {samples} samples"
+                tests.append(Test(name, p_value, detail))
+    return tests

@@ -1,0 +1,213 @@
+"""Numbers over clips, from the rows alone: medians, pooled acceptance, paired speed-ups, errors."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alpamayo_dflash.evaluate.rows import ClipRow, Failure
+
+TIMES = ("prefill_ms", "decode_ms", "action_ms", "total_ms")
+PARTS = ("draft", "verify", "sampling", "cache", "other")
+
+Array = npt.NDArray[np.float32]
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The lower quartile, the median and the upper quartile, interpolated between neighbours.
+
+    Raises:
+        ValueError: there are no values.
+    """
+    if not values:
+        raise ValueError("quartiles of no values")
+    if len(values) == 1:
+        return [values[0]] * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def _rounded(values: Sequence[float], digits: int = 3) -> list[float]:
+    return [round(value, digits) for value in values]
+
+
+def min_ade(predicted_xyz: Array, future_xyz: Array) -> float:
+    """The least average displacement error over samples, metres (specification 9).
+
+    Args:
+        predicted_xyz: [S, N, 3], in the ego frame at t0.
+        future_xyz: [N, 3], what the vehicle did.
+    """
+    distance_SN = np.linalg.norm(predicted_xyz[..., :2] - future_xyz[None, :, :2], axis=-1)
+    return float(distance_SN.mean(axis=-1).min())
+
+
+def constant_velocity(history_xyz: Array, points: int) -> Array:
+    """The path of a vehicle that keeps the velocity of its last history step.
+
+    Args:
+        history_xyz: [16, 3]; the last point is the origin.
+        points: number of way-points, one history step apart.
+
+    Returns:
+        [1, points, 3].
+    """
+    step = history_xyz[-1] - history_xyz[-2]
+    path: Array = history_xyz[-1] + np.arange(1, points + 1, dtype=np.float32)[:, None] * step
+    return path[None]
+
+
+def arm_summary(rows: Sequence[ClipRow], arm: str) -> dict[str, Any]:
+    """Medians and quartiles of one arm's times over clips, and its tokens.
+
+    `tokens` is the sum over clips and samples, `tokens_per_s` that sum over the sum of decode times.
+    """
+    found = [row["arms"][arm] for row in rows]
+    summary: dict[str, Any] = {}
+    spread: dict[str, list[float]] = {}
+    for name in TIMES:
+        low, middle, high = _rounded(quartiles([float(times[name]) for times in found]))  # type: ignore[literal-required]
+        summary[name] = middle
+        spread[name] = [low, high]
+    tokens = sum(times["tokens"] for times in found)
+    decode_s = sum(times["decode_ms"] for times in found) / 1000
+    summary["tokens"] = tokens
+    summary["tokens_per_s"] = round(tokens / decode_s, 3) if decode_s > 0 else None
+    summary["quartiles"] = spread
+    return summary
+
+
+def speedup(rows: Sequence[ClipRow], time: str, slow: str, fast: str = "dflash") -> list[float]:
+    """Quartiles over clips of the paired ratio of one arm's time to another's.
+
+    A clip on which the fast arm took no time at all (a CoC of one token) is left out.
+    """
+    pairs = [(row["arms"][slow], row["arms"][fast]) for row in rows]
+    ratios = [one[time] / other[time] for one, other in pairs if other[time] > 0]  # type: ignore[literal-required]
+    return _rounded(quartiles(ratios))
+
+
+def speedups(rows: Sequence[ClipRow]) -> dict[str, Any]:
+    """Decode and total speed-ups of the speculative loop: medians of paired ratios, and their quartiles."""
+    summary: dict[str, Any] = {}
+    spread: dict[str, list[float]] = {}
+    for short, time in (("decode", "decode_ms"), ("total", "total_ms")):
+        for slow in ("autoregressive", "transformers"):
+            low, middle, high = speedup(rows, time, slow)
+            summary[f"{short}_vs_{slow}"] = middle
+            spread[f"{short}_vs_{slow}"] = [low, high]
+    summary["quartiles"] = spread
+    return summary
+
+
+def pooled_acceptance(rows: Sequence[ClipRow]) -> dict[str, Any]:
+    """Acceptance over all clips together.
+
+    Returns:
+        `acceptance_length`: tokens after the first over verify passes; `acceptance_rate`: accepted drafted
+        tokens over drafted tokens; `passes_per_coc`; the counts that they come from. A ratio over nothing is
+        None.
+    """
+    counts = {
+        name: sum(row["acceptance"][name] for row in rows)  # type: ignore[literal-required]
+        for name in ("tokens_after_first", "passes", "drafted", "accepted")
+    }
+    samples = sum(len(row["coc"]) for row in rows)
+
+    def ratio(above: int, below: int) -> float | None:
+        return round(above / below, 4) if below else None
+
+    return {
+        "acceptance_length": ratio(counts["tokens_after_first"], counts["passes"]),
+        "acceptance_rate": ratio(counts["accepted"], counts["drafted"]),
+        "passes_per_coc": ratio(counts["passes"], samples),
+        "counts": counts,
+    }
+
+
+def identity_counts(rows: Sequence[ClipRow]) -> dict[str, int]:
+    """How many clips gave equal outputs, of how many that were checked."""
+    checked = [row["identity"] for row in rows if "identity" in row]
+    return {
+        "greedy_identical": sum(found["greedy"] for found in checked),
+        "sampled_identical": sum(found["sampled"] for found in checked),
+        "autoregressive_equals_transformers": sum(
+            found["autoregressive_equals_transformers"] for found in checked
+        ),
+        "of": len(checked),
+    }
+
+
+def trajectory_summary(rows: Sequence[ClipRow]) -> dict[str, Any] | None:
+    """Mean minADE over the clips that have a future, beside constant velocity's; None if none has."""
+    found = [row["trajectory"] for row in rows if "trajectory" in row]
+    if not found:
+        return None
+    return {
+        "min_ade_m": round(statistics.fmean(each["min_ade_m"] for each in found), 4),
+        "constant_velocity_min_ade_m": round(
+            statistics.fmean(each["constant_velocity_ade_m"] for each in found), 4
+        ),
+        "of": len(found),
+    }
+
+
+def named_summary(rows: Sequence[ClipRow]) -> dict[str, Any] | None:
+    """Shares of CoCs that name the scene's manoeuvre, its cause, and both; None without facts."""
+    found = [row["named"] for row in rows if "named" in row]
+    if not found:
+        return None
+    return {
+        "manoeuvre": round(sum(each["manoeuvre"] for each in found) / len(found), 4),
+        "cause": round(sum(each["cause"] for each in found) / len(found), 4),
+        "both": round(sum(each["manoeuvre"] and each["cause"] for each in found) / len(found), 4),
+        "of": len(found),
+    }
+
+
+def parts_summary(rows: Sequence[ClipRow]) -> dict[str, Any] | None:
+    """Decode split into its parts: mean ms a clip and share of the whole; None if it was not timed."""
+    found = [row["parts_ms"] for row in rows if "parts_ms" in row]
+    if not found:
+        return None
+    means = {part: statistics.fmean(each[part] for each in found) for part in PARTS}
+    whole = sum(means.values())
+    return {
+        part: {"ms": round(ms, 3), "share": round(ms / whole, 4) if whole > 0 else None}
+        for part, ms in means.items()
+    }
+
+
+def summarise(rows: Sequence[ClipRow], failures: Sequence[Failure], attempted: int) -> dict[str, Any]:
+    """The evaluation's JSON object, from its rows.
+
+    Raises:
+        ValueError: no clip was done; the message holds the first failure's reason.
+    """
+    if not rows:
+        reason = f"; the first: {failures[0]['clip_id']}: {failures[0]['error']}" if failures else ""
+        raise ValueError(f"none of {attempted} clips could be evaluated{reason}")
+    arms = [arm for arm in ("transformers", "autoregressive", "dflash") if arm in rows[0]["arms"]]
+    acceptance = pooled_acceptance(rows)
+    result: dict[str, Any] = {
+        "clips": {
+            "attempted": attempted,
+            "done": len(rows),
+            "failed": len(failures),
+            "failures": list(failures),
+        },
+        "lossless": identity_counts(rows),
+        "acceptance_length": acceptance["acceptance_length"],
+        "acceptance_rate": acceptance["acceptance_rate"],
+        "passes_per_coc": acceptance["passes_per_coc"],
+        "acceptance_counts": acceptance["counts"],
+        "arms": {arm: arm_summary(rows, arm) for arm in arms},
+        "speedup": speedups(rows) if len(arms) == 3 else None,
+        "trajectory": trajectory_summary(rows),
+        "coc_names": named_summary(rows),
+        "decode_parts": parts_summary(rows),
+    }
+    return result

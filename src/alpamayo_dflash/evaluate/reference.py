@@ -1,0 +1,163 @@
+"""The arm that users have today: `generate` of transformers on the target's own prompt.
+
+The same mask of trajectory ids, temperature, nucleus, stop rule and token limit as the project's loops
+(specification 7): generation ends one token after `<|traj_future_start|>`, because only then does the cache
+hold that token's entry, which the action expert needs; the extra token is dropped.
+
+Shapes: S sample, P prompt, T cache entries, V vocabulary, L layers, K KV heads, D head dim, N way-points.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+from alpamayo_dflash.decode.config import GREEDY_BELOW
+from alpamayo_dflash.target.expert import ActionPrefix
+
+if TYPE_CHECKING:
+    from alpamayo_dflash.target import Alpamayo
+    from alpamayo_dflash.target.prompt import Prompt
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` gave.
+
+    Attributes:
+        token_ids: of each sample, through its first `<|traj_future_start|>` or eos, or up to the limit.
+        prefix: the cache as the action expert reads it.
+        prefill_ms: from the call to the first logits: vision and prompt.
+        decode_ms: from there to the end.
+    """
+
+    token_ids: list[list[int]]
+    prefix: ActionPrefix
+    prefill_ms: float
+    decode_ms: float
+
+
+def now(device: torch.device) -> float:
+    """The clock, seconds, with the device's work done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class MaskIds(LogitsProcessor):
+    """Suppresses a range of ids, and notes when the first logits came."""
+
+    def __init__(self, ids: range, device: torch.device) -> None:
+        self._ids = ids
+        self._device = device
+        self.first_logits_at: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Set the range's scores [S, V] to minus infinity."""
+        if self.first_logits_at is None:
+            self.first_logits_at = now(self._device)
+        scores = scores.clone()
+        scores[:, self._ids.start : self._ids.stop] = -torch.inf
+        return scores
+
+
+class OneAfter(StoppingCriteria):
+    """A sample is finished once a token has followed `token`; transformers itself stops at eos."""
+
+    def __init__(self, token: int, prompt_length: int) -> None:
+        self._token = token
+        self._start = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Whether each sample [S] is finished."""
+        return (input_ids[:, self._start : -1] == self._token).any(dim=-1)
+
+
+def generation_config(
+    target: Alpamayo, *, temperature: float, top_p: float, max_new_tokens: int
+) -> GenerationConfig:
+    """The options of `generate` that ask for what the project's loops do."""
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature >= GREEDY_BELOW:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return GenerationConfig(
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=target.special.eos,
+        pad_token_id=target.special.pad,
+        return_dict_in_generate=True,
+        use_cache=True,
+    )
+
+
+@torch.no_grad()
+def generate(
+    target: Alpamayo,
+    prompt: Prompt,
+    *,
+    temperature: float,
+    top_p: float,
+    num_traj_samples: int,
+    max_new_tokens: int,
+    seed: int,
+) -> Generated:
+    """Run `target.vlm.generate` on a prompt; several samples are the prompt repeated as a batch."""
+    torch.manual_seed(seed)
+    device = target.device
+    mask = MaskIds(target.traj_ids, device)
+    stop = OneAfter(target.special.traj_future_start, len(prompt))
+    started = now(device)
+    output = target.vlm.generate(
+        **{
+            name: tensor.repeat(num_traj_samples, *[1] * (tensor.dim() - 1))
+            for name, tensor in target.transformers_inputs(prompt).items()
+        },
+        generation_config=generation_config(
+            target, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens
+        ),
+        logits_processor=LogitsProcessorList([mask]),
+        stopping_criteria=StoppingCriteriaList([stop]),
+    )
+    ended = now(device)
+    assert mask.first_logits_at is not None, "generate never asked for logits"
+    token_ids = [cut(row, target) for row in output.sequences[:, len(prompt) :].tolist()]
+    return Generated(
+        token_ids=token_ids,
+        prefix=action_prefix(output.past_key_values, token_ids, prompt, target),
+        prefill_ms=1000 * (mask.first_logits_at - started),
+        decode_ms=1000 * (ended - mask.first_logits_at),
+    )
+
+
+def cut(token_ids: list[int], target: Alpamayo) -> list[int]:
+    """A sample's tokens through the first `<|traj_future_start|>` or eos; all if there is neither."""
+    stops = (target.special.traj_future_start, target.special.eos)
+    end = next((place for place, token in enumerate(token_ids) if token in stops), len(token_ids) - 1)
+    return token_ids[: end + 1]
+
+
+def action_prefix(cache: Any, token_ids: list[list[int]], prompt: Prompt, target: Alpamayo) -> ActionPrefix:
+    """The cache of `generate` in the expert's form (specification 7 and 8.2).
+
+    The offset counts tokens through `<|traj_future_start|>`; a sample that lacks it has the sequence's
+    length as its offset, one more than the cache holds entries for.
+    """
+    keys = torch.stack([layer.keys for layer in cache.layers]).transpose(2, 3)
+    values = torch.stack([layer.values for layer in cache.layers]).transpose(2, 3)
+    device = keys.device
+    offsets = torch.tensor([len(prompt) + len(ids) for ids in token_ids], device=device)
+    entries = keys.shape[2]
+    return ActionPrefix(keys, values, offsets.clamp(max=entries), offsets + prompt.rope_delta)
+
+
+@torch.no_grad()
+def next_logits(target: Alpamayo, prompt: Prompt) -> Tensor:
+    """Logits of the token after the prompt, float32 [V], from transformers' own forward; unmasked."""
+    logits: Tensor = target.vlm(**target.transformers_inputs(prompt)).logits[0, -1]
+    return logits.float()

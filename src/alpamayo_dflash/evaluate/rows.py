@@ -1,0 +1,135 @@
+"""One clip's results as plain values, and the file that keeps them while an evaluation runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Generic, NotRequired, TypedDict, TypeVar, cast
+
+from alpamayo_dflash.artefacts import atomic_file, to_plain
+
+
+class ArmRow(TypedDict):
+    """Times of one arm on one clip, in ms, and its tokens over all samples."""
+
+    prefill_ms: float
+    decode_ms: float
+    action_ms: float
+    total_ms: float
+    tokens: int
+
+
+class Acceptance(TypedDict):
+    """What the speculative loop did on one clip, over all samples.
+
+    `tokens_after_first` counts through `<|traj_future_start|>`, `passes` the verify passes after the
+    prompt's, each sample's own; `drafted` and `accepted` count drafted tokens.
+    """
+
+    tokens_after_first: int
+    passes: int
+    drafted: int
+    accepted: int
+
+
+class Identity(TypedDict):
+    """Which outputs were equal, token for token, on one clip; over all samples."""
+
+    greedy: bool
+    sampled: bool
+    autoregressive_equals_transformers: bool
+
+
+class Trajectory(TypedDict):
+    """Errors against the clip's own future, metres."""
+
+    min_ade_m: float
+    constant_velocity_ade_m: float
+
+
+class Named(TypedDict):
+    """Whether the first sample's CoC names the scene's manoeuvre and cause."""
+
+    manoeuvre: bool
+    cause: bool
+
+
+class ClipRow(TypedDict):
+    """All results of one clip that was done."""
+
+    clip_id: str
+    prompt_tokens: int
+    coc: list[str]
+    arms: dict[str, ArmRow]
+    acceptance: Acceptance
+    identity: NotRequired[Identity]
+    trajectory: NotRequired[Trajectory]
+    named: NotRequired[Named]
+    parts_ms: NotRequired[dict[str, float]]
+
+
+class Failure(TypedDict):
+    """A clip that failed, and why."""
+
+    clip_id: str
+    error: str
+
+
+class LosslessRow(TypedDict):
+    """Which outputs were equal on one clip, by the drafts' names; `differences` says where they were not."""
+
+    clip_id: str
+    autoregressive_equals_transformers: bool
+    greedy: dict[str, bool]
+    sampled: dict[str, bool]
+    acceptance: dict[str, Acceptance]
+    differences: list[str]
+
+
+Row = TypeVar("Row", ClipRow, LosslessRow)
+
+
+class RowStore(Generic[Row]):
+    """A JSON-lines file of results: a head line that names the run, then one line a clip.
+
+    A store with another head (other options, another draft) is begun anew. A last line that was cut short
+    by an interruption is dropped.
+    """
+
+    def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
+        self.path = path
+        self._head = json.loads(json.dumps(to_plain(head)))
+        self._rows: dict[str, Row] = self._read()
+        with atomic_file(path) as temporary:
+            lines = [self._head, *self._rows.values()]
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def _read(self) -> dict[str, Row]:
+        if not self.path.exists():
+            return {}
+        lines = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        if not lines or lines[0] != self._head:
+            return {}
+        return {row["clip_id"]: cast(Row, row) for row in lines[1:]}
+
+    def __contains__(self, clip_id: str) -> bool:
+        return clip_id in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, row: Row) -> None:
+        """Keep one clip's results, on disk before this returns."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        self._rows[row["clip_id"]] = row
+
+    def rows(self) -> list[Row]:
+        """The results so far, in the order in which they came."""
+        return list(self._rows.values())

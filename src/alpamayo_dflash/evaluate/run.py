@@ -1,0 +1,251 @@
+"""The stage: three arms on the same clips, measured, compared and kept."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from alpamayo_dflash.artefacts import folder_hash, provenance, read_json, to_plain, write_json
+from alpamayo_dflash.clips import ClipSource, Window
+from alpamayo_dflash.clips.cache import find_snapshot
+from alpamayo_dflash.decode import Sampling, StageTimer, synchronise
+from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.evaluate import metrics
+from alpamayo_dflash.evaluate.arms import Arms, Run, acceptance_of
+from alpamayo_dflash.evaluate.config import EvaluateConfig
+from alpamayo_dflash.evaluate.rows import ClipRow, Failure, Identity, Named, RowStore, Trajectory
+from alpamayo_dflash.evaluate.setup import chosen_clips, open_target
+from alpamayo_dflash.evaluate.trace import LEGEND, RoundPrinter, piece_of
+from alpamayo_dflash.target.prompt import Prompt
+from alpamayo_dflash.world import Facts, read_facts
+from alpamayo_dflash.world.language import read
+from alpamayo_dflash.world.read import SCENES_FILE
+
+RESULT = "evaluation.json"
+ROWS = "rows.jsonl"
+
+# What may happen to one clip without being the program's own fault: bad data, a full disk, too little memory.
+_CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
+
+# Options that change neither the numbers nor which clips they are of.
+_FREE = frozenset(("output_dir", "verbose", "local_files_only"))
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate, or continue an evaluation that was interrupted, or say that there is nothing to do.
+
+    Returns:
+        The JSON object of `evaluation.json` without its rows and provenance.
+
+    Raises:
+        ValueError: bad input, or no clip could be evaluated; the message says why.
+    """
+    started = time.time()
+    console = Console(file=sys.stderr)
+    source = ClipSource(config.cache_dir)
+    clip_ids = chosen_clips(
+        source,
+        clip_id=config.clip_id,
+        clip_ids=config.clip_ids,
+        chunks=config.chunks,
+        count=config.num_samples,
+    )
+    draft = DFlashDraft.from_pretrained(config.draft_model)
+    target, target_hash = open_target(
+        config.alpamayo_model,
+        device=config.device,
+        dtype=config.dtype,
+        local_files_only=config.local_files_only,
+    )
+    arms = Arms(target, draft, config)
+    parents = {"target": target_hash, "draft": folder_hash(config.draft_model)}
+    head = _head(config, parents, clip_ids)
+    earlier = _earlier(config, head)
+    if earlier is not None:
+        console.print(f"nothing to do: {config.output_dir / RESULT} is this evaluation", highlight=False)
+        return _shown(earlier, config) | {"nothing_to_do": True}
+    store: RowStore[ClipRow] = RowStore(config.output_dir / ROWS, head)
+    failures = _evaluate_clips(arms, source, clip_ids, store, console)
+    rows = [row for row in store.rows() if row["clip_id"] in set(clip_ids)]
+    result = metrics.summarise(rows, failures, attempted=len(clip_ids)) | _settings(arms)
+    made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
+    write_json(config.output_dir / RESULT, result | {"head": head, "provenance": made, "clip_rows": rows})
+    return _shown(result, config)
+
+
+def _head(config: EvaluateConfig, parents: Mapping[str, str], clip_ids: Sequence[str]) -> dict[str, Any]:
+    """What makes rows of two runs comparable: options, parents and clips."""
+    options = {name: value for name, value in to_plain(config).items() if name not in _FREE}
+    return {"config": options, "parents": dict(parents), "clips": list(clip_ids)}
+
+
+def _earlier(config: EvaluateConfig, head: dict[str, Any]) -> dict[str, Any] | None:
+    """The finished evaluation in the output folder, if it is this one and no clip failed."""
+    path = config.output_dir / RESULT
+    if not path.exists() or config.verbose:
+        return None
+    result: dict[str, Any] = read_json(path)
+    return result if result.get("head") == head and not result["clips"]["failed"] else None
+
+
+def _shown(result: Mapping[str, Any], config: EvaluateConfig) -> dict[str, Any]:
+    """What the command prints: the object without its long parts."""
+    hidden = ("head", "provenance", "clip_rows")
+    plain = {name: value for name, value in result.items() if name not in hidden}
+    return plain | {"evaluation": str(config.output_dir / RESULT)}
+
+
+def _settings(arms: Arms) -> dict[str, Any]:
+    """The options that a reader of the numbers must know."""
+    config = arms.config
+    return {
+        "settings": {
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "num_traj_samples": config.num_traj_samples,
+            "sampled_check_temperature": config.sampled.temperature,
+            "sentence_end": config.sentence_end,
+            "lossless_mode": config.decode.lossless,
+            "row_width": config.row_width,
+            "block_size": arms.block_size,
+            "dtype": str(arms.target.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+        }
+    }
+
+
+def _evaluate_clips(
+    arms: Arms, source: ClipSource, clip_ids: Sequence[str], store: RowStore[ClipRow], console: Console
+) -> list[Failure]:
+    """Do the clips that are not in the store yet; returns those that failed."""
+    failures: list[Failure] = []
+    facts = scene_facts(arms.config)
+    todo = [clip_id for clip_id in clip_ids if clip_id not in store]
+    if arms.config.verbose:
+        console.print(LEGEND)
+    warm = False
+    with Progress(console=console, disable=arms.config.verbose) as progress:
+        task = progress.add_task("clips", total=len(clip_ids), completed=len(clip_ids) - len(todo))
+        for number, clip_id in enumerate(todo):
+            try:
+                window = source.window(clip_id, arms.config.t0_us)
+                if not warm:
+                    _warm_up(arms, window)
+                    warm = True
+                store.add(evaluate_clip(arms, window, facts.get(clip_id), turn=number, console=console))
+            except _CLIP_ERRORS as error:
+                failures.append({"clip_id": clip_id, "error": str(error)})
+                console.print(f"clip {clip_id} failed: {error}", style="red", highlight=False, markup=False)
+            progress.advance(task)
+    return failures
+
+
+def _warm_up(arms: Arms, window: Window) -> None:
+    """Untimed runs, so that the first clip does not pay for what is set up once."""
+    prompt = arms.target.prompt(window)
+    for _ in range(arms.config.warmup):
+        for arm in arms.names:
+            arms.timed(arm, prompt)
+
+
+def scene_facts(config: EvaluateConfig) -> Mapping[str, Facts]:
+    """The facts of a written world's scenes; empty for real clips."""
+    if not (find_snapshot(config.cache_dir) / SCENES_FILE).is_file():
+        return {}
+    return read_facts(config.cache_dir)
+
+
+def evaluate_clip(arms: Arms, window: Window, facts: Facts | None, *, turn: int, console: Console) -> ClipRow:
+    """One clip through every arm, and what is counted on it.
+
+    Args:
+        arms: the arms.
+        window: the clip at its moment.
+        facts: of its scene, if it is a synthetic one.
+        turn: its number; the arms' order turns with it, so that none is always first.
+        console: where `verbose` prints.
+    """
+    config = arms.config
+    prompt = arms.target.prompt(window)
+    names = arms.names
+    order = names[turn % len(names) :] + names[: turn % len(names)]
+    runs = {arm: arms.timed(arm, prompt) for arm in order}
+    dflash = runs["dflash"]
+    assert dflash.result is not None
+    row: ClipRow = {
+        "clip_id": window.clip_id,
+        "prompt_tokens": len(prompt),
+        "coc": dflash.coc,
+        "arms": {arm: runs[arm].times for arm in names},
+        "acceptance": acceptance_of(dflash.result),
+    }
+    if config.compare:
+        row["identity"] = _identity(arms, runs, prompt)
+    if config.detailed_timing:
+        row["parts_ms"] = _parts(arms, prompt)
+    if config.verbose:
+        console.print(f"\n{window.key}", style="bold", highlight=False)
+        arms.again("dflash", prompt, config.sampling, RoundPrinter(console, piece_of(arms.target.tokenizer)))
+    if window.ego_future_xyz is not None:
+        row["trajectory"] = _trajectory(window, dflash)
+    if facts is not None:
+        row["named"] = _named(facts, dflash.coc[0])
+    return row
+
+
+def _identity(arms: Arms, runs: Mapping[str, Run], prompt: Prompt) -> Identity:
+    """Compare the loops greedily and sampled, and the autoregressive one with transformers greedily.
+
+    Of the two samplings, the timed runs have done one; the other is decoded behind the same prompts.
+    """
+    config = arms.config
+
+    def tokens(arm: str, sampling: Sampling) -> list[list[int]]:
+        if sampling == config.sampling:
+            return runs[arm].token_ids
+        return arms.again(arm, prompt, sampling).token_ids
+
+    greedy = config.sampling if config.sampling.greedy else Sampling(0.0, config.top_p)
+    autoregressive = tokens("autoregressive", greedy)
+    if config.sampling.greedy:
+        transformers = runs["transformers"].token_ids
+    else:
+        transformers = arms.transformers_greedy(prompt)
+    return {
+        "greedy": tokens("dflash", greedy) == autoregressive,
+        "sampled": tokens("dflash", config.sampled) == tokens("autoregressive", config.sampled),
+        "autoregressive_equals_transformers": transformers[0] == autoregressive[0],
+    }
+
+
+def _parts(arms: Arms, prompt: Prompt) -> dict[str, float]:
+    """Decode once more with a clock around each part; what no part covers is `other`."""
+    timer = StageTimer(synchronise(arms.target.device))
+    result = arms.again("dflash", prompt, arms.config.sampling, timer)
+    parts = dict(timer.totals_ms)
+    parts["other"] = max(0.0, result.timings.decode_ms - sum(parts.values()))
+    return {part: round(parts[part], 4) for part in metrics.PARTS}
+
+
+def _trajectory(window: Window, run: Run) -> Trajectory:
+    """Errors of a run's trajectories, and of constant velocity."""
+    future = window.ego_future_xyz
+    assert future is not None, "the caller has looked"
+    predicted = run.xyz.cpu().numpy()
+    straight = metrics.constant_velocity(window.ego_history_xyz, len(future))
+    return {
+        "min_ade_m": round(metrics.min_ade(predicted, future), 5),
+        "constant_velocity_ade_m": round(metrics.min_ade(straight, future), 5),
+    }
+
+
+def _named(facts: Facts, text: str) -> Named:
+    """Whether a text names the scene's manoeuvre and its cause."""
+    manoeuvre, cause = read(text)
+    return {"manoeuvre": manoeuvre == facts.manoeuvre, "cause": cause == facts.cause}

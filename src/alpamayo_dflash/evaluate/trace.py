@@ -1,0 +1,73 @@
+"""`--verbose`: each round's block on the console, readable with and without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from alpamayo_dflash.decode.observer import Observer, RoundTrace, SampleTrace
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from tokenizers import Tokenizer
+
+LEGEND = Text.assemble(
+    "each pass: ", ("+accepted", "green"), " ", ("-rejected", "red"), " ", ("=the target's own", "bold cyan")
+)
+
+
+def piece_of(tokenizer: Tokenizer) -> Callable[[int], str]:
+    """How a token id is shown: its text, with blanks and line ends made visible."""
+
+    def piece(token: int) -> str:
+        text: str = tokenizer.decode([token], skip_special_tokens=False)
+        return text.replace(" ", "␣").replace("\n", "↵")
+
+    return piece
+
+
+def render(sample: SampleTrace, index: int, piece: Callable[[int], str]) -> Text:
+    """One sample's part of a round in one line.
+
+    Accepted tokens carry a plus sign and are green, rejected ones a minus sign and are red, and what the
+    target wrote itself an equals sign and is cyan.
+    """
+    line = Text(f"pass {index:>2} sample {sample.sample} ", style="dim")
+    line.append(piece(sample.anchor), style="default")
+    line.append(" |", style="dim")
+    marked = [
+        *(("+", token, "green") for token in sample.proposed[: sample.accepted]),
+        *(("-", token, "red") for token in sample.proposed[sample.accepted :]),
+        *(("=", token, "bold cyan") for token in sample.emitted[sample.accepted :]),
+    ]
+    for sign, token, style in marked:
+        line.append(f" {sign}{piece(token)}", style=style)
+    return line
+
+
+class RoundPrinter(Observer):
+    """Prints every round as it ends.
+
+    Args:
+        console: where to.
+        piece: a token's text.
+    """
+
+    def __init__(self, console: Console, piece: Callable[[int], str]) -> None:
+        self._console = console
+        self._piece = piece
+
+    def on_prefill(self, prompt_tokens: int, first_tokens: tuple[int, ...]) -> None:
+        """Print the first tokens, which the prompt's own pass gives."""
+        shown = " ".join(f"={self._piece(token)}" for token in first_tokens)
+        self._print(Text(f"prompt of {prompt_tokens} tokens, first: {shown}", style="bold cyan"))
+
+    def on_round(self, trace: RoundTrace) -> None:
+        """Print one line a sample."""
+        for sample in trace.samples:
+            self._print(render(sample, trace.index, self._piece))
+
+    def _print(self, line: Text) -> None:
+        self._console.print(line, soft_wrap=True)

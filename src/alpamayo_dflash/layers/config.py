@@ -1,0 +1,126 @@
+"""The config of layer scoring, and the checks that it shares with the stages after it."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from alpamayo_dflash.layers.ranks import share_of
+
+# The default of `clips`, repeated as a number because a config imports nothing heavy; a test compares them.
+DEFAULT_T0_US = 5_100_000
+
+
+@dataclass(frozen=True)
+class LayersConfig:
+    """Score the target's layers on what it writes itself, and choose the layers to tap.
+
+    Attributes:
+        model_path: folder or hub id of the Alpamayo checkpoint. Not needed with `aggregate`.
+        cache_dir: hub cache that holds the dataset. Not needed with `aggregate`.
+        output_dir: where the scores, `layers.json` and the plot go.
+        chunks: chunks to draw clips from, such as 0-3,7; all where it is left out.
+        num_samples: clips per rank, drawn at random without replacement.
+        rank: this process's number; taken from torchrun's RANK when absent.
+        world_size: number of processes; taken from torchrun's WORLD_SIZE when absent.
+        aggregate: score nothing: pool the scores of all ranks in `output_dir` and choose.
+        plot: also draw cosine and early-exit cross-entropy by layer to `layers.png`.
+        layers: candidates for early exit and for the choice, such as 0,16,24; all but the last if left out.
+        num_target_layers: how many target layers to choose as taps.
+        seed: seed of the drawn clips and of the rollouts.
+        t0_us: the moment of each clip, microseconds on its clock.
+        temperature: of the rollouts; 0 is greedy.
+        top_p: nucleus of the rollouts.
+        max_tokens: limit of new tokens a rollout.
+        device: torch device; plain "cuda" means this process's own under torchrun.
+        dtype: of the target's weights; if left out float32 on a CPU, the checkpoint's own elsewhere.
+        local_files_only: never ask the hub for the checkpoint.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    output_dir: Path
+    model_path: str | None = None
+    cache_dir: Path | None = None
+    chunks: str | None = None
+    num_samples: int = 32
+    rank: int | None = None
+    world_size: int | None = None
+    aggregate: bool = False
+    plot: bool = False
+    layers: str | None = None
+    num_target_layers: int = 5
+    seed: int = 0
+    t0_us: int = DEFAULT_T0_US
+    temperature: float = 0.0
+    top_p: float = 0.98
+    max_tokens: int = 128
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without the target."""
+        require_positive(
+            num_samples=self.num_samples, num_target_layers=self.num_target_layers, max_tokens=self.max_tokens
+        )
+        require_sampling(self.temperature, self.top_p)
+        candidates = parse_layers(self.layers)
+        if candidates is not None and len(candidates) < self.num_target_layers:
+            raise ValueError(
+                f"layers names {len(candidates)} candidates; num_target_layers ({self.num_target_layers}) "
+                "must not be above that"
+            )
+        share_of(self.rank, self.world_size, {})
+        if not self.aggregate and (self.model_path is None or self.cache_dir is None):
+            raise ValueError("scoring needs model_path and cache_dir; only aggregate does without")
+
+
+def require_positive(**values: int) -> None:
+    """Refuse counts below 1.
+
+    Raises:
+        ValueError: naming the count and its value.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+def require_sampling(temperature: float, top_p: float) -> None:
+    """Refuse a negative temperature and a nucleus outside (0, 1]."""
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Read a comma-separated list of layer indices; None stays None.
+
+    Raises:
+        ValueError: empty, not integers, negative, or not strictly ascending.
+    """
+    if text is None:
+        return None
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"layers {text!r} must be integers separated by commas, such as 1,9,17") from None
+    if layers[0] < 0 or any(a >= b for a, b in itertools.pairwise(layers)):
+        raise ValueError(f"layers {text!r} must be ascending, each named once, from 0 up")
+    return layers
+
+
+def check_layers(layers: tuple[int, ...], num_layers: int) -> None:
+    """Refuse layers that the target does not have.
+
+    Raises:
+        ValueError: naming the first layer out of range and the range.
+    """
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"layer {layer} is out of range: the target has layers 0 to {num_layers - 1}")

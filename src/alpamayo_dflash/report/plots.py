@@ -1,0 +1,133 @@
+"""The report's plots, drawn by matplotlib without a display, from the JSON object alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alpamayo_dflash.report.tables import ARM_NAMES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart also by readers with colour blindness.
+_BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+
+
+def _figure(title: str, width: float = 7.0, height: float = 3.2) -> tuple[Figure, Axes]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from alpamayo_dflash.artefacts import atomic_file
+
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def times(result: Mapping[str, Any], path: Path) -> None:
+    """Bars of each arm's median prefill, decode and action time."""
+    figure, axes = _figure("Time of a clip (medians)")
+    arms = list(result["arms"])[::-1]
+    left = [0.0] * len(arms)
+    for name, colour in (("prefill", _BLUE), ("decode", _ORANGE), ("action", _GREEN)):
+        widths = [result["arms"][arm][f"{name}_ms"] for arm in arms]
+        axes.barh([ARM_NAMES[arm] for arm in arms], widths, left=left, color=colour, label=name)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.set_xlabel("ms")
+    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.18))
+    _save(figure, path)
+
+
+def decode_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Decode time of each clip against its number of tokens, one colour an arm."""
+    figure, axes = _figure("Decode time of each clip", height=3.8)
+    colours = {"transformers": _PURPLE, "autoregressive": _BLUE, "dflash": _VERMILION}
+    for arm in rows[0]["arms"]:
+        tokens = [row["arms"][arm]["tokens"] for row in rows]
+        decode = [row["arms"][arm]["decode_ms"] for row in rows]
+        axes.scatter(tokens, decode, s=14, alpha=0.7, color=colours[arm], label=ARM_NAMES[arm], linewidths=0)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("decode, ms")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def acceptance(rows: Sequence[Mapping[str, Any]], pooled: float, path: Path) -> None:
+    """Histogram of the clips' own acceptance lengths, with the pooled one marked."""
+    figure, axes = _figure("Acceptance length of each clip")
+    found = [row["acceptance"] for row in rows if row["acceptance"]["passes"]]
+    lengths = [each["tokens_after_first"] / each["passes"] for each in found]
+    axes.hist(lengths, bins=20, color=_BLUE)
+    axes.axvline(pooled, color=_VERMILION)
+    axes.annotate(
+        f" pooled {pooled:.2f}",
+        (pooled, 0.95),
+        xycoords=("data", "axes fraction"),
+        color=_VERMILION,
+        va="top",
+    )
+    axes.set_xlabel("tokens after the first, a verify pass")
+    axes.set_ylabel("clips")
+    _save(figure, path)
+
+
+def speedup(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Histograms of each clip's decode speed-up against the two other arms."""
+    figure, axes = _figure("Decode speed-up of each clip")
+    for arm, colour in (("autoregressive", _BLUE), ("transformers", _PURPLE)):
+        pairs = [(row["arms"][arm]["decode_ms"], row["arms"]["dflash"]["decode_ms"]) for row in rows]
+        ratios = [slow / fast for slow, fast in pairs if fast > 0]
+        axes.hist(ratios, bins=20, color=colour, alpha=0.7, label=f"against {ARM_NAMES[arm]}")
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel("times faster")
+    axes.set_ylabel("clips")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def parts(result: Mapping[str, Any], path: Path) -> None:
+    """Bars of decode's parts."""
+    figure, axes = _figure("Where decode's time goes", height=2.6)
+    found = result["decode_parts"]
+    names = list(found)[::-1]
+    bars = axes.barh(names, [found[name]["ms"] for name in names], color=_BLUE)
+    axes.bar_label(bars, [f"{100 * (found[name]['share'] or 0):.1f} %" for name in names], padding=3)
+    axes.set_xlabel("ms a clip")
+    _save(figure, path)
+
+
+def all_plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw every plot that the JSON object has the numbers for.
+
+    Returns:
+        The PNG files, in the order of the report.
+    """
+    rows = result.get("clip_rows", [])
+    drawn: list[Path] = []
+
+    def add(name: str) -> Path:
+        drawn.append(folder / f"{name}.png")
+        return drawn[-1]
+
+    times(result, add("times"))
+    if rows:
+        decode_by_length(rows, add("decode_by_length"))
+        if result["acceptance_length"] is not None:
+            acceptance(rows, result["acceptance_length"], add("acceptance"))
+        if len(rows[0]["arms"]) > 1:
+            speedup(rows, add("speedup"))
+    if result.get("decode_parts"):
+        parts(result, add("decode_parts"))
+    return drawn

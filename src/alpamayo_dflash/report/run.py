@@ -1,0 +1,97 @@
+"""The stage: tables, plots and a page from an evaluation's JSON object, and nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alpamayo_dflash.artefacts import atomic_file, read_json
+from alpamayo_dflash.report.plots import all_plots
+from alpamayo_dflash.report.tables import Table, all_tables
+
+if TYPE_CHECKING:
+    from alpamayo_dflash.report.config import ReportConfig
+
+_NEEDED = ("clips", "lossless", "acceptance_length", "acceptance_rate", "arms", "speedup")
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; }
+th, td { padding: 0.2rem 0.8rem; border-bottom: 1px solid #ccc; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; }
+code { overflow-wrap: anywhere; }
+"""
+
+
+def run(config: ReportConfig) -> dict[str, Any]:
+    """Write report.html (self-contained), report.md and the plots.
+
+    Raises:
+        ValueError: the file is missing or is not an evaluation's JSON object.
+    """
+    result = read_json(config.evaluation)
+    missing = [name for name in _NEEDED if not isinstance(result, dict) or name not in result]
+    if missing:
+        raise ValueError(f"{config.evaluation}: not an evaluation; it lacks {', '.join(missing)}")
+    return write_report(result, config.out or config.evaluation.parent)
+
+
+def write_report(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write the report of an evaluation's JSON object into a folder; returns the paths."""
+    tables = all_tables(result)
+    plots = all_plots(result, folder / "plots")
+    page, text = folder / "report.html", folder / "report.md"
+    _write(page, _page(result, tables, plots))
+    _write(text, _markdown(tables, plots, folder))
+    return {"report": str(page), "markdown": str(text), "plots": [str(path) for path in plots]}
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _markdown(tables: Sequence[Table], plots: Sequence[Path], folder: Path) -> str:
+    sections = [f"## {table.title}\n\n{table.markdown()}" for table in tables]
+    images = [f"![{path.stem}]({path.relative_to(folder).as_posix()})\n" for path in plots]
+    return "\n".join(["# Evaluation\n", *sections, *images])
+
+
+def _page(result: Mapping[str, Any], tables: Sequence[Table], plots: Sequence[Path]) -> str:
+    images = "\n".join(_inline(path) for path in plots)
+    body = "".join(table.html() for table in tables)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Evaluation</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>Evaluation</h1>\n{body}\n{images}\n"
+        f"{_examples(result)}\n{_origin(result)}\n</body>\n</html>\n"
+    )
+
+
+def _inline(plot: Path) -> str:
+    """A plot as HTML that holds the picture itself."""
+    data = base64.b64encode(plot.read_bytes()).decode()
+    return f'<p><img alt="{plot.stem}" src="data:image/png;base64,{data}"></p>'
+
+
+def _examples(result: Mapping[str, Any], count: int = 10) -> str:
+    """The first clips' CoCs."""
+    rows = result.get("clip_rows", [])[:count]
+    items = "\n".join(f"<li>{html.escape(row['coc'][0])}</li>" for row in rows if row["coc"])
+    return f"<h2>First CoCs</h2>\n<ul>\n{items}\n</ul>" if items else ""
+
+
+def _origin(result: Mapping[str, Any]) -> str:
+    """Where the numbers come from, from the artefact's provenance."""
+    origin = result.get("provenance")
+    if not origin:
+        return ""
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    return (
+        f"<h2>Where it comes from</h2>\n<p>{html.escape(origin['device'])}; {html.escape(versions)}; "
+        f"revision {html.escape(str(origin['revision']))}; {html.escape(origin['created'])}.<br>"
+        f"<code>{html.escape(origin['command'])}</code></p>"
+    )

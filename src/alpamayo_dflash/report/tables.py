@@ -1,0 +1,161 @@
+"""The report's tables: made once from the JSON object, shown by rich, in Markdown or in HTML."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+ARM_NAMES = {
+    "transformers": "transformers",
+    "autoregressive": "autoregressive",
+    "dflash": "DFlash",
+}
+
+WORLD_FIGURES = {
+    "distinct": "distinct texts over all texts",
+    "top_ten": "share of the ten commonest texts",
+    "period": "texts that end in a period",
+    "long": "texts of 30 tokens or more",
+    "phrase_words": "words given by a 256-node phrase tree",
+    "phrase_whole": "texts given whole by it",
+    "differ": "clips whose two samples differ",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: the first column to the left, the others to the right.
+
+    Attributes:
+        title: what it shows.
+        header: one cell a column.
+        rows: cells, as many as the header has.
+    """
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """The table in Markdown, title not included."""
+        rule = "|---|" + "---:|" * (len(self.header) - 1)
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.header, *self.rows)]
+        return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+    def html(self) -> str:
+        """The table in HTML, title included."""
+
+        def line(tag: str, cells: tuple[str, ...]) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        body = "\n".join(line("td", cells) for cells in self.rows)
+        return f"<h2>{html.escape(self.title)}</h2>\n<table>\n{line('th', self.header)}\n{body}\n</table>\n"
+
+    def rich(self) -> RichTable:
+        """The table for a console."""
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, title_justify="left")
+        for number, name in enumerate(self.header):
+            table.add_column(name, justify="right" if number else "left")
+        for cells in self.rows:
+            table.add_row(*cells)
+        return table
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def comparison(result: Mapping[str, Any]) -> Table:
+    """Times of each arm, tokens a second of decode, and how many times faster DFlash is."""
+    speedup = result["speedup"] or {}
+    rows = []
+    for arm, times in result["arms"].items():
+        rows.append(
+            (
+                ARM_NAMES[arm],
+                *(_number(times[name]) for name in ("prefill_ms", "decode_ms", "action_ms", "total_ms")),
+                _number(times["tokens_per_s"]),
+                _times(speedup.get(f"decode_vs_{arm}")),
+                _times(speedup.get(f"total_vs_{arm}")),
+            )
+        )
+    header = ("arm", "prefill", "decode", "action", "total", "tokens/s", "decode ×", "total ×")
+    return Table("Times (ms, medians over clips), and how many times faster DFlash is", header, tuple(rows))
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f} ×"
+
+
+def quality(result: Mapping[str, Any]) -> Table:
+    """Acceptance, losslessness, errors of the trajectory and what the CoCs name."""
+    lossless, clips = result["lossless"], result["clips"]
+    rows = [
+        ("clips attempted / done / failed", f"{clips['attempted']} / {clips['done']} / {clips['failed']}"),
+        ("acceptance length (tokens a pass)", _number(result["acceptance_length"], 2)),
+        ("acceptance rate", _share(result["acceptance_rate"])),
+    ]
+    if lossless["of"]:
+        rows += [
+            ("greedy CoC equal to autoregressive", f"{lossless['greedy_identical']} of {lossless['of']}"),
+            ("sampled CoC equal to autoregressive", f"{lossless['sampled_identical']} of {lossless['of']}"),
+            (
+                "autoregressive greedy equal to transformers",
+                f"{lossless['autoregressive_equals_transformers']} of {lossless['of']}",
+            ),
+        ]
+    if result.get("trajectory"):
+        trajectory = result["trajectory"]
+        rows.append(("minADE, m", _number(trajectory["min_ade_m"], 2)))
+        rows.append(("constant velocity's minADE, m", _number(trajectory["constant_velocity_min_ade_m"], 2)))
+    if result.get("coc_names"):
+        rows.append(("CoC names manoeuvre and cause", _share(result["coc_names"]["both"])))
+    return Table("Acceptance and losslessness", ("measure", "value"), tuple(rows))
+
+
+def parts(result: Mapping[str, Any]) -> Table | None:
+    """Where decode's time goes; None if it was not timed in detail."""
+    found = result.get("decode_parts")
+    if not found:
+        return None
+    rows = tuple((part, _number(each["ms"], 2), _share(each["share"])) for part, each in found.items())
+    return Table("Where decode's time goes", ("part", "ms a clip", "share"), rows)
+
+
+def world(result: Mapping[str, Any]) -> Table | None:
+    """The world's figures, shipped and measured here, beside their bounds; None if the JSON has none."""
+    shipped, here, bounds = (result.get(name) for name in ("world", "world_here", "world_bounds"))
+    if not shipped:
+        return None
+    rows = []
+    for name, text in WORLD_FIGURES.items():
+        low_high = f"{_share(bounds[name][0])} to {_share(bounds[name][1])}" if bounds else "–"
+        rows.append((text, _share(shipped[name]), _share((here or {}).get(name)), low_high))
+    return Table("The synthetic world", ("figure", "1,200 clips", "this run's clips", "bounds"), tuple(rows))
+
+
+def failures(result: Mapping[str, Any]) -> Table | None:
+    """The clips that failed and why; None if there are none."""
+    found = result["clips"]["failures"]
+    if not found:
+        return None
+    return Table(
+        "Failed clips", ("clip", "reason"), tuple((each["clip_id"], each["error"]) for each in found)
+    )
+
+
+def all_tables(result: Mapping[str, Any]) -> list[Table]:
+    """Every table that the JSON object has the numbers for."""
+    optional = (parts(result), world(result), failures(result))
+    return [comparison(result), quality(result), *(table for table in optional if table is not None)]

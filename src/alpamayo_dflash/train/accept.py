@@ -1,0 +1,95 @@
+"""The simulated acceptance length: what greedy decoding with the draft would accept, without the target.
+
+The target's greedy response is known. The walk begins at its first token, which the prompt's own pass
+gives. There the draft predicts a block; the k leading predictions that equal the response's next tokens would
+be accepted, the token after them is the target's own, and the walk goes on k + 1 tokens further. Every block
+is one verify pass. The acceptance length is tokens after the first over passes, pooled over responses; rules
+that add the tokens of a CoC's end to a proposal can only better it.
+
+Shapes: S responses still walking, B masks of a block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.train.data import BlockData, Blocks
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Counts of a simulated decoding; they add up over responses and processes.
+
+    Attributes:
+        tokens: response tokens after the first.
+        passes: verify passes.
+    """
+
+    tokens: int
+    passes: int
+
+    @property
+    def length(self) -> float:
+        """Tokens a pass."""
+        return self.tokens / self.passes if self.passes else 0.0
+
+
+def accepted_prefix(predicted_SB: Tensor, labels_SB: Tensor, labelled_SB: Tensor) -> Tensor:
+    """How many leading predictions equal their labels; int64 [S]. A mask without a label ends the prefix."""
+    return ((predicted_SB == labels_SB) & labelled_SB).long().cumprod(dim=1).sum(dim=1)
+
+
+def walk(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> Acceptance:
+    """Walk through responses.
+
+    Args:
+        lengths: int64 [responses], tokens of each.
+        accepted: for some blocks, the accepted drafted tokens of each, int64 [S].
+    """
+    position = torch.zeros_like(lengths)
+    last = lengths - 1
+    passes = 0
+    while bool((walking := position < last).any()):
+        responses = walking.nonzero()[:, 0]
+        for few in responses.split(_BATCH):
+            position[few] += accepted(Blocks(few, position[few])) + 1
+        passes += len(responses)
+    # A block never passes the end: only labels are accepted, and the target's token behind the last is none.
+    return Acceptance(tokens=int(last.clamp_min(0).sum()), passes=passes)
+
+
+@torch.no_grad()
+def simulate(
+    draft: DFlashDraft, data: BlockData, masked_ids: range, responses: Tensor | None = None
+) -> Acceptance:
+    """Simulated acceptance of a bound draft.
+
+    Args:
+        draft: the draft.
+        data: the responses, which count as what greedy decoding writes.
+        masked_ids: trajectory ids, which are never proposed.
+        responses: walk only these (int64 indices); all where it is left out.
+    """
+    if responses is None:
+        responses = torch.arange(len(data))
+    masked = slice(masked_ids.start, masked_ids.stop)
+
+    def accepted(blocks: Blocks) -> Tensor:
+        batch = data.batch(Blocks(responses[blocks.responses], blocks.positions)).to(draft.fc.weight.device)
+        hidden = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries)
+        logits = torch.nn.functional.linear(hidden, draft.head)
+        logits[..., masked] = -torch.inf
+        return accepted_prefix(logits.argmax(-1), batch.labels, batch.labelled).cpu()
+
+    was_training = draft.training
+    draft.eval()
+    counts = walk(data.lengths[responses], accepted)
+    draft.train(was_training)
+    return counts

@@ -1,0 +1,85 @@
+"""Checkpoints to resume from: a draft folder with the optimizer's tensors and the trainer's state beside it.
+
+Only safetensors and JSON: nothing in them can run code when it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alpamayo_dflash.artefacts import atomic_folder, read_json, write_json
+from alpamayo_dflash.draft import DFlashDraft, read_draft
+from alpamayo_dflash.draft.formats import read_tensors, write_files
+
+STATE = "trainer.json"
+OPTIMIZER = "optimizer.safetensors"
+_RANDOM = "random_state"
+
+
+def save_checkpoint(
+    folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint folder, whole or not at all.
+
+    Args:
+        folder: an earlier checkpoint in it is replaced.
+        draft: the weights as they are now.
+        optimizer: its tensors are stored by the names of the draft's parameters.
+        state: what the trainer must know to go on; JSON values.
+    """
+    tensors = {_RANDOM: torch.get_rng_state()}
+    for name, parameter in draft.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}:{key}"] = value.detach().cpu().contiguous()
+    with atomic_folder(folder) as temporary:
+        write_files(temporary, draft.config, draft.state_dict())
+        save_file(tensors, temporary / OPTIMIZER)
+        write_json(temporary / STATE, state)
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """The trainer's state of a checkpoint; None where there is none.
+
+    Raises:
+        ValueError: the file is corrupt.
+    """
+    if not (folder / STATE).exists():
+        return None
+    state: dict[str, Any] = read_json(folder / STATE)
+    return state
+
+
+def load_checkpoint(folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's weights, optimizer tensors and random state back.
+
+    Raises:
+        ValueError: it belongs to another draft, or a file is missing or corrupt.
+    """
+    config, weights = read_draft(folder)
+    if config != draft.config:
+        raise ValueError(f"{folder}: the checkpoint's draft is {config}, this run's {draft.config}")
+    draft.load_state_dict(weights)
+    tensors = read_tensors(folder / OPTIMIZER)
+    try:
+        torch.set_rng_state(tensors.pop(_RANDOM))
+    except KeyError:
+        raise ValueError(f"{folder / OPTIMIZER}: no {_RANDOM}") from None
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parameter, _, key = name.rpartition(":")
+        by_name.setdefault(parameter, {})[key] = tensor
+    trained = {name for name, parameter in draft.named_parameters() if parameter.requires_grad}
+    if set(by_name) != trained:
+        raise ValueError(f"{folder / OPTIMIZER}: not of this draft: {sorted(set(by_name) ^ trained)[:4]}")
+    names = {parameter: name for name, parameter in draft.named_parameters()}
+    # The optimizer counts its parameters through its groups; load_state_dict puts tensors on their devices.
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    groups = optimizer.state_dict()["param_groups"]
+    state = {index: by_name[names[parameter]] for index, parameter in enumerate(order)}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,139 @@
+"""The options of draft training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DEFAULT_BLOCK_SIZE = 8
+DEFAULT_NUM_LAYERS = 5
+
+# Decay of the position weights by block size, as published with DFlash.
+_GAMMA = {8: 4.0, 10: 5.0, 16: 7.0}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a draft on distillation data, from scratch or from an existing draft.
+
+    Run it under torchrun to use several processes (DDP: NCCL on GPUs, gloo on CPUs). Run again, it continues
+    from its last checkpoint, or says that there is nothing to do.
+
+    Attributes:
+        target_model: folder or hub id of the Alpamayo checkpoint; its embedding and head are read.
+        data_dir: folder that `distill` wrote.
+        output_dir: gets draft/ (the best draft), checkpoint/ (to resume from), logs/ and train.json.
+        num_epochs: passes over all blocks.
+        max_steps: end after this many steps; the schedules end there too.
+        batch_size: blocks a step *per process*.
+        learning_rate: peak rate as it is used; not multiplied by the number of processes unless scale_lr.
+        scale_lr: multiply the learning rate by the number of processes.
+        warmup_steps: steps of linear warm-up; 10% of all where it is left out. A cosine to 0 follows.
+        weight_decay: of AdamW, on matrices.
+        block_size: tokens of a block, the known one included; init_from's, or 8, where it is left out.
+        num_draft_layers: layers of a new draft (5 where it is left out); init_from's otherwise.
+        context_len: states before the anchor that the draft sees; init_from's or the data's if left out.
+        target_layers: layers to tap, among the data's; init_from's or all of the data's if left out.
+        init_from: start from this draft (folder) in place of random weights.
+        full_vocab: with init_from: resize the draft to the target's vocabulary.
+        train_embeddings: train copies of the target's embedding and head, kept in the draft.
+        embed_lr_scale: learning rate of those copies, as a part of learning_rate.
+        loss_type: ce on the emitted tokens, kl to the target's stored top-k logits, or ce+kl.
+        ce_weight_start: weight of ce in ce+kl at the first step; kl has the rest.
+        ce_weight_end: the same at the last step; linear between.
+        kl_temperature: divides both sides' logits in kl.
+        position_weights: decay: exp(-(i-1)/gamma) for the block's i-th mask; dpace: what the position does to
+            the expected accepted prefix.
+        prefix_weight_gamma: gamma of decay; 4, 5 or 7 for block size 8, 10, 16 where it is left out.
+        dpace_alpha: smoothing of dpace.
+        trajectory_labels: keep labels that are trajectory tokens; else they are masked.
+        stride: use every stride-th response position as an anchor.
+        held_out: share of the clips held out, chosen by a hash of the clip id.
+        held_out_chunks: hold out the clips of these chunks instead, such as 8-9.
+        save_every: evaluate and save every so many steps, besides every epoch's end; 0: only there.
+        log_interval: steps between log entries.
+        num_workers: threads that read ahead when the data does not fit cache_gib; 0 reads in line.
+        cache_gib: keep the data in memory up to this size, GiB.
+        seed: of new weights and of the order of blocks.
+        device: torch device; under torchrun, cuda takes the local rank's.
+        dtype: of the arithmetic; weights and optimizer are float32 in any case.
+        resume: auto continues from output_dir's checkpoint if there is one; must requires one; never starts
+            over.
+        local_files_only: never ask the hub for the target's files.
+    """
+
+    target_model: str
+    data_dir: Path
+    output_dir: Path
+    num_epochs: int = 5
+    max_steps: int | None = None
+    batch_size: int = 64
+    learning_rate: float = 6e-4
+    scale_lr: bool = False
+    warmup_steps: int | None = None
+    weight_decay: float = 0.01
+    block_size: int | None = None
+    num_draft_layers: int | None = None
+    context_len: int | None = None
+    target_layers: tuple[int, ...] | None = None
+    init_from: Path | None = None
+    full_vocab: bool = False
+    train_embeddings: bool = False
+    embed_lr_scale: float = 0.1
+    loss_type: Literal["ce", "kl", "ce+kl"] = "ce"
+    ce_weight_start: float = 1.0
+    ce_weight_end: float = 0.8
+    kl_temperature: float = 1.0
+    position_weights: Literal["decay", "dpace"] = "decay"
+    prefix_weight_gamma: float | None = None
+    dpace_alpha: float = 0.5
+    trajectory_labels: bool = False
+    stride: int = 1
+    held_out: float = 0.1
+    held_out_chunks: str | None = None
+    save_every: int = 0
+    log_interval: int = 20
+    num_workers: int = 2
+    cache_gib: float = 4.0
+    seed: int = 0
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    resume: Literal["auto", "must", "never"] = "auto"
+    local_files_only: bool = False
+
+    def __post_init__(self) -> None:
+        """Check ranges, and that options which need each other are given together."""
+        for name in ("num_epochs", "batch_size", "stride", "log_interval"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("max_steps", "num_draft_layers", "context_len"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "weight_decay", "save_every", "num_workers", "cache_gib"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 0)
+        for name in ("learning_rate", "embed_lr_scale", "kl_temperature", "prefix_weight_gamma"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        for name in ("ce_weight_start", "ce_weight_end", "dpace_alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 to 1")
+        if self.block_size is not None:
+            _at_least("block_size", self.block_size, 2)
+        if self.held_out_chunks is None and not 0 < self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}; it must be above 0 and below 1")
+        if self.full_vocab and self.init_from is None:
+            raise ValueError("full_vocab resizes an existing draft; give init_from too")
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be {least} or more")
+
+
+def decay_gamma(block_size: int, given: float | None) -> float:
+    """The decay of the position weights: the given one, else the published one, else half the block."""
+    if given is not None:
+        return given
+    return _GAMMA.get(block_size, block_size / 2)

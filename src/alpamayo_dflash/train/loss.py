@@ -1,0 +1,113 @@
+"""Losses over the masks of blocks: cross-entropy, KL to stored logits, and the weights of positions.
+
+Shapes: S blocks, B masks of a block (b−1), R label rows (the masks that have a label, block by block),
+V vocabulary, k stored logits, C hidden.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_ELEMENTS = 1 << 26
+"""Vocabulary logits computed at once: 256 MiB in float32."""
+
+
+def decay_weights(num_masks: int, gamma: float) -> Tensor:
+    """Weights exp(−(i−1)/γ) of a block's masks i = 1 … [B] (DFlash)."""
+    return torch.exp(-torch.arange(num_masks, dtype=torch.float32) / gamma)
+
+
+def dpace_weights(ce_SB: Tensor, labelled_SB: Tensor, alpha: float) -> Tensor:
+    """Weights of D-PACE: what each mask does to the expected accepted prefix.
+
+    With q_i = (1−α)·exp(−CE_i) + α the weight of mask j is Σ_{m≥j} Π_{i≤m} q_i, over labelled masks m.
+
+    Returns:
+        [S, B], detached, 0 where there is no label.
+    """
+    q_SB = (1 - alpha) * torch.exp(-ce_SB.detach().float()) + alpha
+    prefix_SB = q_SB.where(labelled_SB, torch.ones_like(q_SB)).cumprod(dim=1) * labelled_SB
+    return prefix_SB.flip(1).cumsum(1).flip(1) * labelled_SB
+
+
+def row_losses(
+    hidden_RC: Tensor,
+    head_VC: Tensor,
+    labels_R: Tensor,
+    teacher: tuple[Tensor, Tensor] | None,
+    *,
+    temperature: float = 1.0,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy, and KL(target‖draft) where the target's logits are given, of each label row.
+
+    The target's distribution is its top-k logits, tempered and normalised over those k; the draft's is over
+    the whole vocabulary, so that mass on tokens outside the k costs too. KL is multiplied by the temperature
+    squared, which keeps its gradient's size.
+
+    Vocabulary logits exist for `chunk_elements` values at a time; where that takes more than one chunk they
+    are computed again for the gradient.
+
+    Args:
+        hidden_RC: draft states after its final norm.
+        head_VC: the head.
+        labels_R: token ids.
+        teacher: the target's logits [R, k] (−inf leaves a token out) and their ids [R, k].
+        temperature: of KL.
+        chunk_elements: see above.
+
+    Returns:
+        CE [R] and KL [R] (or None), float32.
+    """
+    rows = max(1, chunk_elements // head_VC.shape[0])
+    if hidden_RC.shape[0] <= rows:
+        return _chunk_losses(hidden_RC, head_VC, labels_R, teacher, temperature)
+    parts = []
+    for start in range(0, hidden_RC.shape[0], rows):
+        part = slice(start, start + rows)
+        few = None if teacher is None else (teacher[0][part], teacher[1][part])
+        arguments = (hidden_RC[part], head_VC, labels_R[part], few, temperature)
+        parts.append(checkpoint(_chunk_losses, *arguments, use_reentrant=False))
+    return torch.cat([ce for ce, _ in parts]), None if teacher is None else torch.cat([kl for _, kl in parts])
+
+
+def _chunk_losses(
+    hidden_RC: Tensor,
+    head_VC: Tensor,
+    labels_R: Tensor,
+    teacher: tuple[Tensor, Tensor] | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor | None]:
+    logits_RV = functional.linear(hidden_RC, head_VC).float()
+    ce_R = functional.cross_entropy(logits_RV, labels_R, reduction="none")
+    if teacher is None:
+        return ce_R, None
+    target_logits_Rk, ids_Rk = teacher
+    target_log_Rk = (target_logits_Rk.float() / temperature).log_softmax(-1)
+    target_Rk = target_log_Rk.exp()
+    # Tokens that the target leaves out have probability 0 and add nothing; 0 · −inf would be nan.
+    target_log_Rk = target_log_Rk.where(target_Rk > 0, torch.zeros_like(target_log_Rk))
+    normaliser_R = (logits_RV / temperature).logsumexp(-1)
+    draft_log_Rk = logits_RV.gather(-1, ids_Rk) / temperature - normaliser_R[:, None]
+    kl_R = (target_Rk * (target_log_Rk - draft_log_Rk)).sum(-1)
+    return ce_R, kl_R * temperature**2
+
+
+def ce_weight(step: int, total_steps: int, start: float, end: float) -> float:
+    """The share of cross-entropy in ce+kl: linear from `start` at step 0 to `end` at the last step."""
+    if total_steps <= 1:
+        return start
+    return start + (end - start) * step / (total_steps - 1)
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_steps: int) -> float:
+    """Linear warm-up to 1 over the first steps, then a cosine to 0 at `total_steps`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,92 @@
+"""What a person sees of a training run: a live line on the terminal and TensorBoard logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Monitor(Protocol):
+    """Is told how a run goes."""
+
+    def stepped(self, step: int) -> None:
+        """A step is done."""
+
+    def logged(self, entry: dict[str, Any]) -> None:
+        """A log entry: step, ce, kl, gradient_norm, learning_rate."""
+
+    def evaluated(self, entry: dict[str, Any]) -> None:
+        """An evaluation: step, acceptance_length, tokens, passes."""
+
+
+class Silent:
+    """Shows nothing: for the processes other than the first."""
+
+    def stepped(self, step: int) -> None:
+        """Do nothing."""
+
+    def logged(self, entry: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def evaluated(self, entry: dict[str, Any]) -> None:
+        """Do nothing."""
+
+
+class Live:
+    """A progress line on standard error, and TensorBoard event files. Use it as a context manager."""
+
+    def __init__(self, logs: Path, total_steps: int, first_step: int) -> None:
+        """Open both.
+
+        Args:
+            logs: folder of the event files.
+            total_steps: of the run.
+            first_step: steps done already; entries after it, of an interrupted run, are hidden.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(logs, purge_step=first_step + 1)
+        self._bar = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[acceptance]}"),
+            console=Console(stderr=True),
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=first_step, loss="", acceptance="")
+
+    def __enter__(self) -> Live:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        self._writer.close()
+
+    def stepped(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def logged(self, entry: dict[str, Any]) -> None:
+        """Show and log losses."""
+        parts = [f"{name} {entry[name]:.3f}" for name in ("ce", "kl") if name in entry]
+        self._bar.update(self._task, loss=" ".join(parts))
+        self._log("train", entry)
+
+    def evaluated(self, entry: dict[str, Any]) -> None:
+        """Show and log the simulated acceptance length."""
+        self._bar.update(self._task, acceptance=f"acceptance {entry['acceptance_length']:.2f}")
+        self._log("held_out", entry)
+
+    def _log(self, group: str, entry: dict[str, Any]) -> None:
+        for name, value in entry.items():
+            if name != "step":
+                self._writer.add_scalar(f"{group}/{name}", value, entry["step"])

@@ -1,0 +1,187 @@
+"""The training stage: from distillation data to a draft folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from alpamayo_dflash.artefacts import file_hash, folder_hash, provenance, read_json, to_plain, write_json
+from alpamayo_dflash.distill import DistillData, DistillSample
+from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.train.checkpoint import read_state
+from alpamayo_dflash.train.config import TrainConfig
+from alpamayo_dflash.train.data import BlockData, split_samples
+from alpamayo_dflash.train.frozen import FrozenTarget, check_data, read_target
+from alpamayo_dflash.train.processes import Processes, join
+from alpamayo_dflash.train.progress import Live, Silent
+from alpamayo_dflash.train.start import first_draft
+from alpamayo_dflash.train.trainer import Progress, Trainer
+
+SUMMARY = "train.json"
+
+# Options that a continued run may change: they do not move its numbers.
+_FREE = frozenset(("output_dir", "num_workers", "cache_gib", "resume", "local_files_only"))
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Train, or continue, or say that there is nothing to do.
+
+    Returns:
+        what `train.json` holds: the draft's folder, the simulated acceptance length of the best draft and of
+        every evaluation, losses, counts of clips, responses and blocks, and provenance.
+
+    Raises:
+        ValueError: data, target, draft and options do not fit each other, or a file is missing or corrupt.
+    """
+    started = time.time()
+    with join(config.device) as processes:
+        state = _earlier(config)
+        summary = config.output_dir / SUMMARY
+        if state is not None and state["progress"]["step"] == state["total_steps"] and summary.exists():
+            return {**read_json(summary), "nothing_to_do": True}
+        target = read_target(config.target_model, local_files_only=config.local_files_only)
+        data = DistillData(config.data_dir)
+        check_data(data.manifest, target, config.data_dir)
+        trainer, counts = _trainer(config, data, target, processes)
+        if state is not None:
+            trainer.resume(config.output_dir / "checkpoint", Progress(**state["progress"]))
+        elif processes.first:
+            summary.unlink(missing_ok=True)
+        _fit(trainer, processes)
+        result = _result(trainer, counts, started)
+        if processes.first:
+            write_json(summary, result)
+        processes.wait()
+    return result
+
+
+def _earlier(config: TrainConfig) -> dict[str, Any] | None:
+    """The state of the checkpoint to continue from, or None.
+
+    Raises:
+        ValueError: there is none and there must be, or it was made with other options.
+    """
+    folder = config.output_dir / "checkpoint"
+    state = None if config.resume == "never" else read_state(folder)
+    if state is None:
+        if config.resume == "must":
+            raise ValueError(f"{folder}: no checkpoint to resume from")
+        return None
+    before, now = state["config"], to_plain(config)
+    for key in now.keys() - _FREE:
+        if before.get(key) != now[key]:
+            raise ValueError(
+                f"{folder}: made with {key} {before.get(key)!r}, not {now[key]!r}; use the same options, "
+                "another output_dir, or --resume never to start over"
+            )
+    return state
+
+
+def _trainer(
+    config: TrainConfig, data: DistillData, target: FrozenTarget, processes: Processes
+) -> tuple[Trainer, dict[str, Any]]:
+    """Split the data, build the draft and its trainer; also counts for the summary."""
+    train, rest = split_samples(data.samples, share=config.held_out, chunks=_held_out_chunks(config))
+    held_out = [sample for sample in rest if sample.temperature == 0] or rest
+    if all(len(sample.token_ids) < 2 for sample in held_out):
+        raise ValueError(f"{config.data_dir}: no held-out response has a second token to predict")
+    draft = first_draft(config, data.manifest, target)
+    draft.bind(target.embedding.to(processes.device), target.head.to(processes.device), target.num_layers)
+    unlabelled = range(0) if config.trajectory_labels else target.traj_ids
+    blocks = BlockData(
+        data,
+        train,
+        draft.config,
+        teacher=config.loss_type != "ce",
+        unlabelled=unlabelled,
+        cache_bytes=int(config.cache_gib * 2**30),
+    )
+    walked = BlockData(
+        data,
+        held_out,
+        draft.config,
+        teacher=False,
+        unlabelled=range(0),
+        cache_bytes=int(config.cache_gib * 2**30),
+    )
+
+    def save_best(best: DFlashDraft) -> None:
+        record = provenance(
+            config=config, parents=_parents(config), seed=config.seed, device=processes.device
+        )
+        best.save_pretrained(config.output_dir / "draft", provenance=record)
+
+    trainer = Trainer(
+        config,
+        draft,
+        train=blocks,
+        held_out=walked,
+        masked_ids=target.traj_ids,
+        processes=processes,
+        save_best=save_best,
+    )
+    counts = {
+        "train": _counts(train) | {"blocks": trainer.num_blocks},
+        "held_out": _counts(held_out) | {"greedy": all(sample.temperature == 0 for sample in held_out)},
+    }
+    return trainer, counts
+
+
+def _held_out_chunks(config: TrainConfig) -> list[int] | None:
+    if config.held_out_chunks is None:
+        return None
+    from alpamayo_dflash.clips import parse_chunks
+
+    return parse_chunks(config.held_out_chunks)
+
+
+def _counts(samples: list[DistillSample]) -> dict[str, int]:
+    """Clips and responses; those without a second token have no block and are counted apart."""
+    return {
+        "clips": len({sample.clip_id for sample in samples}),
+        "responses": len(samples),
+        "too_short": sum(len(sample.token_ids) < 2 for sample in samples),
+    }
+
+
+def _parents(config: TrainConfig) -> dict[str, str]:
+    """Hashes of what the draft was made from."""
+    parents = {"distill": file_hash(config.data_dir / "distill.json")}
+    if Path(config.target_model).is_dir():
+        parents["target_config"] = file_hash(Path(config.target_model) / "config.json")
+    if config.init_from is not None:
+        parents["init_from"] = folder_hash(config.init_from)
+    return parents
+
+
+def _fit(trainer: Trainer, processes: Processes) -> None:
+    folder = trainer.config.output_dir
+    if not processes.first:
+        trainer.fit(folder / "checkpoint", Silent())
+        return
+    with Live(folder / "logs", trainer.total_steps, trainer.progress.step) as live:
+        trainer.fit(folder / "checkpoint", live)
+
+
+def _result(trainer: Trainer, counts: dict[str, Any], started: float) -> dict[str, Any]:
+    config, progress = trainer.config, trainer.progress
+    return {
+        "draft": str(config.output_dir / "draft"),
+        "acceptance_length": progress.best_length,
+        "best_step": progress.best_step,
+        "steps": progress.step,
+        "steps_per_epoch": trainer.steps_per_epoch,
+        "parameters": sum(parameter.numel() for parameter in trainer.draft.parameters()),
+        "draft_config": to_plain(trainer.draft.config),
+        **counts,
+        "evaluations": progress.evaluations,
+        "losses": progress.losses,
+        "provenance": provenance(
+            config=config,
+            parents=_parents(config),
+            seed=config.seed,
+            device=trainer.processes.device,
+            started=started,
+        ),
+    }

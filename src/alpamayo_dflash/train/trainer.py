@@ -1,0 +1,284 @@
+"""The training loop: steps, schedules, evaluation, checkpoints. One loop for one process and for many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.train.accept import simulate
+from alpamayo_dflash.train.checkpoint import load_checkpoint, save_checkpoint
+from alpamayo_dflash.train.config import TrainConfig, decay_gamma
+from alpamayo_dflash.train.data import Batch, BlockData, Blocks, read_ahead, step_count, step_share
+from alpamayo_dflash.train.loss import (
+    ce_weight,
+    decay_weights,
+    dpace_weights,
+    learning_rate_factor,
+    row_losses,
+)
+from alpamayo_dflash.train.processes import Processes
+from alpamayo_dflash.train.progress import Monitor
+
+WARMUP_SHARE = 0.1
+MAX_GRADIENT_NORM = 1.0
+
+
+@dataclass
+class Progress:
+    """How far a run has come; what a checkpoint stores of it.
+
+    Attributes:
+        step: steps done.
+        best_length: simulated acceptance length of the best draft so far.
+        best_step: the step it was found at; −1 before the first evaluation.
+        evaluations: step, epoch and counts of every evaluation.
+        losses: step, loss, its parts and the learning rate at every log entry.
+    """
+
+    step: int = 0
+    best_length: float = 0.0
+    best_step: int = -1
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[dict[str, Any]] = field(default_factory=list)
+
+
+class BlockLoss(nn.Module):
+    """The draft with its loss, as one module for DDP."""
+
+    def __init__(self, draft: DFlashDraft, config: TrainConfig) -> None:
+        super().__init__()
+        self.draft = draft
+        self.options = config
+        block_size = draft.config.block_size
+        gamma = decay_gamma(block_size, config.prefix_weight_gamma)
+        self._decay_B = decay_weights(block_size - 1, gamma)
+
+    def forward(self, batch: Batch, ce_share: float) -> tuple[Tensor, Tensor]:
+        """Weighted sums over the batch's label rows.
+
+        Args:
+            batch: the blocks.
+            ce_share: weight of cross-entropy; KL has the rest.
+
+        Returns:
+            the weighted sum of the loss, with gradient, and detached (sum of weights, weighted sum of CE,
+            weighted sum of KL) [3].
+        """
+        draft, options = self.draft, self.options
+        hidden_SBC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries)
+        labelled_SB = batch.labelled
+        teacher = None
+        if batch.teacher_logits is not None and batch.teacher_ids is not None:
+            teacher = (batch.teacher_logits, batch.teacher_ids)
+        ce_R, kl_R = row_losses(
+            hidden_SBC[labelled_SB],
+            draft.head,
+            batch.labels[labelled_SB],
+            teacher,
+            temperature=options.kl_temperature,
+        )
+        weight_R = self._weights(ce_R, labelled_SB)
+        ce = (weight_R * ce_R).sum()
+        kl = torch.zeros_like(ce) if kl_R is None else (weight_R * kl_R).sum()
+        total = ce if ce_share == 1 else kl if ce_share == 0 else ce_share * ce + (1 - ce_share) * kl
+        return total, torch.stack((weight_R.sum(), ce.detach(), kl.detach()))
+
+    def _weights(self, ce_R: Tensor, labelled_SB: Tensor) -> Tensor:
+        if self.options.position_weights == "decay":
+            return self._decay_B.to(ce_R.device).expand(labelled_SB.shape)[labelled_SB]
+        ce_SB = torch.zeros(labelled_SB.shape, device=ce_R.device)
+        ce_SB[labelled_SB] = ce_R.detach()
+        return dpace_weights(ce_SB, labelled_SB, self.options.dpace_alpha)[labelled_SB]
+
+
+class Trainer:
+    """Trains a draft and keeps the best."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        draft: DFlashDraft,
+        *,
+        train: BlockData,
+        held_out: BlockData,
+        masked_ids: range,
+        processes: Processes,
+        save_best: Callable[[DFlashDraft], None],
+    ) -> None:
+        """Set up optimizer, schedules and progress.
+
+        Args:
+            config: the options.
+            draft: bound, on this process's device.
+            train: responses to train on.
+            held_out: responses to walk through.
+            masked_ids: ids that are never proposed.
+            processes: this process among the run's.
+            save_best: writes the draft's folder.
+
+        Raises:
+            ValueError: there are fewer blocks than processes.
+        """
+        self.config, self.draft, self.train, self.held_out = config, draft, train, held_out
+        self.masked_ids, self.processes, self.save_best = masked_ids, processes, save_best
+        self.num_blocks = len(train.blocks(range(len(train)), config.stride))
+        self.steps_per_epoch = step_count(self.num_blocks, config.batch_size, processes.world_size)
+        self.total_steps = config.num_epochs * self.steps_per_epoch
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        warmup = config.warmup_steps
+        self.warmup_steps = math.ceil(WARMUP_SHARE * self.total_steps) if warmup is None else warmup
+        self.optimizer = _optimizer(draft, config, processes.world_size)
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.loss: nn.Module = BlockLoss(draft, config)
+        if processes.world_size > 1:
+            self.loss = nn.parallel.DistributedDataParallel(self.loss)
+        self.progress = Progress()
+
+    def resume(self, folder: Path, progress: Progress) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it belongs to another draft, or is corrupt.
+        """
+        load_checkpoint(folder, self.draft, self.optimizer)
+        self.progress = progress
+
+    def fit(self, checkpoint: Path, monitor: Monitor) -> None:
+        """Train to the end; evaluate and save at the start, every `save_every` steps and every epoch's end.
+
+        Args:
+            checkpoint: folder of the checkpoint.
+            monitor: told of every step and evaluation.
+        """
+        if self.progress.best_step < 0:
+            self._evaluate(monitor)
+        for batch in self._batches():
+            report = self._step(batch)
+            step = self.progress.step
+            if step % self.config.log_interval == 0 or step == self.total_steps:
+                self.progress.losses.append(self._totals(report))
+                monitor.logged(self.progress.losses[-1])
+            monitor.stepped(step)
+            if self._due(step):
+                self._evaluate(monitor)
+                if self.processes.first:
+                    save_checkpoint(checkpoint, self.draft, self.optimizer, self._state())
+                self.processes.wait()
+
+    def _due(self, step: int) -> bool:
+        every = self.config.save_every
+        return (
+            step == self.total_steps or step % self.steps_per_epoch == 0 or bool(every and step % every == 0)
+        )
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of this process that are still to come."""
+
+        def parts() -> Iterator[Blocks]:
+            start = self.progress.step
+            for epoch in range(start // self.steps_per_epoch, self.config.num_epochs):
+                blocks = self.train.epoch(self.config.seed, epoch, self.config.stride)
+                for step in range(self.steps_per_epoch):
+                    number = epoch * self.steps_per_epoch + step
+                    if start <= number < self.total_steps:
+                        place = (self.processes.rank, self.processes.world_size)
+                        yield blocks[step_share(len(blocks), self.steps_per_epoch, step, *place)]
+
+        threads = 0 if self.train.fits else self.config.num_workers
+        for batch in read_ahead(parts(), self.train.batch, threads):
+            yield batch.to(self.processes.device)
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One step of the optimizer.
+
+        The loss is the weighted mean over the label rows of *all* processes: each divides its own sum by the
+        mean weight of a process, and DDP averages the gradients. So more processes with smaller batches take
+        the same step as one with a larger batch.
+
+        Returns:
+            sums over this process: weights, CE, KL, the gradient's norm.
+        """
+        config, progress = self.config, self.progress
+        factor = learning_rate_factor(progress.step, self.total_steps, self.warmup_steps)
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        device_type = self.processes.device.partition(":")[0]
+        with torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            total, sums = self.loss(batch, self.ce_share)
+        world_size = self.processes.world_size
+        mean_weight = self.processes.add(sums[0].clone()) / world_size
+        (total / mean_weight.clamp_min(1e-12)).backward()
+        norm = nn.utils.clip_grad_norm_(self.draft.parameters(), MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        progress.step += 1
+        return torch.cat((sums, norm[None]))
+
+    @property
+    def ce_share(self) -> float:
+        """Weight of cross-entropy at the present step."""
+        if self.config.loss_type == "ce+kl":
+            start, end = self.config.ce_weight_start, self.config.ce_weight_end
+            return ce_weight(self.progress.step, self.total_steps, start, end)
+        return 1.0 if self.config.loss_type == "ce" else 0.0
+
+    def _totals(self, report: Tensor) -> dict[str, Any]:
+        """A log entry of the step just done, over all processes."""
+        weight, ce, kl = self.processes.add(report[:3].clone()).tolist()
+        entry = {"step": self.progress.step, "ce": ce / max(weight, 1e-12)}
+        if self.config.loss_type != "ce":
+            entry["kl"] = kl / max(weight, 1e-12)
+        return entry | {
+            "gradient_norm": float(report[3]),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def _evaluate(self, monitor: Monitor) -> None:
+        """Walk through the held-out responses, and keep the draft if it is the best so far."""
+        processes, progress = self.processes, self.progress
+        mine = torch.arange(processes.rank, len(self.held_out), processes.world_size)
+        counts = simulate(self.draft, self.held_out, self.masked_ids, mine)
+        both = torch.tensor([counts.tokens, counts.passes], device=processes.device)
+        tokens, passes = processes.add(both).tolist()
+        entry = {
+            "step": progress.step,
+            "epoch": progress.step / self.steps_per_epoch,
+            "acceptance_length": tokens / max(passes, 1),
+            "tokens": tokens,
+            "passes": passes,
+        }
+        progress.evaluations.append(entry)
+        monitor.evaluated(entry)
+        if entry["acceptance_length"] > progress.best_length:
+            progress.best_length, progress.best_step = entry["acceptance_length"], progress.step
+            if processes.first:
+                self.save_best(self.draft)
+
+    def _state(self) -> dict[str, Any]:
+        return {"config": self.config, "progress": self.progress, "total_steps": self.total_steps}
+
+
+def _optimizer(draft: DFlashDraft, config: TrainConfig, world_size: int) -> torch.optim.Optimizer:
+    """AdamW: weight decay on matrices only, the embeddings at their own rate."""
+    rate = config.learning_rate * (world_size if config.scale_lr else 1)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in draft.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        embeds = name.startswith(("embed_tokens.", "lm_head."))
+        decay = 0.0 if embeds or parameter.ndim < 2 else config.weight_decay
+        groups.setdefault((rate * config.embed_lr_scale if embeds else rate, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
+        lr=rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )

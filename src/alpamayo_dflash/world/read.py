@@ -1,0 +1,62 @@
+"""Reading back what the clips of a synthetic world are about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from alpamayo_dflash.clips.cache import find_snapshot
+from alpamayo_dflash.world.facts import Event, Facts
+
+SCENES_FILE = "metadata/world_scenes.parquet"
+
+
+@dataclass(frozen=True)
+class SceneRecord:
+    """What one clip is about.
+
+    Attributes:
+        clip_id: the clip.
+        chunk: its chunk.
+        seed: the number that `sample_scene` drew the scene from.
+        facts: the scene's facts.
+        coc: one wording of them, drawn at random.
+    """
+
+    clip_id: str
+    chunk: int
+    seed: int
+    facts: Facts
+    coc: str
+
+
+def read_scenes(cache_dir: Path | str, revision: str = "main") -> list[SceneRecord]:
+    """The records of a world's clips, in order of chunk and index.
+
+    Raises:
+        ValueError: the folder holds no world.
+    """
+    import pandas as pd
+
+    path = find_snapshot(cache_dir, revision) / SCENES_FILE
+    if not path.is_file():
+        raise ValueError(f"{path.parent.parent} is no synthetic world: it has no {SCENES_FILE}")
+    return [
+        SceneRecord(
+            str(row.Index),
+            int(row.chunk),
+            int(row.seed),
+            Facts(Event(row.event), row.side, row.actor),
+            str(row.coc),
+        )
+        for row in pd.read_parquet(path).itertuples()
+    ]
+
+
+def read_facts(cache_dir: Path | str, revision: str = "main") -> dict[str, Facts]:
+    """The facts of a world's clips by clip id.
+
+    Raises:
+        ValueError: the folder holds no world.
+    """
+    return {record.clip_id: record.facts for record in read_scenes(cache_dir, revision)}

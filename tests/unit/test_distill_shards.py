@@ -1,0 +1,254 @@
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from alpamayo_dflash.distill import DistillData
+from alpamayo_dflash.distill.config import response_bytes
+from alpamayo_dflash.distill.shards import manifest_path, shard_path, table_path
+from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
+
+TAPS, HIDDEN, TOP_K, CONTEXT = 2, 4, 3, 5
+SETTINGS = {
+    "target": "abc",
+    "clips": "def",
+    "world_size": 1,
+    "taps": [1, 3],
+    "context_len": CONTEXT,
+    "top_k": TOP_K,
+    "full_vocab": False,
+    "hidden_size": HIDDEN,
+    "vocab_size": 11,
+    "num_target_layers": 4,
+    "dtype": "float32",
+    "seed": 0,
+    "t0_us": 5_100_000,
+}
+CLIPS = [f"clip-{number}" for number in range(7)]
+
+
+def respond(clip_id, sample):
+    number = int(clip_id.split("-")[1]) * 10 + sample
+    generator = torch.Generator().manual_seed(number)
+    length = 1 + number % 7
+    return Response(
+        token_ids=tuple(range(number, number + length)),
+        text=f"text {number}",
+        stop="traj_future_start",
+        temperature=0.6 if sample else 0.0,
+        top_p=0.98,
+        seed=sample,
+        tensors={
+            "prompt_states": torch.randn(CONTEXT, TAPS, HIDDEN, generator=generator),
+            "states": torch.randn(length, TAPS, HIDDEN, generator=generator),
+            "topk_logits": torch.randn(length, TOP_K, generator=generator),
+            "topk_ids": torch.randint(11, (length, TOP_K), generator=generator, dtype=torch.int32),
+        },
+    )
+
+
+def result(clip_id):
+    if clip_id == "clip-4":
+        return ClipResult(clip_id, 0, failure="broken video")
+    return ClipResult(clip_id, int(clip_id[-1]) // 4, tuple(respond(clip_id, sample) for sample in range(2)))
+
+
+def writer(folder, *, rank=0, clips=CLIPS, settings=SETTINGS):
+    return RankWriter(folder, rank, settings, clips, clips_per_shard=2, provenance={"seed": 0})
+
+
+def write(folder, *, shards=None, **options):
+    """Write shards until all, or `shards`, are finished."""
+    part = writer(folder, **options)
+    if not part.complete:
+        part.begin()
+    for clips in part.remaining[:shards]:
+        part.write([result(clip_id) for clip_id in clips])
+    return part
+
+
+def equal_sets(one, other):
+    assert one.samples == other.samples
+    for sample in one.samples:
+        found, wanted = one.tensors(sample), other.tensors(sample)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_what_is_written_is_read(tmp_path):
+    part = write(tmp_path)
+    assert part.complete
+    data = DistillData(tmp_path)
+    assert len(data.samples) == 12
+    for sample in data.samples:
+        wanted = respond(sample.clip_id, sample.sample)
+        assert (sample.token_ids, sample.text, sample.seed) == (wanted.token_ids, wanted.text, wanted.seed)
+        assert sample.chunk == int(sample.clip_id[-1]) // 4
+        tensors = data.tensors(sample)
+        assert all(torch.equal(tensors[name], wanted.tensors[name]) for name in wanted.tensors)
+
+
+def test_manifest_counts_and_says_where_it_came_from(tmp_path):
+    part = write(tmp_path)
+    manifest = json.loads((tmp_path / "distill.json").read_text())
+    assert manifest == DistillData(tmp_path).manifest
+    assert manifest["taps"] == [1, 3]
+    assert manifest["clips"] == {"attempted": 7, "done": 6, "failed": 1}
+    assert manifest["complete"] == {"0": True}
+    assert manifest["samples"] == 12
+    assert manifest["tokens"] == sum(len(sample.token_ids) for sample in DistillData(tmp_path).samples)
+    assert part.summary()["clips"] == manifest["clips"]
+    failures = json.loads((tmp_path / "failures-rank0.json").read_text())
+    assert failures["failures"] == [{"clip_id": "clip-4", "reason": "broken video"}]
+
+
+def test_estimate_matches_what_is_stored(tmp_path):
+    write(tmp_path)
+    data = DistillData(tmp_path)
+    for sample in data.samples:
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in data.tensors(sample).values())
+        assert stored == response_bytes(
+            num_tokens=len(sample.token_ids),
+            context_len=CONTEXT,
+            num_taps=TAPS,
+            hidden_size=HIDDEN,
+            top_k=TOP_K,
+            dtype="float32",
+        )
+
+
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_interrupted_and_continued_equals_uninterrupted(tmp_path, done):
+    write(tmp_path / "whole")
+    write(tmp_path / "parts", shards=done)
+    with pytest.raises(ValueError, match="did not finish"):
+        DistillData(tmp_path / "parts")
+    assert len(DistillData(tmp_path / "parts", allow_incomplete=True).manifest["shards"]) == done
+    assert write(tmp_path / "parts").complete
+    equal_sets(DistillData(tmp_path / "parts"), DistillData(tmp_path / "whole"))
+    hashes = [
+        [shard["sha256"] for shard in DistillData(tmp_path / name).manifest["shards"]]
+        for name in ("whole", "parts")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_killed_between_shard_and_manifest(tmp_path):
+    """Shard and table are there, the manifest is of before, and a temporary file lies about."""
+    write(tmp_path / "whole")
+    write(tmp_path / "parts", shards=1)
+    before = manifest_path(tmp_path / "parts", 0).read_bytes()
+    write(tmp_path / "parts", shards=1)
+    manifest_path(tmp_path / "parts", 0).write_bytes(before)
+    leftover = tmp_path / "parts" / "shards" / ".rank0-2.safetensors.abc.safetensors"
+    leftover.write_bytes(b"half")
+    assert len(DistillData(tmp_path / "parts", allow_incomplete=True).samples) == 4
+    write(tmp_path / "parts")
+    assert not leftover.exists()
+    equal_sets(DistillData(tmp_path / "parts"), DistillData(tmp_path / "whole"))
+
+
+def test_complete_set_has_nothing_left(tmp_path):
+    write(tmp_path)
+    stamp = manifest_path(tmp_path, 0).stat().st_mtime_ns
+    again = writer(tmp_path)
+    assert again.complete
+    assert again.remaining == []
+    assert manifest_path(tmp_path, 0).stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("taps", [0, 3]), ("seed", 1), ("clips", "other"), ("world_size", 2)]
+)
+def test_other_settings_in_the_same_folder_are_named(tmp_path, key, value):
+    write(tmp_path, shards=1)
+    with pytest.raises(ValueError, match=re.escape(f"{key} {SETTINGS[key]!r}, not {value!r}")):
+        writer(tmp_path, settings={**SETTINGS, key: value})
+
+
+def test_ranks_are_merged_and_all_must_be_complete(tmp_path):
+    settings = {**SETTINGS, "world_size": 2}
+    write(tmp_path, rank=1, clips=CLIPS[1::2], settings=settings)
+    with pytest.raises(ValueError, match="of 2 ranks, 0 did not finish"):
+        DistillData(tmp_path)
+    assert len(DistillData(tmp_path, allow_incomplete=True).samples) == 6
+    write(tmp_path, rank=0, clips=CLIPS[0::2], settings=settings)
+    data = DistillData(tmp_path)
+    write(tmp_path / "one")
+    one = DistillData(tmp_path / "one")
+    assert json.loads((tmp_path / "distill.json").read_text()) == data.manifest
+    assert {(s.clip_id, s.sample, s.token_ids) for s in data.samples} == {
+        (s.clip_id, s.sample, s.token_ids) for s in one.samples
+    }
+    with pytest.raises(ValueError, match="seed"):
+        writer(tmp_path, rank=1, clips=CLIPS[1::2], settings={**settings, "seed": 5})
+
+
+def test_no_data(tmp_path):
+    with pytest.raises(ValueError, match="no distillation data"):
+        DistillData(tmp_path)
+
+
+def test_corrupt_and_missing_shards_are_named(tmp_path):
+    write(tmp_path)
+    sample = DistillData(tmp_path).samples[0]
+    path = shard_path(tmp_path, sample.shard)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    data = DistillData(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        data.tensors(sample)
+    with pytest.raises(ValueError, match=r"corrupt, .* bytes long, but finished"):
+        writer(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        data.tensors(sample)
+    with pytest.raises(ValueError, match="missing, but finished"):
+        writer(tmp_path)
+
+
+def test_verify_finds_a_flipped_bit(tmp_path):
+    write(tmp_path)
+    data = DistillData(tmp_path)
+    data.verify()
+    path = shard_path(tmp_path, data.samples[-1].shard)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: corrupt")):
+        data.verify()
+
+
+def test_a_shard_of_another_set_is_corrupt(tmp_path):
+    write(tmp_path)
+    data = DistillData(tmp_path)
+    first, last = data.samples[0], data.samples[-1]
+    assert len(first.token_ids) != len(data.samples[-2].token_ids)
+    shutil.copy(shard_path(tmp_path, last.shard), shard_path(tmp_path, first.shard))
+    with pytest.raises(ValueError, match="corrupt shard"):
+        data.tensors(first)
+
+
+def test_corrupt_table_is_named(tmp_path):
+    write(tmp_path)
+    table_path(tmp_path, 0).write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"samples-rank0\.parquet"):
+        DistillData(tmp_path)
+
+
+def test_manifest_of_another_format_is_named(tmp_path):
+    manifest_path(tmp_path, 0).write_text('{"format": 99}')
+    with pytest.raises(ValueError, match=r"manifest-rank0\.json: not a manifest"):
+        DistillData(tmp_path)
+
+
+def test_data_can_be_sent_to_a_worker(tmp_path):
+    import pickle
+
+    write(tmp_path)
+    data = DistillData(tmp_path)
+    first = data.tensors(data.samples[0])
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copy.tensors(copy.samples[0])["states"], first["states"])

@@ -1,0 +1,77 @@
+import pytest
+import torch
+from test_train_data import CONFIG, Set, block_data
+
+from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.train.accept import Acceptance, accepted_prefix, simulate, walk
+
+
+def test_the_prefix_ends_at_the_first_miss_or_missing_label():
+    labels = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 0], [1, 2, 3]])
+    predicted = torch.tensor([[1, 2, 3], [9, 2, 3], [1, 2, 0], [1, 9, 3]])
+    labelled = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 1]]).bool()
+    assert accepted_prefix(predicted, labels, labelled).tolist() == [3, 0, 2, 1]
+
+
+@pytest.mark.parametrize(("accepted", "passes"), [(0, 9 + 0 + 4), (3, 3 + 0 + 1), (2, 3 + 0 + 2)])
+def test_the_walk_counts_passes_and_tokens_after_the_first(accepted, passes):
+    """Responses of 10, 1 and 5 tokens; every block has the same number of drafted tokens accepted."""
+    lengths = torch.tensor([10, 1, 5])
+
+    def same(blocks):
+        left = lengths[blocks.responses] - 1 - blocks.positions
+        return left.clamp_max(accepted)
+
+    assert walk(lengths, same) == Acceptance(tokens=13, passes=passes)
+
+
+def test_a_perfect_draft_takes_the_block_size_a_pass():
+    """A block of 8 advances by 8: 7 drafted tokens and the target's own."""
+    lengths = torch.tensor([17])
+    counts = walk(lengths, lambda blocks: (lengths[blocks.responses] - 1 - blocks.positions).clamp_max(7))
+    assert counts.length == 8.0
+
+
+def test_the_simulation_equals_decoding_one_response_at_a_time():
+    """A loop as a decoder has it: propose at the last kept token, compare token by token, keep one more."""
+    found = Set()
+    data = block_data(found)
+    draft = DFlashDraft.random(CONFIG, 0)
+    tables = torch.randn(2, 40, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
+    draft.bind(tables[0], tables[1], 3)
+    # Most responses are rewritten to what the draft proposes, so that some tokens are accepted.
+    for index in (0, 3):
+        tokens = list(found.samples[index].token_ids)
+        batch = data.batch(data.blocks([index])[:1])
+        logits = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries) @ draft.head.T
+        tokens[1:3] = logits[0].argmax(-1).tolist()[:2]
+        found.samples[index] = type(found.samples[index])(
+            **{**vars(found.samples[index]), "token_ids": tuple(tokens)}
+        )
+    data = block_data(found)
+    masked = range(38, 40)
+    tokens_done, passes, best = 0, 0, 0
+    for sample, tensors in zip(found.samples, found.content, strict=True):
+        columns = [found.manifest["taps"].index(tap) for tap in CONFIG.target_layer_ids]
+        states = torch.cat((tensors["prompt_states"], tensors["states"]))[:, columns].flatten(1)
+        position = 0
+        while position < len(sample.token_ids) - 1:
+            before = states[: len(tensors["prompt_states"]) + position][-CONFIG.context_len :]
+            context = torch.zeros(1, CONFIG.context_len, CONFIG.feature_size)
+            context[0, CONFIG.context_len - len(before) :] = before
+            anchor = torch.tensor([sample.token_ids[position]])
+            logits = draft.propose(context, torch.tensor([len(before)]), anchor).logits[0]
+            logits[:, masked.start : masked.stop] = -torch.inf
+            kept = 0
+            for proposed, truth in zip(logits.argmax(-1).tolist(), sample.token_ids[position + 1 :], strict=False):
+                if proposed != truth:
+                    break
+                kept += 1
+            best = max(best, kept)
+            advance = min(kept + 1, len(sample.token_ids) - 1 - position)
+            tokens_done, passes, position = tokens_done + advance, passes + 1, position + advance
+    assert best >= 2
+    assert simulate(draft, data, masked) == Acceptance(tokens_done, passes)
+    halves = [simulate(draft, data, masked, torch.arange(start, 5, 2)) for start in (0, 1)]
+    assert sum(half.tokens for half in halves) == tokens_done
+    assert sum(half.passes for half in halves) == passes

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+import pytest
+
+from alpamayo_dflash.train import TrainConfig
+from alpamayo_dflash.train.config import decay_gamma
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_epochs": 0}, "num_epochs is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0"),
+        ({"prefix_weight_gamma": -1.0}, "prefix_weight_gamma is -1"),
+        ({"ce_weight_end": 1.5}, "ce_weight_end is 1.5"),
+        ({"block_size": 1}, "block_size is 1"),
+        ({"held_out": 0.0}, "held_out is 0"),
+        ({"full_vocab": True}, "init_from"),
+    ],
+)
+def test_a_wrong_value_is_named(change, said):
+    with pytest.raises(ValueError, match=said):
+        TrainConfig("target", Path("data"), Path("out"), **change)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "given", "gamma"), [(8, None, 4), (10, None, 5), (16, None, 7), (4, None, 2), (8, 3.0, 3)]
+)
+def test_gamma_follows_the_block_size_unless_given(block_size, given, gamma):
+    assert decay_gamma(block_size, given) == gamma

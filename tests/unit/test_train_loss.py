@@ -1,0 +1,116 @@
+import math
+
+import pytest
+import torch
+
+from alpamayo_dflash.train.loss import (
+    ce_weight,
+    decay_weights,
+    dpace_weights,
+    learning_rate_factor,
+    row_losses,
+)
+
+
+@pytest.fixture
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(6, 5, generator=generator)
+    head = torch.randn(11, 5, generator=generator)
+    labels = torch.randint(0, 11, (6,), generator=generator)
+    logits = torch.randn(6, 4, generator=generator)
+    ids = torch.stack([torch.randperm(11, generator=generator)[:4] for _ in range(6)])
+    return hidden, head, labels, (logits, ids)
+
+
+def naive_ce(hidden, head, label):
+    scores = [math.exp(float(hidden @ row)) for row in head]
+    return -math.log(scores[label] / sum(scores))
+
+
+def naive_kl(hidden, head, logits, ids, temperature):
+    target = [math.exp(value / temperature) for value in logits.tolist()]
+    scores = [math.exp(float(hidden @ row) / temperature) for row in head]
+    total = 0.0
+    for value, token in zip(target, ids.tolist(), strict=True):
+        p, q = value / sum(target), scores[token] / sum(scores)
+        total += p * math.log(p / q) if p > 0 else 0.0
+    return total * temperature**2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("chunk_elements", [1 << 20, 22, 1])
+def test_row_losses_equal_naive_loops_in_any_chunks(rows, temperature, chunk_elements):
+    hidden, head, labels, (logits, ids) = rows
+    logits[2, 1] = -torch.inf  # a token that the target may not write
+    ce, kl = row_losses(
+        hidden, head, labels, (logits, ids), temperature=temperature, chunk_elements=chunk_elements
+    )
+    for row in range(6):
+        assert float(ce[row]) == pytest.approx(naive_ce(hidden[row], head, int(labels[row])), abs=1e-5)
+        expected = naive_kl(hidden[row], head, logits[row], ids[row], temperature)
+        assert float(kl[row]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_chunks_give_the_same_gradients(rows):
+    _, head, labels, teacher = rows
+    found = []
+    for chunk_elements in (1 << 20, 22):
+        hidden = rows[0].clone().requires_grad_()
+        weight = head.clone().requires_grad_()
+        ce, kl = row_losses(hidden, weight, labels, teacher, chunk_elements=chunk_elements)
+        found.append(torch.autograd.grad((ce * torch.arange(6) + kl).sum(), (hidden, weight)))
+    for whole, chunked in zip(*found, strict=True):
+        torch.testing.assert_close(whole, chunked)
+
+
+def test_kl_is_zero_only_for_the_target_s_own_distribution():
+    head = torch.eye(4)
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    ids = torch.arange(4)[None]
+    _, same = row_losses(logits, head, torch.tensor([0]), (logits, ids))
+    assert float(same) == pytest.approx(0, abs=1e-6)
+    # Mass on a token outside the target's k costs, although the k agree among themselves.
+    _, outside = row_losses(logits, head, torch.tensor([0]), (logits[:, :3], ids[:, :3]))
+    assert float(outside) > 0.01
+
+
+def test_no_rows_give_no_loss_and_no_gradient():
+    hidden = torch.zeros(0, 5, requires_grad=True)
+    ce, kl = row_losses(hidden, torch.zeros(7, 5), torch.zeros(0, dtype=torch.int64), None)
+    assert ce.shape == (0,)
+    assert kl is None
+    ce.sum().backward()
+
+
+def test_decay_weights_fall_from_one():
+    expected = [math.exp(-(i - 1) / 3) for i in range(1, 8)]
+    assert decay_weights(7, 3.0).tolist() == pytest.approx(expected)
+
+
+def test_dpace_weights_equal_the_naive_sums():
+    ce = torch.tensor([[0.1, 2.0, 0.5, 1.0], [0.0, 0.3, 9.0, 9.0], [1.0, 0.2, 0.4, 0.6]])
+    labelled = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]]).bool()
+    found = dpace_weights(ce.requires_grad_(), labelled, 0.5)
+    assert not found.requires_grad
+    for row in range(3):
+        q = [0.5 * math.exp(-float(value)) + 0.5 for value in ce[row]]
+        present = [j for j in range(4) if labelled[row, j]]
+        for j in range(4):
+            naive = sum(math.prod(q[i] for i in present if i <= m) for m in present if m >= j)
+            assert float(found[row, j]) == pytest.approx(naive if j in present else 0.0, abs=1e-6)
+
+
+def test_ce_weight_is_linear():
+    assert [ce_weight(step, 5, 1.0, 0.8) for step in range(5)] == pytest.approx([1, 0.95, 0.9, 0.85, 0.8])
+    assert ce_weight(0, 1, 1.0, 0.8) == 1.0
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    factors = [learning_rate_factor(step, 10, 4) for step in range(10)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0
+    assert factors[7] == pytest.approx(0.5)
+    assert factors == sorted(factors[:4]) + sorted(factors[4:], reverse=True)
+    assert learning_rate_factor(10, 10, 4) == pytest.approx(0)
+    assert learning_rate_factor(0, 10, 0) == 1.0
