@@ -31,7 +31,9 @@ SENTENCES = [
 NEW_SPECIALS = 28
 
 
-def vlm_folder(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, mlp: int) -> int:
+def vlm_folder(
+    folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, mlp: int
+) -> int:
     """Write a Qwen3-VL configuration and a tokenizer; return the tokenizer's size."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,7 +46,10 @@ def vlm_folder(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     size = tokenizer.get_vocab_size()
-    ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
+    ids = {
+        name: tokenizer.token_to_id(f"<|{name}|>")
+        for name in ("image_pad", "video_pad", "vision_start", "vision_end")
+    }
     section = head_dim // 8
     text = {
         "model_type": "qwen3_vl_text",
@@ -117,7 +122,12 @@ def random_target(
             "vocab_size": size + traj_vocab + NEW_SPECIALS,
             "traj_token_ids": {},
             "add_special_tokens": True,
-            "expert_cfg": {"hidden_size": 24, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": head_dim},
+            "expert_cfg": {
+                "hidden_size": 24,
+                "intermediate_size": 48,
+                "num_attention_heads": 4,
+                "head_dim": head_dim,
+            },
             "action_in_proj_cfg": {"hidden_size": 16},
             "hist_traj_tokenizer_cfg": {"num_bins": 4},
             "traj_tokenizer_cfg": {"num_bins": 4, "dims_min": [-10, -10], "dims_max": [10, 10]},
@@ -138,6 +148,11 @@ def random_target(
             special, period = target.special, target.tokenizer.encode(".").ids[0]
             head[[special.cot_end, special.traj_future_start, special.eos, period], 0] = push
             head[special.eos, 0] -= 0.5
+            head[period, 0] += 0.5
+        # Undamped, a random expert amplifies rounding without bound over the Euler steps.
+        project = target.action_in_proj
+        frequencies = project.timestep_fourier_encoder.freqs.flatten().repeat(2)
+        project.encoder.trunk[0].weight *= 0.3 / frequencies.repeat(3)
     target.to(dtype)
     return target
 
@@ -154,4 +169,6 @@ def random_prompt(target: Alpamayo, *, seed: int = 0, length: int = 20, images: 
     pixels = torch.randn(16 * images, 1536, generator=generator)
     steps = torch.arange(-15.0, 1.0)
     xyz = torch.stack((steps * 0.5, torch.zeros(16), torch.zeros(16)), dim=-1)
-    return Prompt(ids, pixels, grid, position_ids, delta, f"random{seed}@0", xyz, torch.eye(3).repeat(16, 1, 1))
+    return Prompt(
+        ids, pixels, grid, position_ids, delta, f"random{seed}@0", xyz, torch.eye(3).repeat(16, 1, 1)
+    )

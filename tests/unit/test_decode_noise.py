@@ -107,7 +107,10 @@ def test_noise_of_different_places_is_independent():
         "token blocks": (noise[..., 4:], noise[..., :-4]),
         "windows": (noise, token_noise(0, "clip@2", samples, positions, vocab)),
         "seeds": (noise, token_noise(1, "clip@1", samples, positions, vocab)),
-        "sample of one seed, next seed": (noise[:, 1:], token_noise(1, "clip@1", samples, positions, vocab)[:, :-1]),
+        "sample of one seed, next seed": (
+            noise[:, 1:],
+            token_noise(1, "clip@1", samples, positions, vocab)[:, :-1],
+        ),
     }
     for name, (a, b) in pairs.items():
         assert abs(correlation(a, b)) < 4 / math.sqrt(a.numel()), name

@@ -31,8 +31,16 @@ def test_the_whole_mass_is_every_token():
 
 def test_nucleus_keeps_ties_together():
     probabilities = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.5, 0.2, 0.2, 0.1], [0.1, 0.2, 0.5, 0.2]])
-    assert nucleus(probabilities, 0.1).tolist() == [[True] * 4, [True, False, False, False], [False, False, True, False]]
-    assert nucleus(probabilities, 0.6).tolist() == [[True] * 4, [True, True, True, False], [False, True, True, True]]
+    assert nucleus(probabilities, 0.1).tolist() == [
+        [True] * 4,
+        [True, False, False, False],
+        [False, False, True, False],
+    ]
+    assert nucleus(probabilities, 0.6).tolist() == [
+        [True] * 4,
+        [True, True, True, False],
+        [False, True, True, True],
+    ]
     # the mass above the pair is 0.5 exactly: not below 0.5
     assert nucleus(probabilities, 0.5)[1].tolist() == [True, False, False, False]
 
@@ -62,7 +70,9 @@ def plain_choice(row, masked, sampling, noise):
     return max(inside, key=lambda i: (row[i] / sampling.temperature + noise[i], -i))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.6, 0.98), Sampling(1.0, 0.3), Sampling(2.0, 1.0)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.0), Sampling(0.6, 0.98), Sampling(1.0, 0.3), Sampling(2.0, 1.0)]
+)
 def test_choose_is_the_plain_choice(sampling):
     logits = random_logits(120, 40, scale=2.0, seed=1)
     noise = token_noise(0, "w", [0], range(120), 40)[:, 0]

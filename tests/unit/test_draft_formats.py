@@ -121,7 +121,7 @@ def test_a_mask_embedding_beside_the_weights_is_read(folder):
     tensors = load_file(folder / "model.safetensors")
     mask = tensors.pop("mask_embedding")
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="missing mask_embedding"):
+    with pytest.raises(ValueError, match=r"missing mask_embedding"):
         read_draft(folder)
     torch.save(mask[None], folder / "mask_embedding.pt")
     assert torch.equal(read_draft(folder)[1]["mask_embedding"], mask)
@@ -134,17 +134,19 @@ def test_wrong_tensors_are_named(folder):
     tensors["fc.bias"] = torch.zeros(16)
     tensors["layers.1.mlp.up_proj.weight"] = torch.zeros(24, 17)
     save_file(tensors, path)
-    with pytest.raises(ValueError, match="missing norm.weight; surplus fc.bias; layers.1.mlp.up_proj.weight is"):
+    with pytest.raises(
+        ValueError, match=r"missing norm\.weight; surplus fc\.bias; layers\.1\.mlp\.up_proj\.weight is"
+    ):
         read_draft(folder)
 
 
 def test_a_cut_file_is_an_error_that_names_it(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="model.safetensors: not a whole"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole"):
         read_draft(folder)
     path.unlink()
-    with pytest.raises(ValueError, match="model.safetensors: no such file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: no such file"):
         read_draft(folder)
     with pytest.raises(ValueError, match="no such folder"):
         read_draft(folder / "none")
@@ -167,10 +169,10 @@ def test_writing_replaces_a_draft_and_nothing_else(folder):
     write_draft(folder, GOOD, tensors)
     assert torch.equal(read_draft(folder)[1]["fc.weight"], tensors["fc.weight"])
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="notes.txt"):
+    with pytest.raises(ValueError, match=r"notes\.txt"):
         write_draft(folder, GOOD, tensors)
     assert (folder / "notes.txt").read_text() == "mine"
-    with pytest.raises(ValueError, match="missing fc.weight"):
+    with pytest.raises(ValueError, match=r"missing fc\.weight"):
         write_draft(folder, GOOD, {name: t for name, t in tensors.items() if name != "fc.weight"})
 
 

@@ -49,7 +49,9 @@ def naive(draft, context, anchor):
             rows = slice(head * d, (head + 1) * d)
             kv_rows = slice(head // group * d, (head // group + 1) * d)
             q = norm(h @ layer["self_attn.q_proj.weight"][rows].T, layer["self_attn.q_norm.weight"], eps)
-            k = norm(source @ layer["self_attn.k_proj.weight"][kv_rows].T, layer["self_attn.k_norm.weight"], eps)
+            k = norm(
+                source @ layer["self_attn.k_proj.weight"][kv_rows].T, layer["self_attn.k_norm.weight"], eps
+            )
             v = source @ layer["self_attn.v_proj.weight"][kv_rows].T
             q = torch.stack([rope(row, len(features) + i, config) for i, row in enumerate(q)])
             k = torch.stack([rope(row, i, config) for i, row in enumerate(k)])
@@ -97,6 +99,15 @@ def test_shared_states_give_the_same_as_separate_ones():
     lengths, anchors = torch.tensor([X, 2, 4]), torch.tensor([3, 3, 9])
     shared = draft(states, lengths, anchors, entries)
     torch.testing.assert_close(shared, draft(states[entries], lengths, anchors), atol=1e-5, rtol=1e-5)
+
+
+def test_wanted_masks_get_the_same_as_all():
+    draft = bound()
+    lengths, anchors = torch.tensor([X, 2]), torch.tensor([3, 9])
+    wanted = torch.tensor([[1, 0, 1], [0, 1, 0]]).bool()
+    states = contexts(lengths.tolist())
+    some = draft(states, lengths, anchors, wanted_SB=wanted)
+    torch.testing.assert_close(some, draft(states, lengths, anchors)[wanted], atol=1e-5, rtol=1e-5)
 
 
 def test_block_tokens_see_each_other_in_both_directions_and_all_context():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_train_data import CONFIG, Set, block_data
+from test_train_data import CONFIG, PROMPT, Set, block_data
 
 from alpamayo_dflash.draft import DFlashDraft
 from alpamayo_dflash.train.accept import Acceptance, accepted_prefix, simulate, walk
@@ -53,17 +53,20 @@ def test_the_simulation_equals_decoding_one_response_at_a_time():
     tokens_done, passes, best = 0, 0, 0
     for sample, tensors in zip(found.samples, found.content, strict=True):
         columns = [found.manifest["taps"].index(tap) for tap in CONFIG.target_layer_ids]
-        states = torch.cat((tensors["prompt_states"], tensors["states"]))[:, columns].flatten(1)
+        prompt = tensors["prompt_states"][-PROMPT[sample.index] :]
+        states = torch.cat((prompt, tensors["states"]))[:, columns].flatten(1)
         position = 0
         while position < len(sample.token_ids) - 1:
-            before = states[: len(tensors["prompt_states"]) + position][-CONFIG.context_len :]
+            before = states[: len(prompt) + position][-CONFIG.context_len :]
             context = torch.zeros(1, CONFIG.context_len, CONFIG.feature_size)
             context[0, CONFIG.context_len - len(before) :] = before
             anchor = torch.tensor([sample.token_ids[position]])
             logits = draft.propose(context, torch.tensor([len(before)]), anchor).logits[0]
             logits[:, masked.start : masked.stop] = -torch.inf
             kept = 0
-            for proposed, truth in zip(logits.argmax(-1).tolist(), sample.token_ids[position + 1 :], strict=False):
+            for proposed, truth in zip(
+                logits.argmax(-1).tolist(), sample.token_ids[position + 1 :], strict=False
+            ):
                 if proposed != truth:
                     break
                 kept += 1

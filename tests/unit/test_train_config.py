@@ -19,6 +19,7 @@ from alpamayo_dflash.train.config import decay_gamma
         ({"block_size": 1}, "block_size is 1"),
         ({"held_out": 0.0}, "held_out is 0"),
         ({"full_vocab": True}, "init_from"),
+        ({"target_layers": "3,1"}, "ascending"),
     ],
 )
 def test_a_wrong_value_is_named(change, said):

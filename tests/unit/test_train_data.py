@@ -19,7 +19,7 @@ from alpamayo_dflash.train.data import (
 
 CONFIG = GOOD  # taps (0, 2), context 5, block 4, vocabulary 40
 LENGTHS = (7, 1, 2, 9, 4)
-PROMPT = (6, 6, 3, 6, 2)  # prompt states; fewer than the set's 6 where the prompt is short
+PROMPT = (6, 6, 3, 6, 2)  # prompt states; the set fills short prompts up to 6 with zeros at the left
 
 
 def sample(index, length, clip="clip", chunk=0, temperature=0.0):
@@ -43,7 +43,9 @@ class Set:
 
         self.content = [
             {
-                "prompt_states": random(prompt, 3, CONFIG.hidden_size),
+                "prompt_states": torch.cat(
+                    (torch.zeros(6 - prompt, 3, CONFIG.hidden_size), random(prompt, 3, CONFIG.hidden_size))
+                ),
                 "states": random(length, 3, CONFIG.hidden_size),
                 "topk_logits": random(length, 5),
                 "topk_ids": torch.randint(0, 40, (length, 5), generator=generator).int(),
@@ -68,7 +70,7 @@ def naive_blocks(found, config):
     columns = [found.manifest["taps"].index(tap) for tap in config.target_layer_ids]
     blocks = []
     for row, tensors in zip(found.samples, found.content, strict=True):
-        prompt = [state[columns].flatten() for state in tensors["prompt_states"]]
+        prompt = [state[columns].flatten() for state in tensors["prompt_states"] if bool(state.any())]
         own = [state[columns].flatten() for state in tensors["states"]]
         for anchor in range(len(row.token_ids) - 1):
             context = (prompt + own[:anchor])[-config.context_len :]
@@ -125,9 +127,7 @@ def test_nothing_from_the_anchor_on_reaches_a_block():
     changed.samples[3] = dataclasses.replace(changed.samples[3], token_ids=(*tokens[: anchor + 1], *later))
     leaked = block_data(changed).batch(block)
     assert torch.equal(leaked.states[leaked.entries], clean.states[clean.entries])
-    assert torch.equal(
-        draft(leaked.states, leaked.context_lengths, leaked.anchors, leaked.entries), hidden
-    )
+    assert torch.equal(draft(leaked.states, leaked.context_lengths, leaked.anchors, leaked.entries), hidden)
     assert not torch.equal(leaked.labels, clean.labels)
 
     # The test can fail: the state just before the anchor does reach it, and so does the anchor's token.
@@ -143,7 +143,8 @@ def test_trajectory_tokens_are_no_labels_and_no_targets_of_kl():
     found = Set()
     ids = range(10, 30)
     everything, batch = (
-        data.batch(data.blocks(range(len(LENGTHS)))) for data in (block_data(found), block_data(found, unlabelled=ids))
+        data.batch(data.blocks(range(len(LENGTHS))))
+        for data in (block_data(found), block_data(found, unlabelled=ids))
     )
     trajectory = everything.labelled & (everything.labels >= 10) & (everything.labels < 30)
     assert bool(trajectory.any())
@@ -157,7 +158,9 @@ def test_trajectory_tokens_are_no_labels_and_no_targets_of_kl():
 def test_an_epoch_is_every_block_once_in_its_own_order():
     data = block_data()
     first, again, second = data.epoch(1, 0), data.epoch(1, 0), data.epoch(1, 1)
-    pairs = [list(zip(b.responses.tolist(), b.positions.tolist(), strict=True)) for b in (first, again, second)]
+    pairs = [
+        list(zip(b.responses.tolist(), b.positions.tolist(), strict=True)) for b in (first, again, second)
+    ]
     assert pairs[0] == pairs[1] != pairs[2]
     assert sorted(pairs[0]) == sorted(pairs[2])
     assert len(set(pairs[0])) == 18
@@ -165,7 +168,9 @@ def test_an_epoch_is_every_block_once_in_its_own_order():
     assert strided.positions.tolist() == [0, 3, 6]
 
 
-@pytest.mark.parametrize(("blocks", "batch", "world"), [(18, 4, 1), (18, 4, 2), (3, 1, 2), (7, 100, 3), (10, 5, 2)])
+@pytest.mark.parametrize(
+    ("blocks", "batch", "world"), [(18, 4, 1), (18, 4, 2), (3, 1, 2), (7, 100, 3), (10, 5, 2)]
+)
 def test_steps_share_out_every_block_once(blocks, batch, world):
     steps = step_count(blocks, batch, world)
     shares = [
@@ -173,7 +178,7 @@ def test_steps_share_out_every_block_once(blocks, batch, world):
         for step in range(steps)
         for rank in range(world)
     ]
-    assert sum(shares, []) == list(range(blocks))
+    assert [block for share in shares for block in share] == list(range(blocks))
     assert min(len(share) for share in shares) >= 1
     assert max(len(share) for share in shares) <= max(batch, 2)
 
@@ -228,7 +233,10 @@ def test_an_empty_side_is_refused(chunks, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"num_target_layers": 9, "target_layer_ids": (0, 7)}, r"has taps \[2, 1, 0\]; the draft also needs \[7\]"),
+        (
+            {"num_target_layers": 9, "target_layer_ids": (0, 7)},
+            r"has taps \[2, 1, 0\]; the draft also needs \[7\]",
+        ),
         ({"context_len": 7}, "keeps 6 prompt states; the draft's context_len is 7"),
         ({"vocab_size": 20}, "outside the vocabulary of 20"),
     ],

@@ -28,7 +28,7 @@ class DemoConfig:
 
     Attributes:
         out: folder of everything: world, layers, data, draft, evaluation, summary.json and the report.
-        num_chunks: chunks of the world; the last ones are held out.
+        num_chunks: chunks of the world; the last ones are held out, and the one before them validates.
         held_out_chunks: chunks that only the evaluation sees.
         clips_per_chunk: clips of a chunk.
         num_samples: held-out clips to evaluate.
@@ -64,10 +64,10 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Check that there is something to train on and enough to evaluate."""
-        if not 1 <= self.held_out_chunks < self.num_chunks:
+        if not 1 <= self.held_out_chunks <= self.num_chunks - 2:
             raise ValueError(
-                f"held_out_chunks is {self.held_out_chunks}; it must be at least 1 and below "
-                f"num_chunks ({self.num_chunks})"
+                f"held_out_chunks is {self.held_out_chunks}; it must be at least 1 and leave two of "
+                f"num_chunks ({self.num_chunks}) to training and its validation"
             )
         there = self.held_out_chunks * self.clips_per_chunk
         if not 1 <= self.num_samples <= there:
@@ -75,7 +75,7 @@ class DemoConfig:
 
     @property
     def training(self) -> str:
-        """The chunks to train on."""
+        """The chunks that training sees; the last of them chooses the best checkpoint."""
         return f"0-{self.num_chunks - self.held_out_chunks - 1}"
 
     @property
@@ -143,6 +143,7 @@ def stages(config: DemoConfig, target: str) -> Stages:
             num_epochs=config.num_epochs,
             batch_size=config.batch_size,
             learning_rate=config.learning_rate,
+            held_out_chunks=str(config.num_chunks - config.held_out_chunks - 1),
             seed=config.seed,
             local_files_only=True,
         ),

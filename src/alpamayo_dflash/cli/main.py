@@ -35,6 +35,7 @@ COMMANDS = {
     "world": Command("world.config:WorldConfig", "world.run:run"),
     "clips": Command("cli.clips:ClipsConfig", "cli.clips:run"),
     "tiny-train": Command("tiny.config:TinyTrainConfig", "tiny.run:run"),
+    "measure-tiny": Command("tiny.config:MeasureTinyConfig", "tiny.run:measure"),
     "measure-world": Command("evaluate.config:MeasureWorldConfig", "evaluate.world:run"),
     "layers": Command("layers.config:LayersConfig", "layers.run:run"),
     "distill": Command("distill.config:DistillConfig", "distill.run:run"),

@@ -91,7 +91,9 @@ class Cache:
         """
         width = self.context_len
         prompt = list(range(width))
-        rows = [(prompt + [width + slot for slot in path[-width:]])[-width:] if width else [] for path in paths]
+        rows = [
+            (prompt + [width + slot for slot in path[-width:]])[-width:] if width else [] for path in paths
+        ]
         lengths = [min(width, self.prompt_length + len(path)) for path in paths]
         device = self.taps.device
         return self.taps[torch.tensor(rows, device=device)], torch.tensor(lengths, device=device)
@@ -112,7 +114,8 @@ class Cache:
             return ActionPrefix(self.keys[:, None, :end], self.values[:, None, :end], lengths, positions)
         longest = max(len(path) for path in paths)
         rows = [
-            [*range(prompt), *(prompt + slot for slot in path), *([0] * (longest - len(path)))] for path in paths
+            [*range(prompt), *(prompt + slot for slot in path), *([0] * (longest - len(path)))]
+            for path in paths
         ]
         index = torch.tensor(rows, device=device)
         return ActionPrefix(self.keys[:, index], self.values[:, index], lengths, positions)

@@ -109,6 +109,7 @@ def count_texts(
     depth: int,
     sampling: Sampling,
     seeds: Iterable[int],
+    *,
     num_traj_samples: int = 1,
     max_new_tokens: int | None = None,
 ) -> Counter[Text]:

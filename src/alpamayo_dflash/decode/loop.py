@@ -117,9 +117,7 @@ class Decode:
             self._stop_if_done(sample)
         observer.on_prefill(len(prefilled.prompt.input_ids), tuple(first))
 
-    def choose(
-        self, logits_RV: torch.Tensor, samples: Sequence[int], positions: Sequence[int]
-    ) -> list[int]:
+    def choose(self, logits_RV: torch.Tensor, samples: Sequence[int], positions: Sequence[int]) -> list[int]:
         """Choose for each row the token of samples[r] at positions[r]. This is the round's one read."""
         noise = None if self.sampling.greedy else self.noise.rows(samples, positions)
         chosen: list[int] = choose(logits_RV, self.bias_V, self.sampling, noise).tolist()
@@ -200,9 +198,7 @@ class Decode:
                 self.verifier.rows(tree.slots, logits=False)
         self._free()
 
-    def _grow(
-        self, texts: Texts, proposals: Mapping[int, Proposal]
-    ) -> tuple[Tree, dict[int, list[int]]]:
+    def _grow(self, texts: Texts, proposals: Mapping[int, Proposal]) -> tuple[Tree, dict[int, list[int]]]:
         """Make the pass's rows: by sample index, the slots of its anchor and of its proposal."""
         tree = Tree(self.verifier.cache.tail)
         chains: dict[int, list[int]] = {}
@@ -214,9 +210,7 @@ class Decode:
                 chains[sample.index] = [anchor, *tree.add_chain(proposed, anchor)]
         return tree, chains
 
-    def _advance(
-        self, sample: Sample, walked: Walk, chain: Sequence[int], proposal: Proposal
-    ) -> SampleTrace:
+    def _advance(self, sample: Sample, walked: Walk, chain: Sequence[int], proposal: Proposal) -> SampleTrace:
         """Take a walk over into the sample."""
         accepted = _common(walked.path, chain) - 1
         trace = SampleTrace(
@@ -306,7 +300,7 @@ class Drafter:
         bias = decode.bias_V if ids is None else self._reduced_bias(decode, ids)
         if logits.shape[-1] != len(bias):
             raise ValueError(
-                f"the draft's logits have {logits.shape[-1]} columns, but its vocabulary has {len(bias)} tokens"
+                f"the draft's logits have {logits.shape[-1]} columns, its vocabulary {len(bias)} tokens"
             )
         if noise is not None and ids is not None:
             noise = noise[:, ids]

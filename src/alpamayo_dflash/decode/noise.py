@@ -42,21 +42,24 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     Returns:
         Four int64 tensors of values in [0, 2^32).
     """
-    words = torch.broadcast_tensors(*counter)
-    even, odd = torch.stack((words[0], words[2])), torch.stack((words[1], words[3]))
-    trailing = (2, *([1] * words[0].dim()))
-    # x times (m - 2^32) stays within 63 bits; its low word is that of x·m, its high word is short by x.
-    multiplier = torch.tensor([m - (1 << 32) for m in _MULTIPLIERS], device=even.device).view(trailing)
-    keys = torch.stack(torch.broadcast_tensors(*key))
-    keys = keys.view(2, *([1] * (even.dim() - keys.dim())), *keys.shape[1:])
-    step = torch.tensor(_KEY_STEPS, device=even.device).view((2, *([1] * (keys.dim() - 1))))
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
     for _ in range(_ROUNDS):
-        product = even * multiplier
-        high = ((product >> 32) + even) & _WORD
-        even = high.flip(0) ^ odd ^ keys
-        odd = (product & _WORD).flip(0)
-        keys = (keys + step) & _WORD
-    return even[0], odd[0], even[1], odd[1]
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c2 = high1.bitwise_xor_(c1).bitwise_xor_(k0), high0.bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = low1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """The high and low words of word·multiplier, without leaving int64.
+
+    word·(multiplier − 2³²) fits in 63 bits: its low word is right, its high word short by `word`.
+    """
+    product = word * (multiplier - (1 << 32))
+    return (product >> 32).add_(word).bitwise_and_(_WORD), product.bitwise_and_(_WORD)
 
 
 def stream_key(seed: int, window: str, sample: int) -> tuple[int, int]:
@@ -84,6 +87,7 @@ def token_noise(
     samples: Sequence[int],
     positions: Sequence[int],
     vocab_size: int,
+    *,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Gumbel noise for every token of the vocabulary.
@@ -115,7 +119,7 @@ def flow_noise(
     window: str,
     samples: Sequence[int],
     num_waypoints: int,
-    channels: int = 2,
+    *,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Standard normal values for the start of flow matching, by Box and Muller's transform.
@@ -125,21 +129,20 @@ def flow_noise(
         window: the window's key.
         samples: S sample indices.
         num_waypoints: way-points per trajectory.
-        channels: values per way-point.
         device: where to compute.
 
     Returns:
-        float32 [S, num_waypoints, channels].
+        float32 [S, num_waypoints, 2].
     """
     key0, key1 = _stream_keys(seed, window, samples, device)
-    count = num_waypoints * channels
+    count = num_waypoints * 2
     block = torch.arange((count + 3) // 4, device=device).expand(len(samples), -1)
     zero = torch.zeros_like(block)
     words = philox((block, zero, zero + _FLOW, zero), (key0.view(-1, 1), key1.view(-1, 1)))
     radius = torch.stack([torch.sqrt(-2.0 * _uniform(words[i]).log()) for i in (0, 2)], dim=-1)
     angle = torch.stack([2.0 * math.pi * _uniform(words[i]) for i in (1, 3)], dim=-1)
     normals = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(1)
-    return normals[:, :count].reshape(len(samples), num_waypoints, channels).float()
+    return normals[:, :count].reshape(len(samples), num_waypoints, 2).float()
 
 
 class TokenNoise:
@@ -173,7 +176,7 @@ class TokenNoise:
                 range(self._num_samples),
                 range(start, start + self._chunk),
                 self._rows.shape[-1],
-                self._device,
+                device=self._device,
             )
             self._rows = torch.cat((self._rows, chunk))
         index = [p * self._num_samples + s for s, p in zip(samples, positions, strict=True)]

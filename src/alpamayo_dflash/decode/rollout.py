@@ -115,7 +115,9 @@ class SpeculativeDecoder:
         self.config = config or DecodeConfig()
         if draft is not None:
             if not 2 <= draft.block_size <= _BLOCK_ROOM:
-                raise ValueError(f"the draft's block_size is {draft.block_size}; it must be 2 to {_BLOCK_ROOM}")
+                raise ValueError(
+                    f"the draft's block_size is {draft.block_size}; it must be 2 to {_BLOCK_ROOM}"
+                )
             draft.bind(target.embedding, target.head, target.num_layers)
         self._drafter = Drafter(draft) if draft is not None else None
         self.verifier = Verifier(
@@ -169,18 +171,27 @@ class SpeculativeDecoder:
         """
         sampling = Sampling(temperature, top_p)
         _check_positive(num_traj_samples=num_traj_samples, max_new_tokens=max_new_tokens)
-        start = self._now_ms()
-        if not isinstance(window, Prefilled):
+        start = before = read = self._now_ms()
+        if isinstance(window, Prefilled):
+            prefilled = window
+        else:
             prompt = window if isinstance(window, Prompt) else self.target.prompt(window)
             before = self._now_ms()
             prefilled = self.prefill(prompt)
-        else:
-            prefilled, before = window, self._now_ms()
-        read = self._now_ms() if not isinstance(window, Prefilled) else before
+            read = self._now_ms()
         self.verifier.begin(prefilled, num_traj_samples * (max_new_tokens + _BLOCK_ROOM))
-        decode = self._decode(
-            prefilled, sampling, seed, num_traj_samples, max_new_tokens, observer or Observer()
-        )
+        with torch.inference_mode():
+            decode = Decode(
+                self.verifier,
+                prefilled,
+                sampling=sampling,
+                rules=self.rules,
+                seed=seed,
+                num_samples=num_traj_samples,
+                max_new_tokens=max_new_tokens,
+                observer=observer or Observer(),
+            )
+            self._write(decode)
         written = self._now_ms()
         xyz = rot = None
         if trajectories:
@@ -189,35 +200,17 @@ class SpeculativeDecoder:
         timings = Timings(read - before, written - read, end - written, end - start)
         return self._result(decode, xyz, rot, timings)
 
-    @torch.inference_mode()
-    def _decode(
-        self,
-        prefilled: Prefilled,
-        sampling: Sampling,
-        seed: int,
-        num_samples: int,
-        max_new_tokens: int,
-        observer: Observer,
-    ) -> Decode:
-        decode = Decode(
-            self.verifier,
-            prefilled,
-            sampling=sampling,
-            rules=self.rules,
-            seed=seed,
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            observer=observer,
-        )
-        # At one row width, samples go one after another: sharing would order the cache's slots differently
-        # in the two loops, and with it the roundings.
+    def _write(self, decode: Decode) -> None:
+        """Run the loop on all samples together, or at one row width on one after another.
+
+        There, sharing rows would order the cache's slots differently in the two loops, and so the roundings.
+        """
         together = [decode.samples] if self.config.row_width is None else [[s] for s in decode.samples]
         for samples in together:
             if self._drafter is None:
                 autoregressive(decode, samples)
             else:
                 speculative(decode, samples, self._drafter)
-        return decode
 
     def action_prefix(self, prefilled: Prefilled, decode: Decode) -> ActionPrefix:
         """The keys and values that the action expert reads of each sample."""

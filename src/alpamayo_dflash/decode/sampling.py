@@ -61,9 +61,7 @@ def distribution(logits_RV: Tensor, bias_V: Tensor, sampling: Sampling) -> Tenso
     return kept / kept.sum(-1, keepdim=True)
 
 
-def choose(
-    logits_RV: Tensor, bias_V: Tensor, sampling: Sampling, noise_RV: Tensor | None = None
-) -> Tensor:
+def choose(logits_RV: Tensor, bias_V: Tensor, sampling: Sampling, noise_RV: Tensor | None = None) -> Tensor:
     """Choose one token a row.
 
     Greedy: the arg max, the lowest id on ties. Otherwise the arg max of `log p + g` over the nucleus of the

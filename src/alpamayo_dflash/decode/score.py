@@ -71,9 +71,7 @@ def teacher_forced_all(
     """
     for response in responses:
         _check(target, response)
-    verifier = Verifier(
-        target, taps=layers, context_len=prompt_states, prompt_capacity=len(prompt.input_ids)
-    )
+    verifier = Verifier(target, taps=layers, context_len=prompt_states, prompt_capacity=len(prompt.input_ids))
     prefilled = verifier.prefill(prompt)
     return [_score(verifier, prefilled, response) for response in responses]
 
@@ -104,4 +102,8 @@ def _score(verifier: Verifier, prefilled: Prefilled, response: Sequence[int]) ->
 
 def _by_layer(taps_TF: Tensor, layers: int) -> Tensor:
     """[T, layers·C] to a copy [layers, T, C]."""
-    return taps_TF.unflatten(-1, (layers, -1)).transpose(0, 1).contiguous().clone() if layers else taps_TF.new_zeros(0)
+    return (
+        taps_TF.unflatten(-1, (layers, -1)).transpose(0, 1).contiguous().clone()
+        if layers
+        else taps_TF.new_zeros(0)
+    )

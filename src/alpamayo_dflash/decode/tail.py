@@ -64,5 +64,5 @@ class Tail:
         self._used = kept
 
     def visible(self, slots: Sequence[int], columns: int) -> npt.NDArray[np.bool_]:
-        """Return bool [R, columns]: whether the node in slots[r] sees slot c, that is itself or an ancestor."""
+        """Return bool [R, columns]: whether slot c is the node in slots[r] itself or an ancestor of it."""
         return self._visible[list(slots), :columns]

@@ -36,7 +36,7 @@ class Prefilled:
     """
 
     prompt: Prompt
-    logits_V: Tensor
+    logits_V: Tensor  # noqa: N815
     serial: int
 
 
@@ -65,7 +65,9 @@ class Verifier:
     ) -> None:
         wrong = [tap for tap in taps if not 0 <= tap < target.num_layers]
         if wrong:
-            raise ValueError(f"tap {wrong[0]} is not a layer of the target; it has 0 to {target.num_layers - 1}")
+            raise ValueError(
+                f"tap {wrong[0]} is not a layer of the target; it has 0 to {target.num_layers - 1}"
+            )
         self.target = target
         self.taps = tuple(taps)
         self.row_width = row_width
@@ -86,7 +88,7 @@ class Verifier:
         length = len(prompt.input_ids)
         if length > cache.prompt_capacity:
             raise ValueError(
-                f"the prompt has {length} tokens, but the cache holds prompts of {cache.prompt_capacity} at most"
+                f"the prompt has {length} tokens, but the cache holds at most {cache.prompt_capacity}"
             )
         prompt = prompt.to(target.device)
         embeddings = target.embed(prompt)

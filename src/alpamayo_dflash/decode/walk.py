@@ -84,35 +84,23 @@ def walk(
     """
     walks = {sample: Walk([slots[0]]) for sample, slots in chains.items()}
     chosen: dict[tuple[int, int], int] = {}
+
+    def go_on(sample: int) -> bool:
+        """Walk as far as choices are known; return whether one is missing where the sample now stands."""
+        walked = walks[sample]
+        while (token := chosen.get((sample, walked.path[-1]))) is not None:
+            walked.tokens.append(token)
+            child = tree.child(walked.path[-1], token)
+            if child is not None:
+                walked.path.append(child)
+            if child is None or stops(token) or len(walked.tokens) == room[sample]:
+                return False
+        return True
+
     asked = [(sample, slot) for sample, slots in chains.items() for slot in slots]
-    while asked:
+    walking = list(chains)
+    while walking:
         chosen.update(zip(asked, choose(asked), strict=True))
-        waiting = dict.fromkeys(sample for sample, _ in asked)
-        asked = []
-        for sample in waiting:
-            slot = _go_on(tree, walks[sample], sample, chosen, room[sample], stops)
-            if slot is not None:
-                asked.append((sample, slot))
+        walking = [sample for sample in walking if go_on(sample)]
+        asked = [(sample, walks[sample].path[-1]) for sample in walking]
     return walks
-
-
-def _go_on(
-    tree: Tree,
-    walked: Walk,
-    sample: int,
-    chosen: Mapping[tuple[int, int], int],
-    room: int,
-    stops: Callable[[int], bool],
-) -> int | None:
-    """Walk as far as choices are known; return the slot where one is missing, or None at the end."""
-    while True:
-        slot = walked.path[-1]
-        token = chosen.get((sample, slot))
-        if token is None:
-            return slot
-        walked.tokens.append(token)
-        child = tree.child(slot, token)
-        if child is not None:
-            walked.path.append(child)
-        if child is None or stops(token) or len(walked.tokens) == room:
-            return None

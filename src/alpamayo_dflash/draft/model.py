@@ -95,7 +95,12 @@ class DraftAttention(nn.Module):
         return self.k_norm(self.k_proj(x).view(heads)), self.v_proj(x).view(heads)
 
     def forward(
-        self, x_SbC: Tensor, context: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor], seen: Tensor
+        self,
+        x_SbC: Tensor,
+        context: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor],
+        seen: Tensor,
+        wanted_Sb: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -104,9 +109,10 @@ class DraftAttention(nn.Module):
             context: keys and values [S, X, K, D] of the context, keys not rotated.
             rotary: tables [X + b, 1, D] of all slots, as `rotate` takes them.
             seen: bool [S, 1, 1, X + b].
+            wanted_Sb: bool, the tokens whose output is wanted; None for all.
 
         Returns:
-            [S, b, C].
+            [S, b, C], or [R, C] of the wanted tokens.
         """
         size = x_SbC.shape[1]
         q = self.q_norm(self.q_proj(x_SbC).view(*x_SbC.shape[:-1], -1, self.head_dim))
@@ -117,7 +123,8 @@ class DraftAttention(nn.Module):
         mixed = functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen, enable_gqa=self.grouped
         )
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
+        mixed = mixed.transpose(1, 2).flatten(-2)
+        out: Tensor = self.o_proj(mixed if wanted_Sb is None else mixed[wanted_Sb])
         return out
 
 
@@ -147,11 +154,17 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x_SbC: Tensor, context: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor], seen: Tensor
+        self,
+        x_SbC: Tensor,
+        context: tuple[Tensor, Tensor],
+        rotary: tuple[Tensor, Tensor],
+        seen: Tensor,
+        wanted_Sb: Tensor | None = None,
     ) -> Tensor:
-        """One layer over the block; arguments as in `DraftAttention.forward`."""
-        x_SbC = x_SbC + self.self_attn(self.input_layernorm(x_SbC), context, rotary, seen)
-        out: Tensor = x_SbC + self.mlp(self.post_attention_layernorm(x_SbC))
+        """One layer over the block; arguments and result as in `DraftAttention.forward`."""
+        attended = self.self_attn(self.input_layernorm(x_SbC), context, rotary, seen, wanted_Sb)
+        x = (x_SbC if wanted_Sb is None else x_SbC[wanted_Sb]) + attended
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
 
@@ -299,7 +312,12 @@ class DFlashDraft(nn.Module):
         return features
 
     def forward(
-        self, states: Tensor, context_lengths_S: Tensor, anchors_S: Tensor, entries_SX: Tensor | None = None
+        self,
+        states: Tensor,
+        context_lengths_S: Tensor,
+        anchors_S: Tensor,
+        entries_SX: Tensor | None = None,
+        wanted_SB: Tensor | None = None,
     ) -> Tensor:
         """Predict the masks of one block for each anchor.
 
@@ -309,9 +327,11 @@ class DFlashDraft(nn.Module):
             anchors_S: int64 [S], token ids of the blocks' known tokens.
             entries_SX: int64 [S, X], which of the U states each context slot holds. Blocks of one response
                 share most of their context: so its features and keys are computed once.
+            wanted_SB: bool [S, b−1], the masks whose prediction is wanted; None for all.
 
         Returns:
-            [S, b−1, C] at the masks, after the final norm: `x @ head.T` are the logits.
+            [S, b−1, C] at the masks, or [R, C] at the wanted ones, block by block, after the final norm:
+            `x @ head.T` are the logits.
         """
         config = self.config
         features = self.features(states)
@@ -320,13 +340,16 @@ class DFlashDraft(nn.Module):
         x = torch.cat((known, masks), dim=1)
         seen = attention_mask(context_lengths_S, config.context_len, config.block_size)
         rotary = self._rotary(x)
-        for layer in self.layers:
+        # Every layer but the last needs all tokens, for the next one's keys and values.
+        wanted_Sb = None if wanted_SB is None else functional.pad(wanted_SB, (1, 0))
+        for index, layer in enumerate(self.layers):
             assert isinstance(layer, DraftLayer)
             keys, values = layer.self_attn.keys_values(features)
             if entries_SX is not None:
                 keys, values = keys[entries_SX], values[entries_SX]
-            x = layer(x, (keys, values), rotary, seen)
-        hidden: Tensor = self.norm(x[:, 1:])
+            last = index == config.num_layers - 1
+            x = layer(x, (keys, values), rotary, seen, wanted_Sb if last else None)
+        hidden: Tensor = self.norm(x[:, 1:] if wanted_SB is None else x)
         return hidden
 
     @torch.no_grad()

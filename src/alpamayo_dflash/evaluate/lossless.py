@@ -183,8 +183,7 @@ def run(config: LosslessConfig) -> dict[str, Any]:
     parents = {"target": target_hash}
     parents |= {f"draft-{number}": folder_hash(folder) for number, folder in enumerate(config.draft_models)}
     head = {"config": to_plain(config), "parents": parents, "clips": clip_ids}
-    rows_path = config.out.with_suffix(".rows.jsonl")
-    store: RowStore[LosslessRow] = RowStore(rows_path, head)
+    store: RowStore[LosslessRow] = RowStore(config.out.with_suffix(".rows.jsonl"), head)
     for clip_id in track(clip_ids, "lossless", console=Console(file=sys.stderr)):
         if clip_id not in store:
             prompt = target.prompt(clip_source.window(clip_id, config.t0_us))
@@ -193,5 +192,5 @@ def run(config: LosslessConfig) -> dict[str, Any]:
     settings = {"temperature": config.temperature, "top_p": config.top_p, "dtype": "float32"}
     made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
     write_json(config.out, result | {"settings": settings, "provenance": made})
-    rows_path.unlink()
+    store.remove()
     return result | {"out": str(config.out)}

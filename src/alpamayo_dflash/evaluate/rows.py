@@ -94,16 +94,14 @@ class RowStore(Generic[Row]):
     """A JSON-lines file of results: a head line that names the run, then one line a clip.
 
     A store with another head (other options, another draft) is begun anew. A last line that was cut short
-    by an interruption is dropped.
+    by an interruption is dropped. Nothing is written before the first result.
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
         self.path = path
         self._head = json.loads(json.dumps(to_plain(head)))
         self._rows: dict[str, Row] = self._read()
-        with atomic_file(path) as temporary:
-            lines = [self._head, *self._rows.values()]
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        self._begun = False
 
     def _read(self) -> dict[str, Row]:
         if not self.path.exists():
@@ -126,9 +124,22 @@ class RowStore(Generic[Row]):
 
     def add(self, row: Row) -> None:
         """Keep one clip's results, on disk before this returns."""
+        if not self._begun:
+            self._begin()
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
         self._rows[row["clip_id"]] = row
+
+    def _begin(self) -> None:
+        """Write the head and the rows that are continued, without whatever else the file held."""
+        lines = [self._head, *self._rows.values()]
+        with atomic_file(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        self._begun = True
+
+    def remove(self) -> None:
+        """Remove the file: its rows are kept elsewhere now."""
+        self.path.unlink(missing_ok=True)
 
     def rows(self) -> list[Row]:
         """The results so far, in the order in which they came."""

@@ -72,10 +72,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         return _shown(earlier, config) | {"nothing_to_do": True}
     store: RowStore[ClipRow] = RowStore(config.output_dir / ROWS, head)
     failures = _evaluate_clips(arms, source, clip_ids, store, console)
-    rows = [row for row in store.rows() if row["clip_id"] in set(clip_ids)]
+    rows = store.rows()
     result = metrics.summarise(rows, failures, attempted=len(clip_ids)) | _settings(arms)
     made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
     write_json(config.output_dir / RESULT, result | {"head": head, "provenance": made, "clip_rows": rows})
+    if not failures:  # else a later run does these clips again, and only these
+        store.remove()
     return _shown(result, config)
 
 

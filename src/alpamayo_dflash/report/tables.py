@@ -90,7 +90,7 @@ def comparison(result: Mapping[str, Any]) -> Table:
                 _times(speedup.get(f"total_vs_{arm}")),
             )
         )
-    header = ("arm", "prefill", "decode", "action", "total", "tokens/s", "decode ×", "total ×")
+    header = ("arm", "prefill", "decode", "action", "total", "tokens/s", "decode", "total")
     return Table("Times (ms, medians over clips), and how many times faster DFlash is", header, tuple(rows))
 
 

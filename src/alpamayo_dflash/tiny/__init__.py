@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alpamayo_dflash.tiny.config import TinyTrainConfig
+from alpamayo_dflash.tiny.config import MeasureTinyConfig, TinyTrainConfig
 
-__all__ = ["TinyTrainConfig", "checkpoint_path", "world_figures_path"]
+__all__ = ["MeasureTinyConfig", "TinyTrainConfig", "checkpoint_path", "world_figures_path"]
 
 
 def checkpoint_path() -> Path:

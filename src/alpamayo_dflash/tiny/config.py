@@ -41,7 +41,7 @@ class TinyTrainConfig:
     device: str = "cpu"
     init_from: Path | None = None
     validate_every: int = 2000
-    validate_scenes: int = 128
+    validate_scenes: int = 64
     time_limit_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -55,3 +55,27 @@ class TinyTrainConfig:
             )
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
+
+
+@dataclass(frozen=True)
+class MeasureTinyConfig:
+    """Measure on held-out scenes whether a tiny checkpoint sees: its words with its own and with other images.
+
+    Attributes:
+        checkpoint: folder; the one that ships with the package where it is left out.
+        scenes: how many held-out scenes.
+        seed: of the scenes.
+        out: the JSON file to write.
+        device: torch device.
+    """
+
+    checkpoint: Path | None = None
+    scenes: int = 500
+    seed: int = 0
+    out: Path = Path("docs/results/tiny_sees.json")
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.scenes < 2:
+            raise ValueError(f"scenes is {self.scenes}; at least 2 are needed, to swap their images")

@@ -1,4 +1,4 @@
-"""The stage: train the tiny Alpamayo on the world and write its checkpoint."""
+"""The stage: train the tiny Alpamayo on the world, and measure what it sees."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from alpamayo_dflash.artefacts import atomic_folder, provenance, write_json
+from alpamayo_dflash.artefacts import atomic_folder, folder_hash, provenance, write_json
 from alpamayo_dflash.target import Alpamayo, AlpamayoConfig
+from alpamayo_dflash.tiny import checkpoint_path
 from alpamayo_dflash.tiny.architecture import write_blueprint
 from alpamayo_dflash.tiny.scenes import SceneStream, loader
 from alpamayo_dflash.tiny.training import BatchForward, train_steps
@@ -19,7 +20,7 @@ from alpamayo_dflash.tiny.validate import held_out, look
 from alpamayo_dflash.world.language import vocabulary_texts
 
 if TYPE_CHECKING:
-    from alpamayo_dflash.tiny.config import TinyTrainConfig
+    from alpamayo_dflash.tiny.config import MeasureTinyConfig, TinyTrainConfig
 
 _TOKENIZER_TEXTS = 20_000
 _LOG_EVERY = 50
@@ -38,20 +39,35 @@ def run(config: TinyTrainConfig) -> dict[str, Any]:
         target = _start(config, folder)
         log = _train(target, _random(folder), config, console)
         target.save_pretrained(folder, dtype=torch.bfloat16)
-        # What ships is what is judged: the weights as stored, in float32 arithmetic.
-        stored = Alpamayo.from_pretrained(folder, dtype=torch.float32, device=config.device)
-        seen = look(stored, held_out(config.validate_scenes, config.seed))
         summary = {
-            "parameters": sum(p.numel() for p in stored.parameters()),
+            "parameters": sum(p.numel() for p in target.parameters()),
             "checkpoint_bytes": (folder / "model.safetensors").stat().st_size,
-            "held_out": seen,
             "log": log,
             "provenance": provenance(config=config, seed=config.seed, device=config.device, started=started),
         }
         write_json(folder / "training.json", summary)
-    return {key: summary[key] for key in ("parameters", "checkpoint_bytes", "held_out")} | {
-        "out": str(config.out)
+    return {
+        "out": str(config.out),
+        "steps": log[-1]["step"] if log else 0,
+        "parameters": summary["parameters"],
+        "checkpoint_bytes": summary["checkpoint_bytes"],
     }
+
+
+def measure(config: MeasureTinyConfig) -> dict[str, Any]:
+    """Measure whether a checkpoint sees, on held-out scenes, and write the figures.
+
+    Raises:
+        ValueError: the checkpoint is missing or does not load.
+    """
+    started = time.time()
+    folder = config.checkpoint or checkpoint_path()
+    target = Alpamayo.from_pretrained(folder, dtype=torch.float32, device=config.device)
+    seen = look(target, held_out(config.scenes, config.seed))
+    parents = {"target": folder_hash(folder)}
+    made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
+    write_json(config.out, {"held_out": seen, "provenance": made})
+    return {"held_out": seen, "out": str(config.out)}
 
 
 def _start(config: TinyTrainConfig, folder: Path) -> Alpamayo:
@@ -78,7 +94,7 @@ def _train(
     example = target.prompt(held_out(1, config.seed)[0][0])
     stream = SceneStream(reader, config.seed, config.batch_size)
     log: list[dict[str, float]] = []
-    watched = held_out(min(64, config.validate_scenes), config.seed)
+    watched = held_out(config.validate_scenes, config.seed)
     batches = iter(loader(stream, config.workers))
     for row in train_steps(target, BatchForward(target, example), batches, config):
         step = int(row["step"])

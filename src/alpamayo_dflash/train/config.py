@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from alpamayo_dflash.layers.config import parse_layers
+
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_NUM_LAYERS = 5
 
@@ -34,7 +36,7 @@ class TrainConfig:
         block_size: tokens of a block, the known one included; init_from's, or 8, where it is left out.
         num_draft_layers: layers of a new draft (5 where it is left out); init_from's otherwise.
         context_len: states before the anchor that the draft sees; init_from's or the data's if left out.
-        target_layers: layers to tap, among the data's; init_from's or all of the data's if left out.
+        target_layers: layers to tap among the data's, such as 1,9,17; init_from's, or all, if left out.
         init_from: start from this draft (folder) in place of random weights.
         full_vocab: with init_from: resize the draft to the target's vocabulary.
         train_embeddings: train copies of the target's embedding and head, kept in the draft.
@@ -54,12 +56,13 @@ class TrainConfig:
         save_every: evaluate and save every so many steps, besides every epoch's end; 0: only there.
         log_interval: steps between log entries.
         num_workers: threads that read ahead when the data does not fit cache_gib; 0 reads in line.
-        cache_gib: keep the data in memory up to this size, GiB.
+        cache_gib: keep data in memory up to this size, GiB, for training and for held-out clips each.
         seed: of new weights and of the order of blocks.
         device: torch device; under torchrun, cuda takes the local rank's.
         dtype: of the arithmetic; weights and optimizer are float32 in any case.
         resume: auto continues from output_dir's checkpoint if there is one; must requires one; never starts
             over.
+        other_target: go on although the data was made with another target of the same shape.
         local_files_only: never ask the hub for the target's files.
     """
 
@@ -76,7 +79,7 @@ class TrainConfig:
     block_size: int | None = None
     num_draft_layers: int | None = None
     context_len: int | None = None
-    target_layers: tuple[int, ...] | None = None
+    target_layers: str | None = None
     init_from: Path | None = None
     full_vocab: bool = False
     train_embeddings: bool = False
@@ -100,6 +103,7 @@ class TrainConfig:
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     resume: Literal["auto", "must", "never"] = "auto"
+    other_target: bool = False
     local_files_only: bool = False
 
     def __post_init__(self) -> None:
@@ -123,6 +127,7 @@ class TrainConfig:
             _at_least("block_size", self.block_size, 2)
         if self.held_out_chunks is None and not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it must be above 0 and below 1")
+        parse_layers(self.target_layers)
         if self.full_vocab and self.init_from is None:
             raise ValueError("full_vocab resizes an existing draft; give init_from too")
 

@@ -228,7 +228,9 @@ class BlockData:
 
     def _read(self, sample: DistillSample) -> Response:
         tensors = self.data.tensors(sample)
-        prompt = tensors["prompt_states"][-self.config.context_len :]
+        prompt = tensors["prompt_states"]
+        # The set fills up short prompts with zeros at the left; a layer never puts out nothing but zeros.
+        prompt = prompt[prompt.flatten(1).any(dim=1)][-self.config.context_len :]
         states = torch.cat((prompt, tensors["states"]))
         if not bool(torch.isfinite(states).all()):
             raise ValueError(f"{self.data.folder}: {sample.shard}: states of {sample.index} are not finite")

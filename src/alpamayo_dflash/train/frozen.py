@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from alpamayo_dflash.artefacts import read_json
+from alpamayo_dflash.artefacts import folder_hash, read_json
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.load import checkpoint_folder
 
@@ -25,6 +25,7 @@ class FrozenTarget:
     """Parts of a target that a draft shares, and the shape that a new draft takes over.
 
     Attributes:
+        folder: where the checkpoint lies.
         embedding: [V, C] float32.
         head: [V, C] float32.
         final_norm: [C] float32, weight of the text decoder's last norm.
@@ -36,6 +37,7 @@ class FrozenTarget:
         traj_ids: ids of trajectory tokens, which are never generated in text.
     """
 
+    folder: Path
     embedding: Tensor
     head: Tensor
     final_norm: Tensor
@@ -66,6 +68,7 @@ def read_target(name: str | Path, *, local_files_only: bool = False) -> FrozenTa
     first = _TEXT + "layers.0."
     (head_dim,) = _read(files, first + "self_attn.q_norm.weight", folder).shape
     return FrozenTarget(
+        folder=folder,
         embedding=_read(files, _TEXT + "embed_tokens.weight", folder).float(),
         head=_read(files, "vlm.lm_head.weight", folder).float(),
         final_norm=_read(files, _TEXT + "norm.weight", folder).float(),
@@ -78,13 +81,26 @@ def read_target(name: str | Path, *, local_files_only: bool = False) -> FrozenTa
     )
 
 
-def check_data(manifest: Mapping[str, Any], target: FrozenTarget, where: Path) -> None:
-    """Raise ValueError if the distillation data was not made with a target of this shape."""
+def check_data(manifest: Mapping[str, Any], target: FrozenTarget, where: Path, *, by_hash: bool) -> None:
+    """Raise ValueError if the distillation data was not made with this target.
+
+    Args:
+        manifest: of the data.
+        target: its shape is compared,
+        where: the data's folder, for messages.
+        by_hash: and the hash of its folder.
+    """
     vocab_size, width = target.embedding.shape
     found = {"hidden_size": width, "vocab_size": vocab_size, "num_target_layers": target.num_layers}
     for key, value in found.items():
         if manifest[key] != value:
             raise ValueError(f"{where}: made with a target of {key} {manifest[key]}; this target has {value}")
+    made_with = manifest["settings"]["target"]
+    if by_hash and made_with != folder_hash(target.folder):
+        raise ValueError(
+            f"{where}: made with another target (hash {made_with[:12]}) than {target.folder}; "
+            "--other-target goes on all the same"
+        )
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from alpamayo_dflash.artefacts import file_hash, folder_hash, provenance, read_json, to_plain, write_json
 from alpamayo_dflash.distill import DistillData, DistillSample
+from alpamayo_dflash.distill.shards import MANIFEST_FILE
 from alpamayo_dflash.draft import DFlashDraft
 from alpamayo_dflash.train.checkpoint import read_state
 from alpamayo_dflash.train.config import TrainConfig
@@ -21,7 +21,7 @@ from alpamayo_dflash.train.trainer import Progress, Trainer
 SUMMARY = "train.json"
 
 # Options that a continued run may change: they do not move its numbers.
-_FREE = frozenset(("output_dir", "num_workers", "cache_gib", "resume", "local_files_only"))
+_FREE = frozenset(("output_dir", "num_workers", "cache_gib", "resume", "other_target", "local_files_only"))
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -36,13 +36,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     started = time.time()
     with join(config.device) as processes:
-        state = _earlier(config)
+        state = _earlier(config, processes.world_size)
         summary = config.output_dir / SUMMARY
         if state is not None and state["progress"]["step"] == state["total_steps"] and summary.exists():
             return {**read_json(summary), "nothing_to_do": True}
         target = read_target(config.target_model, local_files_only=config.local_files_only)
         data = DistillData(config.data_dir)
-        check_data(data.manifest, target, config.data_dir)
+        by_hash = processes.first and not config.other_target
+        check_data(data.manifest, target, config.data_dir, by_hash=by_hash)
         trainer, counts = _trainer(config, data, target, processes)
         if state is not None:
             trainer.resume(config.output_dir / "checkpoint", Progress(**state["progress"]))
@@ -56,7 +57,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def _earlier(config: TrainConfig) -> dict[str, Any] | None:
+def _earlier(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
     """The state of the checkpoint to continue from, or None.
 
     Raises:
@@ -68,7 +69,8 @@ def _earlier(config: TrainConfig) -> dict[str, Any] | None:
         if config.resume == "must":
             raise ValueError(f"{folder}: no checkpoint to resume from")
         return None
-    before, now = state["config"], to_plain(config)
+    before = {**state["config"], "number of processes": state["world_size"]}
+    now = {**to_plain(config), "number of processes": world_size}
     for key in now.keys() - _FREE:
         if before.get(key) != now[key]:
             raise ValueError(
@@ -81,11 +83,12 @@ def _earlier(config: TrainConfig) -> dict[str, Any] | None:
 def _trainer(
     config: TrainConfig, data: DistillData, target: FrozenTarget, processes: Processes
 ) -> tuple[Trainer, dict[str, Any]]:
-    """Split the data, build the draft and its trainer; also counts for the summary."""
+    """Split the data, build the draft and its trainer; also the counts and parents of the summary."""
     train, rest = split_samples(data.samples, share=config.held_out, chunks=_held_out_chunks(config))
     held_out = [sample for sample in rest if sample.temperature == 0] or rest
     if all(len(sample.token_ids) < 2 for sample in held_out):
         raise ValueError(f"{config.data_dir}: no held-out response has a second token to predict")
+    parents = _parents(config, data)
     draft = first_draft(config, data.manifest, target)
     draft.bind(target.embedding.to(processes.device), target.head.to(processes.device), target.num_layers)
     unlabelled = range(0) if config.trajectory_labels else target.traj_ids
@@ -107,9 +110,7 @@ def _trainer(
     )
 
     def save_best(best: DFlashDraft) -> None:
-        record = provenance(
-            config=config, parents=_parents(config), seed=config.seed, device=processes.device
-        )
+        record = provenance(config=config, parents=parents, seed=config.seed, device=processes.device)
         best.save_pretrained(config.output_dir / "draft", provenance=record)
 
     trainer = Trainer(
@@ -122,6 +123,7 @@ def _trainer(
         save_best=save_best,
     )
     counts = {
+        "parents": parents,
         "train": _counts(train) | {"blocks": trainer.num_blocks},
         "held_out": _counts(held_out) | {"greedy": all(sample.temperature == 0 for sample in held_out)},
     }
@@ -145,11 +147,12 @@ def _counts(samples: list[DistillSample]) -> dict[str, int]:
     }
 
 
-def _parents(config: TrainConfig) -> dict[str, str]:
-    """Hashes of what the draft was made from."""
-    parents = {"distill": file_hash(config.data_dir / "distill.json")}
-    if Path(config.target_model).is_dir():
-        parents["target_config"] = file_hash(Path(config.target_model) / "config.json")
+def _parents(config: TrainConfig, data: DistillData) -> dict[str, str]:
+    """Hashes of what the draft is made from."""
+    parents = {
+        "distill": file_hash(config.data_dir / MANIFEST_FILE),
+        "target": data.manifest["settings"]["target"],
+    }
     if config.init_from is not None:
         parents["init_from"] = folder_hash(config.init_from)
     return parents
@@ -174,12 +177,13 @@ def _result(trainer: Trainer, counts: dict[str, Any], started: float) -> dict[st
         "steps_per_epoch": trainer.steps_per_epoch,
         "parameters": sum(parameter.numel() for parameter in trainer.draft.parameters()),
         "draft_config": to_plain(trainer.draft.config),
-        **counts,
+        "train": counts["train"],
+        "held_out": counts["held_out"],
         "evaluations": progress.evaluations,
         "losses": progress.losses,
         "provenance": provenance(
             config=config,
-            parents=_parents(config),
+            parents=counts["parents"],
             seed=config.seed,
             device=trainer.processes.device,
             started=started,

@@ -11,6 +11,7 @@ import torch
 
 from alpamayo_dflash.draft import DFlashDraft, DraftConfig, read_draft
 from alpamayo_dflash.draft.formats import resize_vocabulary
+from alpamayo_dflash.layers.config import parse_layers
 from alpamayo_dflash.train.config import DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS, TrainConfig
 from alpamayo_dflash.train.frozen import FrozenTarget
 
@@ -56,7 +57,7 @@ def _new(config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTarget)
             vocab_size=vocab_size,
             block_size=config.block_size or DEFAULT_BLOCK_SIZE,
             context_len=config.context_len or manifest["context_len"],
-            target_layer_ids=config.target_layers or tuple(manifest["taps"]),
+            target_layer_ids=parse_layers(config.target_layers) or tuple(manifest["taps"]),
             num_target_layers=target.num_layers,
             mask_token_id=vocab_size,
         ),
@@ -77,7 +78,7 @@ def _existing(config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTa
         raise ValueError(
             f"{folder}: has {shape.num_layers} layers, not num_draft_layers {config.num_draft_layers}"
         )
-    if config.target_layers not in (None, shape.target_layer_ids):
+    if parse_layers(config.target_layers) not in (None, shape.target_layer_ids):
         raise ValueError(f"{folder}: taps {list(shape.target_layer_ids)}; target_layers cannot change that")
     if target.embedding.shape[1] != shape.hidden_size:
         raise ValueError(

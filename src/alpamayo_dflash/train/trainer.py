@@ -72,13 +72,13 @@ class BlockLoss(nn.Module):
             weighted sum of KL) [3].
         """
         draft, options = self.draft, self.options
-        hidden_SBC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries)
         labelled_SB = batch.labelled
+        hidden_RC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries, labelled_SB)
         teacher = None
         if batch.teacher_logits is not None and batch.teacher_ids is not None:
             teacher = (batch.teacher_logits, batch.teacher_ids)
         ce_R, kl_R = row_losses(
-            hidden_SBC[labelled_SB],
+            hidden_RC,
             draft.head,
             batch.labels[labelled_SB],
             teacher,
@@ -184,7 +184,7 @@ class Trainer:
 
         def parts() -> Iterator[Blocks]:
             start = self.progress.step
-            for epoch in range(start // self.steps_per_epoch, self.config.num_epochs):
+            for epoch in range(start // self.steps_per_epoch, -(-self.total_steps // self.steps_per_epoch)):
                 blocks = self.train.epoch(self.config.seed, epoch, self.config.stride)
                 for step in range(self.steps_per_epoch):
                     number = epoch * self.steps_per_epoch + step
@@ -263,7 +263,12 @@ class Trainer:
                 self.save_best(self.draft)
 
     def _state(self) -> dict[str, Any]:
-        return {"config": self.config, "progress": self.progress, "total_steps": self.total_steps}
+        return {
+            "config": self.config,
+            "world_size": self.processes.world_size,
+            "progress": self.progress,
+            "total_steps": self.total_steps,
+        }
 
 
 def _optimizer(draft: DFlashDraft, config: TrainConfig, world_size: int) -> torch.optim.Optimizer:

@@ -1,0 +1,359 @@
+"""Training end to end on a toy: phrases that the prompt's states foretell, in the real formats on disk."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alpamayo_dflash.artefacts import folder_hash
+from alpamayo_dflash.distill.shards import shard_path
+from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
+from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.train import TrainConfig
+from alpamayo_dflash.train import trainer as trainer_module
+from alpamayo_dflash.train.run import run
+
+V, C, LAYERS, TAPS, CONTEXT = 64, 32, 3, (0, 2), 6
+TRAJ_START, TRAJ = 52, 8
+PHRASES, CLIPS = 6, 40
+
+
+def write_target(folder):
+    """What training reads of a checkpoint in the official layout; the rest is left out."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    text = "vlm.model.language_model."
+    shapes = {
+        text + "embed_tokens.weight": (V, C),
+        "vlm.lm_head.weight": (V, C),
+        text + "norm.weight": (C,),
+        text + "layers.0.self_attn.q_proj.weight": (32, C),
+        text + "layers.0.self_attn.k_proj.weight": (16, C),
+        text + "layers.0.self_attn.q_norm.weight": (8,),
+        text + "layers.0.mlp.gate_proj.weight": (48, C),
+        **{text + f"layers.{i}.input_layernorm.weight": (C,) for i in range(LAYERS)},
+    }
+    tensors = {
+        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    config = {
+        "model_type": "alpamayo_r1",
+        "vlm_name_or_path": "vlm",
+        "vocab_size": V,
+        "traj_token_start_idx": TRAJ_START,
+        "traj_vocab_size": TRAJ,
+        "expert_cfg": {"hidden_size": 16},
+        "hist_traj_tokenizer_cfg": {"num_bins": 4},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors[text + "embed_tokens.weight"]
+
+
+def toy_response(embedding, clip, sample):
+    """A phrase of the clip's own; every state holds its token and the phrase, as a target's states would."""
+    phrase = clip % PHRASES
+    words = torch.Generator().manual_seed(100 + phrase)
+    tokens = torch.randperm(TRAJ_START, generator=words)[: 9 + phrase % 3]
+    plan = torch.randn(len(TAPS), C, generator=words)
+    noise = torch.Generator().manual_seed(clip * 10 + sample)
+    prompt = plan + 0.1 * torch.randn(CONTEXT, len(TAPS), C, generator=noise)
+    states = plan + 0.5 * embedding[tokens][:, None] + 0.1 * torch.randn(len(tokens), 2, C, generator=noise)
+    logits = torch.tensor([6.0, 2.0, 1.0]).expand(len(tokens), 3).contiguous()
+    others = torch.randint(0, V, (len(tokens), 2), generator=noise)
+    return Response(
+        token_ids=tuple(tokens.tolist()),
+        text="",
+        stop="traj_future_start",
+        temperature=0.6 if sample else 0.0,
+        top_p=0.98,
+        seed=sample,
+        tensors={
+            "prompt_states": prompt,
+            "states": states,
+            "topk_logits": logits,
+            "topk_ids": torch.cat((tokens[:, None], others), dim=1).int(),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Target and distillation data."""
+    folder = tmp_path_factory.mktemp("toy")
+    embedding = write_target(folder / "target")
+    settings = {
+        "target": folder_hash(folder / "target"),
+        "world_size": 1,
+        "taps": list(TAPS),
+        "context_len": CONTEXT,
+        "top_k": 3,
+        "full_vocab": False,
+        "hidden_size": C,
+        "vocab_size": V,
+        "num_target_layers": LAYERS,
+        "dtype": "float32",
+        "t0_us": 0,
+    }
+    clips = [f"clip-{number}" for number in range(CLIPS)]
+    writer = RankWriter(folder / "data", 0, settings, clips, clips_per_shard=16, provenance={})
+    writer.begin()
+    while not writer.complete:
+        writer.write(
+            [
+                ClipResult(
+                    clip,
+                    number // 10,
+                    tuple(toy_response(embedding, number, sample) for sample in range(2)),
+                )
+                for clip in writer.remaining[0]
+                for number in [int(clip.split("-")[1])]
+            ]
+        )
+    return folder
+
+
+def options(made, out, **changes):
+    values = {
+        "num_epochs": 2,
+        "batch_size": 96,
+        "learning_rate": 3e-3,
+        "num_draft_layers": 1,
+        "held_out_chunks": "3",
+        "log_interval": 1,
+        **changes,
+    }
+    return TrainConfig(str(made / "target"), made / "data", out, **values)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_toy_is_learnt_to_nearly_the_longest_acceptance(made, tmp_path):
+    config = options(
+        made, tmp_path / "out", num_epochs=40, num_draft_layers=2, learning_rate=1e-2, log_interval=50
+    )
+    result = run(config)
+    # Phrases of 9 to 11 tokens: 8 to 10 after the first, two passes each where every block is right.
+    perfect = sum(8 + c % PHRASES % 3 for c in range(30, 40)) / sum(
+        1 + (c % PHRASES % 3 > 0) for c in range(30, 40)
+    )
+    assert result["evaluations"][0]["acceptance_length"] < 1.5
+    assert result["acceptance_length"] > 0.9 * perfect
+    assert result["acceptance_length"] <= perfect
+    assert result["held_out"] == {"clips": 10, "responses": 10, "too_short": 0, "greedy": True}
+    assert result["train"]["clips"] == 30
+    assert result["steps"] == 40 * result["steps_per_epoch"]
+    best = max(entry["acceptance_length"] for entry in result["evaluations"])
+    assert result["acceptance_length"] == best
+    assert json.loads((tmp_path / "out" / "train.json").read_text()) == result
+    assert list((tmp_path / "out" / "logs").glob("events*"))
+
+    draft = DFlashDraft.from_pretrained(result["draft"])
+    assert (draft.taps, draft.context_len, draft.block_size) == (TAPS, CONTEXT, 8)
+    record = json.loads((tmp_path / "out" / "draft" / "provenance.json").read_text())
+    assert record["parents"]["target"] == folder_hash(made / "target")
+    assert run(config) == {**result, "nothing_to_do": True}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_type": "kl", "kl_temperature": 2.0},
+        {"loss_type": "ce+kl", "position_weights": "dpace", "dtype": "bfloat16"},
+        {"train_embeddings": True, "prefix_weight_gamma": 3.0, "block_size": 4, "stride": 2},
+        {"cache_gib": 0.0, "num_workers": 2, "save_every": 3, "context_len": 3, "target_layers": "2"},
+    ],
+)
+def test_every_loss_and_option_brings_the_loss_down(made, tmp_path, changes):
+    result = run(options(made, tmp_path / "out", num_epochs=4, **changes))
+    key = "kl" if "kl" in changes.get("loss_type", "ce") else "ce"
+    assert result["losses"][-1][key] < 0.8 * result["losses"][0][key]
+    draft = DFlashDraft.from_pretrained(result["draft"])
+    assert draft.config.trained_embeddings == changes.get("train_embeddings", False)
+    if "save_every" in changes:
+        assert {3, 6} <= {entry["step"] for entry in result["evaluations"]}
+        assert draft.taps == (2,)
+    if draft.config.trained_embeddings:
+        target = load_file(made / "target" / "model.safetensors")["vlm.lm_head.weight"]
+        assert 0 < float((draft.lm_head.weight.detach() - target).abs().max()) < 0.1
+
+
+def test_an_interrupted_run_equals_an_uninterrupted_one(made, tmp_path, monkeypatch):
+    changes = {"save_every": 4, "loss_type": "ce+kl", "train_embeddings": True}
+    whole = run(options(made, tmp_path / "whole", **changes))
+
+    class PulledError(Exception):
+        """The plug."""
+
+    step = trainer_module.Trainer._step
+
+    def until(last):
+        def limited(self, batch):
+            if self.progress.step == last:
+                raise PulledError
+            return step(self, batch)
+
+        return limited
+
+    config = options(made, tmp_path / "parts", **changes)
+    for last in (6, 9):  # past a checkpoint at step 4, and past the next
+        monkeypatch.setattr(trainer_module.Trainer, "_step", until(last))
+        with pytest.raises(PulledError):
+            run(config)
+    monkeypatch.setattr(trainer_module.Trainer, "_step", step)
+    parts = run(dataclasses.replace(config, num_workers=0, resume="must"))
+    for key in ("steps", "best_step", "acceptance_length", "evaluations", "losses"):
+        assert parts[key] == whole[key]
+    for folder in ("draft", "checkpoint"):
+        one, other = weights(tmp_path / "whole" / folder), weights(tmp_path / "parts" / folder)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_with_other_options_does_not_continue(made, tmp_path):
+    config = options(made, tmp_path / "out", num_epochs=1)
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+        run(dataclasses.replace(config, resume="must"))
+    first = run(config)
+    with pytest.raises(ValueError, match=r"made with learning_rate 0\.003, not 0\.001"):
+        run(dataclasses.replace(config, learning_rate=1e-3))
+    again = run(dataclasses.replace(config, learning_rate=1e-3, resume="never"))
+    assert again["losses"] != first["losses"]
+
+
+TORCHRUN = """
+import sys
+from pathlib import Path
+from alpamayo_dflash.train import TrainConfig
+from alpamayo_dflash.train.run import run
+target, data, out = sys.argv[1:]
+run(TrainConfig(target, Path(data), Path(out), num_epochs=1, batch_size=48, learning_rate=3e-3,
+                num_draft_layers=1, held_out_chunks="3", log_interval=1, loss_type="ce+kl"))
+"""
+
+
+def test_two_processes_take_the_steps_of_one(made, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(TORCHRUN)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+    ]
+    places = [str(made / "target"), str(made / "data"), str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        launch + places, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two" / "train.json").read_text())
+    one = run(options(made, tmp_path / "one", num_epochs=1, loss_type="ce+kl"))
+    assert two["steps"] == one["steps"]
+    for entry, other in zip(two["losses"], one["losses"], strict=True):
+        assert entry == pytest.approx(other, rel=1e-3, abs=1e-4)
+    assert two["evaluations"][0] == one["evaluations"][0]
+    found, expected = (weights(tmp_path / name / "checkpoint") for name in ("two", "one"))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=2e-3, rtol=1e-2)
+
+
+def test_training_goes_on_from_a_draft(made, tmp_path):
+    first = run(options(made, tmp_path / "first", num_epochs=8))
+    second = run(
+        options(
+            made, tmp_path / "second", init_from=first["draft"], num_draft_layers=None, learning_rate=1e-5
+        )
+    )
+    assert second["evaluations"][0]["acceptance_length"] == first["acceptance_length"]
+    wider = run(
+        options(
+            made,
+            tmp_path / "wider",
+            init_from=first["draft"],
+            num_draft_layers=None,
+            block_size=16,
+            num_epochs=1,
+        )
+    )
+    assert wider["draft_config"]["block_size"] == 16
+
+
+def test_a_draft_of_another_vocabulary_is_resized_by_option(made, tmp_path):
+    small = dataclasses.replace(
+        DFlashDraft.from_pretrained(run(options(made, tmp_path / "a", num_epochs=1))["draft"]).config,
+        vocab_size=V - 10,
+        mask_token_id=V - 10,
+        trained_embeddings=True,
+    )
+    DFlashDraft.random(small).save_pretrained(tmp_path / "small")
+    config = options(made, tmp_path / "b", init_from=tmp_path / "small", num_draft_layers=None, num_epochs=1)
+    with pytest.raises(ValueError, match=r"54 tokens, the target's 64.*--full-vocab"):
+        run(config)
+    result = run(dataclasses.replace(config, full_vocab=True))
+    draft = DFlashDraft.from_pretrained(result["draft"])
+    assert draft.config.mask_token_id == V
+    head = load_file(made / "target" / "model.safetensors")["vlm.lm_head.weight"]
+    assert torch.equal(draft.lm_head.weight[V - 10 :], head[V - 10 :])  # kept, and frozen here
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"held_out_chunks": "9"}, "no held-out clip"),
+        ({"held_out_chunks": "0-3"}, "no training clip"),
+        ({"context_len": 7}, "keeps 6 prompt states"),
+        ({"target_layers": "0,1"}, r"also needs \[1\]"),
+    ],
+)
+def test_options_that_the_data_cannot_serve_leave_nothing_behind(made, tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        run(options(made, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_target_is_refused(made, tmp_path):
+    write_target(tmp_path / "other")
+    path = tmp_path / "other" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["vlm.lm_head.weight"] += 1
+    save_file(tensors, path)
+    config = dataclasses.replace(
+        options(made, tmp_path / "out", num_epochs=1), target_model=str(tmp_path / "other")
+    )
+    with pytest.raises(ValueError, match="made with another target"):
+        run(config)
+    assert run(dataclasses.replace(config, other_target=True))["steps"] > 0
+    config = dataclasses.replace(config, output_dir=tmp_path / "fresh")
+    tensors["vlm.model.language_model.layers.3.input_layernorm.weight"] = torch.ones(C)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="num_target_layers 3; this target has 4"):
+        run(config)
+    del tensors["vlm.lm_head.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"no tensor vlm.lm_head.weight"):
+        run(config)
+    path.write_bytes(path.read_bytes()[:64])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        run(config)
+    with pytest.raises(ValueError, match="no such folder"):
+        run(dataclasses.replace(config, target_model=str(tmp_path / "none")))
+
+
+def test_a_corrupt_shard_is_named(made, tmp_path):
+    data = tmp_path / "data"
+    subprocess.run(["cp", "-r", str(made / "data"), str(data)], check=True)
+    path = shard_path(data, "rank0-1.safetensors")
+    path.write_bytes(path.read_bytes()[:-1000])
+    config = dataclasses.replace(options(made, tmp_path / "out"), data_dir=data)
+    with pytest.raises(ValueError, match=r"rank0-1.safetensors: .*corrupt"):
+        run(config)

@@ -1,0 +1,183 @@
+"""The command line: configs from arguments, a fast start, and the options that the documents promise."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alpamayo_dflash.cli import main as cli
+from alpamayo_dflash.cli.demo import DemoConfig, stages
+from alpamayo_dflash.evaluate.config import EvaluateConfig
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "commands.md"
+
+# The subcommand that each section of docs/commands.md is about.
+SECTIONS = {
+    "Clips": "world",
+    "Layers": "layers",
+    "Data": "distill",
+    "Training": "train",
+    "Evaluation": "evaluate",
+}
+
+REQUIRED = {
+    "world": ["--out", "w"],
+    "clips": ["--cache-dir", "c"],
+    "tiny-train": [],
+    "measure-tiny": [],
+    "measure-world": [],
+    "layers": ["--output-dir", "o", "--model-path", "m", "--cache-dir", "c"],
+    "distill": ["--model-path", "m", "--cache-dir", "c", "--output-dir", "o", "--target-layers", "1,2"],
+    "train": ["--target-model", "m", "--data-dir", "d", "--output-dir", "o"],
+    "evaluate": ["--draft-model", "d", "--cache-dir", "c"],
+    "lossless": ["--draft-models", "a", "b", "--cache-dir", "c", "--alpamayo-model", "m"],
+    "distribution": ["--draft-model", "d", "--cache-dir", "c", "--alpamayo-model", "m"],
+    "report": ["--evaluation", "e.json"],
+    "demo": ["--out", "o"],
+}
+
+
+def config_class(name: str) -> Any:
+    return cli._load(cli.COMMANDS[name].config)
+
+
+def options(name: str) -> set[str]:
+    return {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config_class(name))}
+
+
+def documented(kinds: tuple[str, ...]) -> list[tuple[str, str, str, str]]:
+    """(subcommand, the prototype's option, kind, what ours is) of each row of docs/commands.md."""
+    rows = []
+    section = ""
+    for line in DOCUMENT.read_text().splitlines():
+        if line.startswith("## "):
+            section = line.removeprefix("## ")
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if section in SECTIONS and len(cells) == 3 and cells[1] in kinds:
+            found = re.findall(r"`(--[a-z0-9-]+)", cells[0])
+            rows += [(SECTIONS[section], option, cells[1], cells[2]) for option in found]
+    return rows
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_subcommand_makes_its_config(name: str) -> None:
+    assert set(REQUIRED) == set(cli.COMMANDS)
+    found, config = cli.parse([name, *REQUIRED[name]])
+    assert found == name
+    assert type(config) is config_class(name)
+
+
+def test_options_reach_the_config() -> None:
+    _, config = cli.parse(
+        [
+            "evaluate",
+            *REQUIRED["evaluate"],
+            "--num-samples",
+            "7",
+            "--temperature",
+            "0",
+            "--no-compare",
+            "--verbose",
+        ]
+    )
+    assert config == EvaluateConfig(
+        Path("d"), Path("c"), num_samples=7, temperature=0.0, compare=False, verbose=True
+    )
+
+
+@pytest.mark.parametrize(("subcommand", "option", "kind", "ours"), documented(("kept",)))
+def test_documented_options_are_kept(subcommand: str, option: str, kind: str, ours: str) -> None:
+    assert option in options(subcommand)
+
+
+def test_every_option_of_the_prototype_is_listed() -> None:
+    listed = {option for _, option, _, _ in documented(("kept", "renamed", "changed"))}
+    assert len(listed) >= 45
+    for option in (
+        "--rank",
+        "--stride",
+        "--kl-temperature",
+        "--detailed-timing",
+        "--num-chunks",
+        "--max-tokens",
+    ):
+        assert option in listed
+
+
+@pytest.mark.parametrize(("subcommand", "option", "kind", "ours"), documented(("renamed", "changed")))
+def test_documented_replacements_exist(subcommand: str, option: str, kind: str, ours: str) -> None:
+    known = set().union(*(options(name) for name in cli.COMMANDS))
+    named = set(re.findall(r"`(?:world |train |distill )?(--[a-z0-9-]+)", ours))
+    negated = {f"--{each.removeprefix('--no-')}" for each in named if each.startswith("--no-")}
+    assert {each for each in named if not each.startswith("--no-")} | negated <= known
+    assert named or option in options(subcommand)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", *REQUIRED["evaluate"], "--max-tokens", "0"], "max_tokens is 0"),
+        (["evaluate", *REQUIRED["evaluate"], "--top-p", "0"], "top_p is 0"),
+        (["evaluate", *REQUIRED["evaluate"], "--clip-id", "a", "--chunks", "0"], "one way only"),
+        (["evaluate", "--cache-dir", "c"], "--draft-model"),
+        (["lossless", *REQUIRED["lossless"], "--temperature", "0"], "temperature is 0"),
+        (["distribution", *REQUIRED["distribution"], "--level", "2"], "level is 2"),
+        (["measure-world", "--chunks", "1"], "without cache_dir"),
+        (["demo", "--out", "o", "--held-out-chunks", "9"], "held_out_chunks is 9"),
+        (["demo", "--out", "o", "--num-samples", "61"], "num_samples is 61"),
+        (["evaluat"], "evaluat"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in " ".join(captured.err.replace("│", " ").split())
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from alpamayo_dflash.cli.main import parse\n"
+        "try:\n    parse(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'matplotlib', 'av', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)) or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "evaluate" in done.stdout
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("alpamayo_dflash.report.run.run", interrupted)
+    assert cli.main(["report", *REQUIRED["report"]]) == 130
+    assert capsys.readouterr().out == ""
+
+
+def test_outside_the_bounds_is_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("alpamayo_dflash.report.run.run", lambda config: {"passed": False})
+    assert cli.main(["report", *REQUIRED["report"]]) == 1
+    assert capsys.readouterr().out == '{"passed": false}\n'
+
+
+def test_demo_keeps_training_and_evaluation_apart() -> None:
+    plan = stages(DemoConfig(Path("o"), num_chunks=5, held_out_chunks=2), "target")
+    assert plan.layers.chunks == plan.distill.chunks == "0-2"
+    assert plan.evaluate.chunks == "3-4"
+    assert plan.train.held_out_chunks == "2"
+    assert plan.train.data_dir == plan.distill.output_dir
+    assert plan.evaluate.temperature == 0.0
+    assert plan.evaluate.cache_dir == plan.world.out
