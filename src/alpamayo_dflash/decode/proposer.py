@@ -43,7 +43,7 @@ class Proposer(Protocol):
         """b: the anchor and b − 1 proposed tokens."""
         ...
 
-    def bind(self, embedding: Tensor, head: Tensor, num_layers: int) -> None:
+    def bind(self, embedding: Tensor, head: Tensor, num_layers: int, /) -> None:
         """Take the target's embedding [V, C] and head [V, C], and its number of layers.
 
         Raises:
@@ -51,7 +51,7 @@ class Proposer(Protocol):
         """
         ...
 
-    def propose(self, context: Tensor, context_lengths: Tensor, anchors: Tensor) -> ProposalLike:
+    def propose(self, context: Tensor, context_lengths: Tensor, anchors: Tensor, /) -> ProposalLike:
         """Predict b − 1 tokens behind each anchor.
 
         Args:
