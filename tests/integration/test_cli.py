@@ -299,7 +299,10 @@ def test_demo(work: Path, tmp_path: Path, command: Command, monkeypatch: pytest.
     assert summary["acceptance_length"] == result["acceptance_length"]
     assert (out / "report" / "report.html").exists()
     before = (out / "train" / "draft" / "model.safetensors").stat().st_mtime_ns
-    assert command(*arguments)["arms"] == result["arms"]  # nothing was measured again
+    again = command(*arguments)
+    assert again["nothing_to_do"]
+    assert again["arms"] == result["arms"]
+    assert json.loads((out / "summary.json").read_text()) == summary
     assert (out / "train" / "draft" / "model.safetensors").stat().st_mtime_ns == before
 
 

@@ -91,7 +91,11 @@ def test_learning_rate_warms_up_and_ends_low():
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"steps": 0}, "steps is 0"), ({"warmup_steps": 9999}, "warmup_steps is 9999"), ({"learning_rate": -1.0}, "-1.0")],
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"warmup_steps": 9999}, "warmup_steps is 9999"),
+        ({"learning_rate": -1.0}, "-1.0"),
+    ],
 )
 def test_refuses_bad_options(change, message):
     with pytest.raises(ValueError, match=message):

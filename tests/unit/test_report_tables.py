@@ -63,6 +63,7 @@ def evaluation() -> dict[str, Any]:
         },
         "world": dict.fromkeys(WORLD_FIGURES, 0.4),
         "world_here": {"distinct": 0.5},
+        "training": {"evaluations": [{"step": step, "acceptance_length": 1.0 + step} for step in range(3)]},
         "clip_rows": rows,
     }
 
@@ -100,7 +101,7 @@ def test_dflash_alone_makes_a_report(tmp_path: Path) -> None:
         row["arms"] = {"dflash": row["arms"]["dflash"]}
     source = tmp_path / "evaluation.json"
     source.write_text(json.dumps(alone))
-    assert len(run(ReportConfig(source))["plots"]) == 4
+    assert len(run(ReportConfig(source))["plots"]) == 5
 
 
 def test_report_is_whole(tmp_path: Path) -> None:
@@ -108,7 +109,10 @@ def test_report_is_whole(tmp_path: Path) -> None:
     source.write_text(json.dumps(evaluation()))
     written = run(ReportConfig(source, out=tmp_path / "report"))
     names = {path.name for path in (tmp_path / "report" / "plots").iterdir()}
-    assert names == {"times.png", "decode_by_length.png", "acceptance.png", "speedup.png", "decode_parts.png"}
+    assert names == {
+        *("times.png", "decode_by_length.png", "acceptance.png", "speedup.png", "decode_parts.png"),
+        "training.png",
+    }
     page = Path(written["report"]).read_text()
     assert page.count("data:image/png;base64,") == len(names)
     assert "Keep &lt;distance&gt; &amp; go." in page

@@ -56,7 +56,7 @@ class DemoConfig:
     samples_per_clip: int = 3
     block_size: int = 8
     num_draft_layers: int = 2
-    num_epochs: int = 12
+    num_epochs: int = 8
     batch_size: int = 128
     learning_rate: float = 2e-3
     seed: int = 0
@@ -180,7 +180,10 @@ def run(config: DemoConfig) -> dict[str, Any]:
     console = Console(file=sys.stderr)
     figures = read_json(world_figures_path())["figures"]
     plan = stages(config, str(checkpoint_path()))
-    seconds = _run_stages(plan, console)
+    path = config.out / "summary.json"
+    seconds, nothing_to_do = _run_stages(plan, console)
+    if nothing_to_do and path.exists():
+        return _report(config, read_json(path)) | {"nothing_to_do": True}
     summary = _summary(plan, figures) | {"seconds": seconds}
     summary["provenance"] = provenance(
         config=config,
@@ -188,12 +191,12 @@ def run(config: DemoConfig) -> dict[str, Any]:
         seed=config.seed,
         started=started,
     )
-    write_json(config.out / "summary.json", summary)
+    write_json(path, summary)
     return _report(config, summary)
 
 
-def _run_stages(plan: Stages, console: Console) -> dict[str, float]:
-    """Run the stages in order; returns the seconds that each took."""
+def _run_stages(plan: Stages, console: Console) -> tuple[dict[str, float], bool]:
+    """Run the stages in order; the seconds that each took, and whether the last had nothing to do."""
     from alpamayo_dflash.distill.run import run as distill
     from alpamayo_dflash.evaluate.run import run as evaluate
     from alpamayo_dflash.layers.run import run as layers
@@ -211,9 +214,9 @@ def _run_stages(plan: Stages, console: Console) -> dict[str, float]:
     for number, (name, step) in enumerate(steps.items(), start=1):
         console.rule(f"{number}/{len(steps)} {name}")
         began = time.time()
-        step()
+        result = step()
         seconds[name] = round(time.time() - began, 1)
-    return seconds
+    return seconds, "nothing_to_do" in result
 
 
 def _summary(plan: Stages, figures: dict[str, float]) -> dict[str, Any]:
@@ -230,7 +233,9 @@ def _summary(plan: Stages, figures: dict[str, float]) -> dict[str, Any]:
         if sample.temperature > 0:
             response = (sample.text, coc_tokens(sample.token_ids, cot_end))
             sampled.setdefault(sample.clip_id, []).append(response)
+    training = read_json(plan.train.output_dir / "train.json")
     return evaluation | {
+        "training": {"evaluations": training["evaluations"], "best_step": training["best_step"]},
         "world": figures,
         "world_here": figures_of(list(sampled.values())),
         "world_here_clips": len(sampled),

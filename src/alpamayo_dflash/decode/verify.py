@@ -36,7 +36,7 @@ class Prefilled:
     """
 
     prompt: Prompt
-    logits_V: Tensor  # noqa: N815
+    logits_V: Tensor
     serial: int
 
 

@@ -157,7 +157,7 @@ class DistributionConfig:
         draft_model: folder of the draft of the speculative runs.
         cache_dir: hub cache folder that holds the clip.
         alpamayo_model: folder or hub id of the target.
-        clip_id: the prompt's clip; the first of the folder where it is left out.
+        clip_id: the prompt's clip; where it is left out, the most uncertain of a few.
         t0_us: moment in the clip, microseconds.
         seeds: number of seeds.
         sample_counts: samples a seed of each series.

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,12 @@ from alpamayo_dflash.decode.noise import token_noise
 from alpamayo_dflash.draft import DFlashDraft
 from alpamayo_dflash.evaluate.config import DistributionConfig
 from alpamayo_dflash.evaluate.reference import next_logits
-from alpamayo_dflash.evaluate.setup import open_target
+from alpamayo_dflash.evaluate.setup import open_target, take
 from alpamayo_dflash.target.prompt import Prompt
 
 # Tokens written beyond those that count, so that a draft's proposals run past them as they do in use.
 _BEYOND = 2
+_CANDIDATES = 16
 _BINS = 8
 _NOISE_VALUES = 1 << 20
 
@@ -59,7 +60,7 @@ def first_tokens(
 ) -> list[list[Text]]:
     """The first tokens of every sample, seed by seed."""
     console = Console(file=sys.stderr)
-    drafted = "without a draft" if decoder.draft is None else "with a draft"
+    drafted, beyond = ("without a draft", 0) if decoder.draft is None else ("with a draft", _BEYOND)
     found = []
     for seed in track(range(config.seeds), f"{samples} sample(s) {drafted}", console=console):
         result = decoder.generate(
@@ -68,7 +69,7 @@ def first_tokens(
             top_p=config.top_p,
             num_traj_samples=samples,
             seed=seed,
-            max_new_tokens=config.tokens + _BEYOND,
+            max_new_tokens=config.tokens + beyond,
             trajectories=False,
         )
         found.append([tuple(ids[: config.tokens]) for ids in result.token_ids])
@@ -160,6 +161,11 @@ def _noise_test(name: str, one: Tensor, other: Tensor) -> Test:
     return Test(f"noise of different {name} is independent", upper_tail(statistic, degrees), detail)
 
 
+def entropy(probabilities: Iterable[float]) -> float:
+    """Entropy of a distribution, nats."""
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
 def reference_difference(decoder: SpeculativeDecoder, prompt: Prompt, sampling: Sampling) -> float:
     """The largest difference of the first token's probabilities from those of transformers' own forward.
 
@@ -183,17 +189,19 @@ def run(config: DistributionConfig) -> dict[str, Any]:
     """
     started = time.time()
     source = ClipSource(config.cache_dir)
-    clip_id = config.clip_id or source.clip_ids()[0]
-    window = source.window(clip_id, config.t0_us)
     draft = DFlashDraft.from_pretrained(config.draft_model, dtype=torch.float32)
     target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
-    prompt = target.prompt(window)
     sampling = Sampling(config.temperature, config.top_p)
     decoders = {"autoregressive": SpeculativeDecoder(target), "dflash": SpeculativeDecoder(target, draft)}
     plain = decoders["autoregressive"]
+    named = take(source.clip_ids(), None)[:_CANDIDATES] if config.clip_id is None else [config.clip_id]
+    prompts = [target.prompt(source.window(clip_id, config.t0_us)) for clip_id in named]
     # What expects fewer than five of all draws is pooled by the test, so it need not be listed.
     least = 5 / (config.seeds * max(config.sample_counts))
-    joint = joint_distribution(plain, plain.prefill(prompt), config.tokens, sampling, least)
+    joints = [
+        joint_distribution(plain, plain.prefill(prompt), config.tokens, sampling, least) for prompt in prompts
+    ]
+    prompt, joint = max(zip(prompts, joints, strict=True), key=lambda pair: entropy(pair[1].values()))
     tests = _series_tests(decoders, prompt, joint, config) + noise_tests(target.vocab_size)
     bound = config.level / len(tests)
     result = {

@@ -108,6 +108,23 @@ def parts(result: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def training(result: Mapping[str, Any], path: Path) -> None:
+    """The draft's simulated acceptance length on validation clips as it was trained."""
+    figure, axes = _figure("The draft's training")
+    entries = result["training"]["evaluations"]
+    axes.plot(
+        [entry["step"] for entry in entries],
+        [entry["acceptance_length"] for entry in entries],
+        color=_BLUE,
+        marker="o",
+        markersize=4,
+    )
+    axes.set_xlabel("step")
+    axes.set_ylabel("simulated acceptance length")
+    axes.set_ylim(bottom=0)
+    _save(figure, path)
+
+
 def all_plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw every plot that the JSON object has the numbers for.
 
@@ -130,4 +147,6 @@ def all_plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
             speedup(rows, add("speedup"))
     if result.get("decode_parts"):
         parts(result, add("decode_parts"))
+    if result.get("training"):
+        training(result, add("training"))
     return drawn

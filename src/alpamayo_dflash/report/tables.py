@@ -58,9 +58,10 @@ class Table:
 
     def rich(self) -> RichTable:
         """The table for a console."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title, title_justify="left")
+        table = RichTable(title=self.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
         for number, name in enumerate(self.header):
             table.add_column(name, justify="right" if number else "left")
         for cells in self.rows:
@@ -142,7 +143,7 @@ def world(result: Mapping[str, Any]) -> Table | None:
     for name, text in WORLD_FIGURES.items():
         low_high = f"{_share(bounds[name][0])} to {_share(bounds[name][1])}" if bounds else "–"
         rows.append((text, _share(shipped[name]), _share((here or {}).get(name)), low_high))
-    return Table("The synthetic world", ("figure", "1,200 clips", "this run's clips", "bounds"), tuple(rows))
+    return Table("The synthetic world", ("figure", "shipped", "this run", "bounds"), tuple(rows))
 
 
 def failures(result: Mapping[str, Any]) -> Table | None:

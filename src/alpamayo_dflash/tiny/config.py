@@ -59,7 +59,7 @@ class TinyTrainConfig:
 
 @dataclass(frozen=True)
 class MeasureTinyConfig:
-    """Measure on held-out scenes whether a tiny checkpoint sees: its words with its own and with other images.
+    """Measure on held-out scenes whether a tiny checkpoint sees: its words on its own and on other images.
 
     Attributes:
         checkpoint: folder; the one that ships with the package where it is left out.

@@ -29,9 +29,9 @@ def constant_velocity(view: Window) -> npt.NDArray[np.float32]:
     """The baseline: go on as between the last two history points, float32 [N, 3]."""
     assert view.ego_future_xyz is not None
     step = view.ego_history_xyz[-1] - view.ego_history_xyz[-2]
-    return (view.ego_history_xyz[-1] + step * np.arange(1, len(view.ego_future_xyz) + 1)[:, None]).astype(
-        np.float32
-    )
+    steps = np.arange(1, len(view.ego_future_xyz) + 1, dtype=np.float32)[:, None]
+    predicted: npt.NDArray[np.float32] = view.ego_history_xyz[-1] + step * steps
+    return predicted
 
 
 def average_displacement(predicted_SN3: npt.NDArray[np.float32], future_N3: npt.NDArray[np.float32]) -> float:
