@@ -43,6 +43,8 @@ class DemoConfig:
         learning_rate: peak of the draft's training.
         seed: of the world, of sampling and of the draft.
         workers: processes that write the world.
+        threads: of torch. The tiny target's products are too small to gain from a second, and on a busy
+            machine threads that wait for each other make every stage many times slower.
     """
 
     out: Path
@@ -61,9 +63,12 @@ class DemoConfig:
     learning_rate: float = 2e-3
     seed: int = 0
     workers: int = 2
+    threads: int = 1
 
     def __post_init__(self) -> None:
         """Check that there is something to train on and enough to evaluate."""
+        if self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; it must be at least 1")
         if not 1 <= self.held_out_chunks <= self.num_chunks - 2:
             raise ValueError(
                 f"held_out_chunks is {self.held_out_chunks}; it must be at least 1 and leave two of "
@@ -172,11 +177,13 @@ def run(config: DemoConfig) -> dict[str, Any]:
     Raises:
         ValueError: the shipped target or its figures are missing.
     """
+    import torch
     from rich.console import Console
 
     from alpamayo_dflash.tiny import checkpoint_path, world_figures_path
 
     started = time.time()
+    torch.set_num_threads(config.threads)
     console = Console(file=sys.stderr)
     figures = read_json(world_figures_path())["figures"]
     plan = stages(config, str(checkpoint_path()))

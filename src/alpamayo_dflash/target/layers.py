@@ -24,8 +24,15 @@ AfterLayer = Callable[[int, Tensor], Tensor]
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm in float32, cast back, times weight (specification 6)."""
+    if x.dtype == torch.float32 == weight.dtype:
+        return functional.rms_norm(x, weight.shape, weight, eps)  # the same formula in one call
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    """The norm of one of transformers' modules."""
+    return rms_norm(x, module.weight, module.variance_epsilon)
 
 
 def rotary_tables(
@@ -86,13 +93,13 @@ def run_layers(
     layer: Any
     for index, layer in enumerate(layers):
         attention, mlp = layer.self_attn, layer.mlp
-        normed = layer.input_layernorm(hidden)
+        normed = _norm(layer.input_layernorm, hidden)
         heads = (*normed.shape[:-1], -1, attention.head_dim)
-        q = rotate(attention.q_norm(attention.q_proj(normed).view(heads)), cos, sin)
-        k = rotate(attention.k_norm(attention.k_proj(normed).view(heads)), cos, sin)
+        q = rotate(_norm(attention.q_norm, attention.q_proj(normed).view(heads)), cos, sin)
+        k = rotate(_norm(attention.k_norm, attention.k_proj(normed).view(heads)), cos, sin)
         v = attention.v_proj(normed).view(heads)
         hidden = hidden + attention.o_proj(attend(index, q, k, v).flatten(-2))
-        normed = layer.post_attention_layernorm(hidden)
+        normed = _norm(layer.post_attention_layernorm, hidden)
         hidden = hidden + mlp.down_proj(functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
         if after_layer is not None:
             hidden = after_layer(index, hidden)
