@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from alpamayo_dflash.evaluate import metrics
@@ -77,20 +76,3 @@ def test_summary_has_the_keys_that_the_issue_names() -> None:
 def test_no_clip_done_is_an_error_with_the_first_reason() -> None:
     with pytest.raises(ValueError, match=r"none of 1 clips .* b: no frames"):
         metrics.summarise([], [{"clip_id": "b", "error": "no frames"}], attempted=1)
-
-
-def test_min_ade_takes_the_best_sample_and_ignores_height() -> None:
-    future = np.zeros((64, 3), np.float32)
-    offsets = np.array([[3.0, 4.0, 0.0], [0.0, 1.0, 9.0]], np.float32)
-    predicted = future + offsets[:, None]
-    assert metrics.min_ade(predicted, future) == pytest.approx(1.0)
-
-
-def test_constant_velocity_goes_on_as_the_last_step() -> None:
-    history = np.zeros((16, 3), np.float32)
-    history[:, 0] = np.arange(-15, 1) * 0.5
-    history[0] = 7.0  # only the last step counts
-    path = metrics.constant_velocity(history, 64)
-    assert path.shape == (1, 64, 3)
-    np.testing.assert_allclose(path[0, :, 0], np.arange(1, 65) * 0.5, rtol=1e-6)
-    assert metrics.min_ade(path, path[0]) == 0.0

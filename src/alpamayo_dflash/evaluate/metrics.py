@@ -6,15 +6,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from alpamayo_dflash.evaluate.rows import ClipRow, Failure
 
 TIMES = ("prefill_ms", "decode_ms", "action_ms", "total_ms")
 PARTS = ("draft", "verify", "sampling", "cache", "other")
-
-Array = npt.NDArray[np.float32]
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
@@ -32,32 +27,6 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 def _rounded(values: Sequence[float], digits: int = 3) -> list[float]:
     return [round(value, digits) for value in values]
-
-
-def min_ade(predicted_xyz: Array, future_xyz: Array) -> float:
-    """The least average displacement error over samples, metres (specification 9).
-
-    Args:
-        predicted_xyz: [S, N, 3], in the ego frame at t0.
-        future_xyz: [N, 3], what the vehicle did.
-    """
-    distance_SN = np.linalg.norm(predicted_xyz[..., :2] - future_xyz[None, :, :2], axis=-1)
-    return float(distance_SN.mean(axis=-1).min())
-
-
-def constant_velocity(history_xyz: Array, points: int) -> Array:
-    """The path of a vehicle that keeps the velocity of its last history step.
-
-    Args:
-        history_xyz: [16, 3]; the last point is the origin.
-        points: number of way-points, one history step apart.
-
-    Returns:
-        [1, points, 3].
-    """
-    step = history_xyz[-1] - history_xyz[-2]
-    path: Array = history_xyz[-1] + np.arange(1, points + 1, dtype=np.float32)[:, None] * step
-    return path[None]
 
 
 def arm_summary(rows: Sequence[ClipRow], arm: str) -> dict[str, Any]:

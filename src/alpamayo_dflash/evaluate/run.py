@@ -14,6 +14,7 @@ from rich.progress import Progress
 from alpamayo_dflash.artefacts import folder_hash, provenance, read_json, to_plain, write_json
 from alpamayo_dflash.clips import ClipSource, Window
 from alpamayo_dflash.clips.cache import find_snapshot
+from alpamayo_dflash.clips.displacement import constant_velocity, min_ade
 from alpamayo_dflash.decode import Sampling, StageTimer, synchronise
 from alpamayo_dflash.draft import DFlashDraft
 from alpamayo_dflash.evaluate import metrics
@@ -240,10 +241,10 @@ def _trajectory(window: Window, run: Run) -> Trajectory:
     future = window.ego_future_xyz
     assert future is not None, "the caller has looked"
     predicted = run.xyz.cpu().numpy()
-    straight = metrics.constant_velocity(window.ego_history_xyz, len(future))
+    straight = constant_velocity(window.ego_history_xyz, len(future))
     return {
-        "min_ade_m": round(metrics.min_ade(predicted, future), 5),
-        "constant_velocity_ade_m": round(metrics.min_ade(straight, future), 5),
+        "min_ade_m": round(min_ade(predicted, future), 5),
+        "constant_velocity_ade_m": round(min_ade(straight, future), 5),
     }
 
 

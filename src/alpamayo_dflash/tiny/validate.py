@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from alpamayo_dflash.clips.displacement import constant_velocity, min_ade
 from alpamayo_dflash.decode import SpeculativeDecoder
 from alpamayo_dflash.tiny.scenes import VALIDATION, stream_seed
 from alpamayo_dflash.world import Facts, sample_scene, window
 from alpamayo_dflash.world.language import names
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from alpamayo_dflash.clips import Window
     from alpamayo_dflash.target import Alpamayo
 
@@ -23,21 +22,6 @@ def held_out(count: int, seed: int) -> list[tuple[Window, Facts]]:
     """Held-out scenes: windows with their facts, from a stream that training never draws from."""
     scenes = [sample_scene(stream_seed(seed, VALIDATION, index)) for index in range(count)]
     return [(window(scene), scene.facts) for scene in scenes]
-
-
-def constant_velocity(view: Window) -> npt.NDArray[np.float32]:
-    """The baseline: go on as between the last two history points, float32 [N, 3]."""
-    assert view.ego_future_xyz is not None
-    step = view.ego_history_xyz[-1] - view.ego_history_xyz[-2]
-    steps = np.arange(1, len(view.ego_future_xyz) + 1, dtype=np.float32)[:, None]
-    predicted: npt.NDArray[np.float32] = view.ego_history_xyz[-1] + step * steps
-    return predicted
-
-
-def average_displacement(predicted_SN3: npt.NDArray[np.float32], future_N3: npt.NDArray[np.float32]) -> float:
-    """minADE: the best sample's mean distance in the plane, metres (specification 9)."""
-    distance_SN = np.linalg.norm(predicted_SN3[..., :2] - future_N3[..., :2], axis=-1)
-    return float(distance_SN.mean(axis=-1).min())
 
 
 def look(target: Alpamayo, scenes: list[tuple[Window, Facts]], seed: int = 0) -> dict[str, float]:
@@ -56,9 +40,10 @@ def look(target: Alpamayo, scenes: list[tuple[Window, Facts]], seed: int = 0) ->
         result = decoder.generate(view, temperature=0.0, seed=seed)
         named += names(facts, result.coc[0])
         assert result.pred_xyz is not None
-        assert view.ego_future_xyz is not None
-        ours.append(average_displacement(result.pred_xyz.cpu().numpy(), view.ego_future_xyz))
-        baseline.append(average_displacement(constant_velocity(view)[None], view.ego_future_xyz))
+        future = view.ego_future_xyz
+        assert future is not None
+        ours.append(min_ade(result.pred_xyz.cpu().numpy(), future))
+        baseline.append(min_ade(constant_velocity(view.ego_history_xyz, len(future)), future))
         other = scenes[(index + len(scenes) // 2) % len(scenes)][0]
         blind = decoder.generate(
             dataclasses.replace(view, frames=other.frames), temperature=0.0, seed=seed, trajectories=False

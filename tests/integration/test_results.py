@@ -1,0 +1,111 @@
+"""The results that ship, recomputed on fewer clips with the shipped target."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alpamayo_dflash.artefacts import folder_hash, read_json
+from alpamayo_dflash.cli.main import main
+from alpamayo_dflash.tiny import checkpoint_path, world_figures_path
+from alpamayo_dflash.world.measure import violations
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+TAPS = "1,2,4,6"
+
+
+@pytest.fixture(scope="module")
+def command():
+    def run(*arguments):
+        from contextlib import redirect_stdout
+        from io import StringIO
+
+        out = StringIO()
+        with redirect_stdout(out):
+            status = main([str(argument) for argument in arguments])
+        lines = out.getvalue().splitlines()
+        return status, json.loads(lines[-1]) if lines else None
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, command):
+    """A small world, and drafts of block 8 and 16 trained on it for a few seconds."""
+    folder = tmp_path_factory.mktemp("results")
+    target = checkpoint_path()
+    assert command("world", "--out", folder / "world", "--num-chunks", 2, "--clips-per-chunk", 10)[0] == 0
+    distil = ("--model-path", target, "--cache-dir", folder / "world", "--output-dir", folder / "data")
+    status, _ = command("distill", *distil, "--chunks", 0, "--target-layers", TAPS, "--samples-per-clip", 2)
+    assert status == 0
+    for size in (8, 16):
+        status, _ = command(
+            *("train", "--target-model", target, "--data-dir", folder / "data"),
+            *("--output-dir", folder / f"train{size}", "--block-size", size, "--num-draft-layers", 1),
+            *(
+                "--max-steps",
+                30,
+                "--num-epochs",
+                30,
+                "--batch-size",
+                48,
+                "--learning-rate",
+                2e-3,
+                "--held-out",
+                0.3,
+            ),
+        )
+        assert status == 0
+    return folder
+
+
+def test_lossless(trained, command):
+    status, found = command(
+        *("lossless", "--alpamayo-model", checkpoint_path(), "--cache-dir", trained / "world"),
+        *("--chunks", 1, "--num-samples", 6, "--out", trained / "lossless.json"),
+        *("--draft-models", trained / "train8" / "draft", trained / "train16" / "draft"),
+    )
+    assert status == 0
+    assert found["autoregressive_equals_transformers"] == 6
+    for each in found["drafts"]:
+        assert each["greedy_identical"] == each["sampled_identical"] == 6
+    lengths = {each["name"]: each["greedy_acceptance_length"] for each in found["drafts"]}
+    assert lengths["random-8"] <= 1.3
+    assert lengths["trained-8"] > lengths["random-8"]
+
+
+def test_the_shipped_lossless_result_is_whole():
+    shipped = read_json(RESULTS / "lossless_tiny.json")
+    assert shipped["passed"]
+    assert shipped["clips"] == shipped["autoregressive_equals_transformers"] == 200
+    assert {each["name"] for each in shipped["drafts"]} == {
+        "trained-8",
+        "random-8",
+        "trained-16",
+        "random-16",
+    }
+    for each in shipped["drafts"]:
+        assert each["greedy_identical"] == each["sampled_identical"] == each["of"] == 200
+        lengths = {"trained": (4.0, 16.0), "random": (1.0, 1.3)}[each["kind"]]
+        assert lengths[0] <= each["greedy_acceptance_length"] <= lengths[1]
+
+
+def test_the_shipped_world_lies_in_its_bounds():
+    shipped = read_json(RESULTS / "world_tiny.json")
+    assert shipped == read_json(world_figures_path())
+    assert shipped["clips"] == 1200
+    assert not violations(shipped["figures"])
+
+
+@pytest.mark.parametrize("name", ["world_tiny", "lossless_tiny", "tiny_sees"])
+def test_results_belong_to_the_shipped_target(name):
+    made = read_json(RESULTS / f"{name}.json")["provenance"]
+    assert made["parents"]["target"] == folder_hash(checkpoint_path())
+
+
+def test_the_worlds_figures_hold_loosely_on_few_clips(tmp_path, command):
+    """Frequencies that do not depend on how many clips there are."""
+    _, found = command("measure-world", "--num-samples", 80, "--out", tmp_path / "world.json")
+    assert 0.5 <= found["figures"]["period"] <= 0.87
+    assert found["figures"]["differ"] >= 0.5
+    assert 0.25 <= found["figures"]["top_ten"] <= 0.6
