@@ -16,7 +16,7 @@ test: $(STAMP)
 
 # The parity tests alone; ALPAMAYO_GOLDEN names the fixtures' folder (default: ../shared/golden).
 golden: $(STAMP)
-	$(BIN)/python -m pytest tests/integration/test_golden.py
+	ALPAMAYO_GOLDEN="$${ALPAMAYO_GOLDEN:-../shared/golden}" $(BIN)/python -m pytest tests/integration/test_golden.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -362,7 +362,7 @@ def test_a_prompt_longer_than_the_cache(
 
 
 def test_layers_out_of_range(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--model-path", work / "target", "--cache-dir", work / "world", "--num-target-layers", 1]
+    given = ["--model-path", work / "target", "--cache-dir", work / "world"]
     message = refused(["layers", *given, "--output-dir", tmp_path / "out", "--layers", f"0,{LAYERS}"], capsys)
     assert str(LAYERS) in message
     assert not (tmp_path / "out").exists()
@@ -397,15 +397,18 @@ def test_a_corrupt_video_is_counted_and_the_rest_goes_on(
     assert not (tmp_path / "alone").exists()
 
 
+@pytest.mark.parametrize("damage", ["truncated", "one byte flipped"])
 def test_a_corrupt_shard(
-    work: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+    work: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     common = ["--model-path", work / "target", "--cache-dir", work / "world", "--chunks", "0", *SHORT]
     command(
         "distill", *common, "--output-dir", tmp_path / "data", "--target-layers", "0,2", "--context-len", 4
     )
     shard = next((tmp_path / "data" / "shards").glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-100])
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 0x40
+    shard.write_bytes(content[:-100] if damage == "truncated" else content)
     given = [
         "--target-model",
         work / "target",
@@ -418,4 +421,11 @@ def test_a_corrupt_shard(
     ]
     message = refused(["train", *given, "--output-dir", tmp_path / "out", "--num-epochs", 1], capsys)
     assert shard.name in message
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_there(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model-path", work / "target", "--cache-dir", work / "world", "--output-dir", tmp_path / "out"]
+    message = refused(["layers", *given, "--num-target-layers", 2, "--device", "nowhere"], capsys)
+    assert "'nowhere'" in message
+    assert not (tmp_path / "out").exists()

@@ -90,6 +90,20 @@ def test_the_shipped_lossless_result_is_whole():
         assert lengths[0] <= each["greedy_acceptance_length"] <= lengths[1]
 
 
+def test_the_shipped_demo_reaches_what_it_must():
+    shipped = read_json(RESULTS / "demo_tiny.json")
+    clips = shipped["clips"]
+    assert clips["attempted"] == clips["done"] == shipped["lossless"]["of"] >= 50
+    assert (
+        shipped["lossless"]["greedy_identical"] == shipped["lossless"]["sampled_identical"] == clips["done"]
+    )
+    assert shipped["settings"]["temperature"] == 0
+    assert shipped["settings"]["block_size"] == 8
+    assert shipped["acceptance_length"] >= 4.0
+    assert shipped["speedup"]["decode_vs_autoregressive"] >= 1.8
+    assert shipped["world"] == read_json(world_figures_path())["figures"]
+
+
 def test_the_shipped_world_lies_in_its_bounds():
     shipped = read_json(RESULTS / "world_tiny.json")
     assert shipped == read_json(world_figures_path())
@@ -97,7 +111,9 @@ def test_the_shipped_world_lies_in_its_bounds():
     assert not violations(shipped["figures"])
 
 
-@pytest.mark.parametrize("name", ["world_tiny", "lossless_tiny", "tiny_sees"])
+@pytest.mark.parametrize(
+    "name", ["world_tiny", "lossless_tiny", "tiny_sees", "distribution_tiny", "demo_tiny"]
+)
 def test_results_belong_to_the_shipped_target(name):
     made = read_json(RESULTS / f"{name}.json")["provenance"]
     assert made["parents"]["target"] == folder_hash(checkpoint_path())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -237,6 +238,35 @@ target, data, out = sys.argv[1:]
 run(TrainConfig(target, Path(data), Path(out), num_epochs=1, batch_size=48, learning_rate=3e-3,
                 num_draft_layers=1, held_out_chunks="3", log_interval=1, loss_type="ce+kl"))
 """
+
+
+def test_starting_over_forgets_the_old_checkpoint(made, tmp_path, monkeypatch):
+    """Killed before its first checkpoint, a run that started over must not be taken for the old one."""
+    run(options(made, tmp_path / "out", num_epochs=1))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(options(made, tmp_path / "out", num_epochs=1, resume="never"))
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / "checkpoint").exists()
+    again = run(options(made, tmp_path / "out", num_epochs=1))
+    assert "nothing_to_do" not in again
+
+
+def test_a_checkpoint_of_other_data_does_not_continue(made, tmp_path):
+    other = tmp_path / "data"
+    shutil.copytree(made / "data", other)
+    config = dataclasses.replace(options(made, tmp_path / "out", num_epochs=1), data_dir=other)
+    run(config)
+    manifest = next(other.glob("manifest-rank*.json"))
+    manifest.write_text(manifest.read_text() + "\n")
+    merged = other / "distill.json"
+    merged.write_text(merged.read_text() + "\n")
+    with pytest.raises(ValueError, match="made from another distill"):
+        run(config)
 
 
 def test_two_processes_take_the_steps_of_one(made, tmp_path):

@@ -9,7 +9,7 @@ from random_target import random_prompt, random_target
 from alpamayo_dflash.artefacts import folder_hash
 from alpamayo_dflash.decode import DecodeConfig, SpeculativeDecoder, teacher_forced
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
-from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.draft import DFlashDraft, DraftConfig
 from alpamayo_dflash.train import TrainConfig
 from alpamayo_dflash.train.run import run
 
@@ -94,3 +94,32 @@ def test_the_simulated_acceptance_is_the_real_one(tmp_path, block_size):
         tokens += len(response.token_ids) - 1
         passes += found.rounds
     assert tokens / passes == pytest.approx(trained["acceptance_length"])
+
+
+def test_a_draft_that_has_decoded_can_still_be_trained(tmp_path):
+    target = random_target(tmp_path / "target")
+    config = DraftConfig(
+        hidden_size=target.hidden_size,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        intermediate_size=32,
+        vocab_size=target.vocab_size,
+        block_size=4,
+        context_len=CONTEXT,
+        target_layer_ids=TAPS,
+        num_target_layers=target.num_layers,
+        mask_token_id=target.vocab_size,
+    )
+    draft = DFlashDraft.random(config)
+    SpeculativeDecoder(target, draft).generate(random_prompt(target), trajectories=False, max_new_tokens=4)
+    out = draft(
+        torch.randn(CONTEXT, len(TAPS) * target.hidden_size),
+        torch.tensor([CONTEXT]),
+        torch.tensor([1]),
+        torch.arange(CONTEXT)[None],
+        torch.ones(1, 3, dtype=torch.bool),
+    )
+    out.sum().backward()
+    assert draft.fc.weight.grad is not None

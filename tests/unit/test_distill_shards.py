@@ -123,7 +123,7 @@ def test_estimate_matches_what_is_stored(tmp_path):
 def test_interrupted_and_continued_equals_uninterrupted(tmp_path, done):
     write(tmp_path / "whole")
     write(tmp_path / "parts", shards=done)
-    with pytest.raises(ValueError, match="did not finish"):
+    with pytest.raises(ValueError, match="not finished by rank"):
         DistillData(tmp_path / "parts")
     assert len(DistillData(tmp_path / "parts", allow_incomplete=True).manifest["shards"]) == done
     assert write(tmp_path / "parts").complete
@@ -171,7 +171,7 @@ def test_other_settings_in_the_same_folder_are_named(tmp_path, key, value):
 def test_ranks_are_merged_and_all_must_be_complete(tmp_path):
     settings = {**SETTINGS, "world_size": 2}
     write(tmp_path, rank=1, clips=CLIPS[1::2], settings=settings)
-    with pytest.raises(ValueError, match="of 2 ranks, 0 did not finish"):
+    with pytest.raises(ValueError, match="not finished by rank 0 of 2"):
         DistillData(tmp_path)
     assert len(DistillData(tmp_path, allow_incomplete=True).samples) == 6
     write(tmp_path, rank=0, clips=CLIPS[0::2], settings=settings)

@@ -25,7 +25,6 @@ def test_default_moment_is_that_of_clips():
         ({"layers": ""}, "must be integers"),
         ({"layers": "3,1"}, "must be ascending"),
         ({"layers": "-1,2"}, "must be ascending"),
-        ({"layers": "1,2", "num_target_layers": 3}, "names 2 candidates"),
         ({"rank": 1}, "given together"),
         ({"rank": 2, "world_size": 2}, "rank 2 is out of range"),
         ({"aggregate": False}, "scoring needs model_path and cache_dir"),
@@ -84,3 +83,7 @@ def test_configs_import_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_aggregating_takes_a_world_size_alone(tmp_path):
+    assert LayersConfig(output_dir=tmp_path, aggregate=True, world_size=4).world_size == 4

@@ -33,7 +33,7 @@ class Sample:
         index: the sample's number, which its noise depends on.
         tokens: what has been emitted.
         path: slots of tokens[:len(path)], those whose keys and values are in the cache. While the sample
-            is unfinished that is all but the last token, its anchor.
+            is unfinished that is all but the last token, its anchor (all, where `force` ends it next).
         stop: why it ended, or None.
         passes: verify passes that it took part in.
         drafted: tokens that the draft proposed to it and the target verified.
@@ -61,10 +61,12 @@ class Proposal:
     Attributes:
         tokens: the chain.
         drafted: how many of its first tokens are the draft's own.
+        ends: whether the sample stands still behind it, for `force` to end the text there.
     """
 
     tokens: Sequence[int] = ()
     drafted: int = 0
+    ends: bool = False
 
 
 NOTHING = Proposal()
@@ -161,7 +163,15 @@ class Decode:
                 return self.choose(logits, [s for s, _ in pairs], [positions[slot] + 1 for _, slot in pairs])
 
             room = {index: self.room(self.samples[index]) for index in chains}
-            walks = walk(tree, chains, choose_at, room, lambda token: self.rules.reason(token) is not None)
+            ends = {index for index, proposal in proposals.items() if proposal.ends}
+            walks = walk(
+                tree,
+                chains,
+                choose_at,
+                room,
+                lambda token: self.rules.reason(token) is not None,
+                ends=ends,
+            )
         with span("cache"):
             traces = [
                 self._advance(self.samples[index], walked, chains[index], proposals.get(index, NOTHING))
@@ -280,7 +290,8 @@ class Drafter:
         sound = [index for index, good in enumerate(finite) if good]
         for sample, picks in self._pick(decode, block, [(index, s) for index in sound for s in asked[index]]):
             tokens = rules.shape(sample.anchor, picks)[: decode.room(sample)]
-            proposals[sample.index] = Proposal(tokens, _common(tokens, picks))
+            drafted = _common(tokens, picks)
+            proposals[sample.index] = Proposal(tokens, drafted, rules.ends_sentence(tokens, drafted))
         return proposals, len(asked) - len(sound)
 
     def _pick(

@@ -11,8 +11,8 @@ What the modes do (`DecodeConfig.sentence_end`), P standing for the period, E fo
 - `force`, the first prototype's two rules, not lossless: (1) when the anchor is P, E T are *emitted*, as far
   as the token limit allows, and the sample stops; neither draft nor target is asked. (2) where the draft
   proposes E with no P before it, P is proposed in its place and the proposal ends there; the target verifies
-  that P as it does any proposed token, so rule 2 alone changes no text, but a P that the target accepts and
-  does not follow by its own token in the same pass becomes the anchor on which rule 1 acts.
+  that P as it does any proposed token, and if it accepts it, the pass ends without the target's own token
+  behind it: P is the next anchor, and rule 1 acts on it.
 - `off`: nothing more than every mode does.
 """
 
@@ -82,6 +82,11 @@ class StopRules:
         if self.mode == "force" and self.period is not None and anchor == self.period:
             return [self.cot_end, self.traj_future_start]
         return []
+
+    def ends_sentence(self, proposal: Sequence[int], drafted: int) -> bool:
+        """Whether a proposal, whose first `drafted` tokens are the draft's, ends in rule 2's period."""
+        replaced = self.mode == "force" and len(proposal) == drafted + 1
+        return replaced and self.period is not None and proposal[-1] == self.period
 
     def _continues(self, token: int) -> bool:
         return bool(self._continuation(token))

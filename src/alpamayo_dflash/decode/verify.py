@@ -32,12 +32,12 @@ class Prefilled:
     Attributes:
         prompt: the prompt.
         logits_V: float32 [V], unmasked, of the prompt's last row: they predict the first token.
-        serial: which of the verifier's prompts it is.
+        reading: the pass that read it, so that no other decoder's prompt is taken for this one's.
     """
 
     prompt: Prompt
     logits_V: Tensor
-    serial: int
+    reading: object
 
 
 class Verifier:
@@ -74,7 +74,7 @@ class Verifier:
         self.cache = Cache(
             target, prompt_capacity=prompt_capacity, num_taps=len(self.taps), context_len=context_len
         )
-        self._serial = 0
+        self._reading = object()
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @torch.inference_mode()
@@ -102,10 +102,10 @@ class Verifier:
             hook,
         )
         cache.set_prompt(length, self._features(tapped))
-        self._serial += 1
+        self._reading = object()
         self._rotary = None
         logits = target.logits(target.final_norm(hidden[-1:]))[0]
-        return Prefilled(prompt, logits, self._serial)
+        return Prefilled(prompt, logits, self._reading)
 
     @torch.inference_mode()
     def begin(self, prefilled: Prefilled, slots: int) -> None:
@@ -114,9 +114,10 @@ class Verifier:
         Raises:
             ValueError: another prompt has been read since.
         """
-        if prefilled.serial != self._serial:
+        if prefilled.reading is not self._reading:
             raise ValueError(
-                f"this prompt ({prefilled.prompt.key}) is no longer in the cache: another was read since"
+                f"this prompt ({prefilled.prompt.key}) is not in this cache: another was read since, or "
+                "another decoder read it"
             )
         self.cache.reserve(slots)
         first = self.cache.prompt_length + prefilled.prompt.rope_delta

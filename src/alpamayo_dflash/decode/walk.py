@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from alpamayo_dflash.decode.tail import Tail
@@ -67,6 +67,8 @@ def walk(
     choose: Choose,
     room: Mapping[int, int],
     stops: Callable[[int], bool],
+    *,
+    ends: Container[int] = (),
 ) -> dict[int, Walk]:
     """Let each sample go down the tree along the target's own choices.
 
@@ -81,6 +83,7 @@ def walk(
         choose: the target's choices.
         room: by sample, how many tokens it may emit, at least 1.
         stops: whether nothing is emitted behind a token.
+        ends: samples that stand still at the last row of their own proposal, without the target's token.
     """
     walks = {sample: Walk([slots[0]]) for sample, slots in chains.items()}
     chosen: dict[tuple[int, int], int] = {}
@@ -94,6 +97,8 @@ def walk(
             if child is not None:
                 walked.path.append(child)
             if child is None or stops(token) or len(walked.tokens) == room[sample]:
+                return False
+            if sample in ends and child == chains[sample][-1]:
                 return False
         return True
 

@@ -53,13 +53,15 @@ class DistillData:
         unfinished = [rank for rank, complete in self.manifest["complete"].items() if not complete]
         if unfinished and not allow_incomplete:
             raise ValueError(
-                f"{self.folder}: of {len(self.manifest['complete'])} ranks, {', '.join(unfinished)} did not "
-                "finish; run it (again), or allow incomplete data"
+                f"{self.folder}: not finished by rank {', '.join(unfinished)} of "
+                f"{len(self.manifest['complete'])}; run distill again, it goes on where it was"
             )
         self.samples: list[DistillSample] = []
         for content in manifests:
             self.samples += read_table(table_path(self.folder, content["rank"]), content["shards"])
         self._files: OrderedDict[str, Any] = OrderedDict()
+        self._hashes = {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]}
+        self._sound: set[str] = set()
 
     def tensors(self, sample: DistillSample) -> dict[str, Tensor]:
         """Read one response's tensors.
@@ -95,17 +97,23 @@ class DistillData:
         for shard in self.manifest["shards"]:
             if shard["file"] is None:
                 continue
-            path = shard_path(self.folder, shard["file"])
-            if not path.exists():
-                raise ValueError(f"{path}: missing shard")
-            if file_hash(path) != shard["sha256"]:
-                raise ValueError(f"{path}: corrupt shard, its content is not what was written")
+            self._check_content(shard_path(self.folder, shard["file"]))
+
+    def _check_content(self, path: Path) -> None:
+        """Compare a shard with its manifest's hash; done once for each that is read."""
+        if not path.exists():
+            raise ValueError(f"{path}: missing shard")
+        if file_hash(path) != self._hashes.get(path.name):
+            raise ValueError(f"{path}: corrupt shard, its content is not what was written")
+        self._sound.add(path.name)
 
     def _open(self, path: Path) -> Any:
         """Open a shard, or take it from the few kept open."""
         from safetensors import safe_open
 
         if path.name not in self._files:
+            if path.name not in self._sound:
+                self._check_content(path)
             self._files[path.name] = safe_open(path, framework="pt")
             if len(self._files) > _OPEN_SHARDS:
                 self._files.popitem(last=False)

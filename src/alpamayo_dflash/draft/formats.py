@@ -12,6 +12,7 @@ one layer off costs a sixth of the accepted tokens, and nothing else shows it.
 
 from __future__ import annotations
 
+import pickle  # its error type only: torch.load is called with weights_only
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -306,7 +307,10 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
 
 def _read_mask(path: Path) -> Tensor:
     """The mask embedding of a FlashDrive draft: a tensor, or the only one of a dictionary; [C] or [1, C]."""
-    value = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a tensor that torch.load reads with weights_only ({error})") from None
     if isinstance(value, dict) and len(value) == 1:
         (value,) = value.values()
     if not isinstance(value, Tensor):

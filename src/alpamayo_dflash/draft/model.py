@@ -298,12 +298,13 @@ class DFlashDraft(nn.Module):
         tables = self._tables
         if tables is None or tables[0].device != like.device or tables[0].dtype != like.dtype:
             config = self.config
-            slots = torch.arange(config.context_len + config.block_size, device=like.device)
-            exponents = torch.arange(0, config.head_dim, 2, device=like.device).float() / config.head_dim
-            angles = slots[:, None].float() / config.rope_theta**exponents
-            cos, sin = angles.cos(), angles.sin()
-            both = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-            tables = self._tables = (both[0][:, None].to(like.dtype), both[1][:, None].to(like.dtype))
+            with torch.inference_mode(False):  # a draft that has decoded can still be trained
+                slots = torch.arange(config.context_len + config.block_size, device=like.device)
+                exponents = torch.arange(0, config.head_dim, 2, device=like.device).float() / config.head_dim
+                angles = slots[:, None].float() / config.rope_theta**exponents
+                cos, sin = angles.cos(), angles.sin()
+                both = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+                tables = self._tables = (both[0][:, None].to(like.dtype), both[1][:, None].to(like.dtype))
         return tables
 
     def features(self, states: Tensor) -> Tensor:

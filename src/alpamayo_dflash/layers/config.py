@@ -68,13 +68,9 @@ class LayersConfig:
             num_samples=self.num_samples, num_target_layers=self.num_target_layers, max_tokens=self.max_tokens
         )
         require_sampling(self.temperature, self.top_p)
-        candidates = parse_layers(self.layers)
-        if candidates is not None and len(candidates) < self.num_target_layers:
-            raise ValueError(
-                f"layers names {len(candidates)} candidates; num_target_layers ({self.num_target_layers}) "
-                "must not be above that"
-            )
-        share_of(self.rank, self.world_size, {})
+        parse_layers(self.layers)
+        if not self.aggregate or self.rank is not None:  # pooling takes a world_size alone
+            share_of(self.rank, self.world_size, {})
         if not self.aggregate and (self.model_path is None or self.cache_dir is None):
             raise ValueError("scoring needs model_path and cache_dir; only aggregate does without")
 

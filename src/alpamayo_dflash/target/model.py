@@ -22,6 +22,7 @@ from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.target import load
 from alpamayo_dflash.target.actions import ActionSpace
 from alpamayo_dflash.target.config import AlpamayoConfig
+from alpamayo_dflash.target.device import check_device
 from alpamayo_dflash.target.expert import (
     ACTION_CHANNELS,
     ActionPrefix,
@@ -104,7 +105,7 @@ class Alpamayo(nn.Module):
         Raises:
             ValueError: something is missing or does not fit; the message names it.
         """
-        device = torch.device(device)
+        device = check_device(device)
         folder = load.checkpoint_folder(name_or_folder, local_files_only=local_files_only)
         config = AlpamayoConfig.from_file(folder / "config.json")
         files = load.vlm_files(config, folder, override=vlm, local_files_only=local_files_only)
@@ -132,7 +133,7 @@ class Alpamayo(nn.Module):
             dtype: of the parameters.
             device: where they go.
         """
-        device = torch.device(device)
+        device = check_device(device)
         model = cls._build(config, load.VLMFiles(Path(vlm_folder)))
         deviation = model.expert.config.initializer_range
         for module in model.expert.modules():

@@ -135,7 +135,10 @@ def split_samples(
         clips = len({sample.clip_id for sample in samples})
         how = f"chunks {list(chunks)}" if chunks is not None else f"a share of {share}"
         side = "held-out" if train else "training"
-        raise ValueError(f"no {side} clip: {how} of {clips} clips leaves that side empty")
+        raise ValueError(
+            f"no {side} clip: {how} of {clips} clips leaves that side empty; "
+            "raise --held-out, or name --held-out-chunks"
+        )
     return train, rest
 
 
@@ -285,6 +288,12 @@ class BlockData:
         ids_Rk = torch.cat(ids)[rows_R].long()
         if len(self.unlabelled):
             left_out = (ids_Rk >= self.unlabelled.start) & (ids_Rk < self.unlabelled.stop)
+            if bool(left_out.all(-1).any()):
+                raise ValueError(
+                    f"a label position has only trajectory tokens among its {ids_Rk.shape[-1]} stored "
+                    "logits; make the data without full_vocab or with a larger top_k_logits, or set "
+                    "trajectory_labels"
+                )
             logits_Rk = logits_Rk.masked_fill(left_out, -torch.inf)
         return logits_Rk, ids_Rk
 

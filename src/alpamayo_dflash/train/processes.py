@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from alpamayo_dflash.layers.ranks import own_device, share_of
+from alpamayo_dflash.target.device import check_device
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def join(device: str) -> Iterator[Processes]:
         device: torch device; plain "cuda" means the local rank's GPU under torchrun.
     """
     rank, world_size = share_of(None, None, os.environ)
-    device = own_device(device)
+    device = str(check_device(own_device(device)))
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if world_size == 1:

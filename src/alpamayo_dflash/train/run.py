@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from alpamayo_dflash.artefacts import file_hash, folder_hash, provenance, read_json, to_plain, write_json
@@ -37,18 +39,27 @@ def run(config: TrainConfig) -> dict[str, Any]:
     started = time.time()
     with join(config.device) as processes:
         state = _earlier(config, processes.world_size)
-        summary = config.output_dir / SUMMARY
-        if state is not None and state["progress"]["step"] == state["total_steps"] and summary.exists():
-            return {**read_json(summary), "nothing_to_do": True}
+        summary, checkpoint = config.output_dir / SUMMARY, config.output_dir / "checkpoint"
         target = read_target(config.target_model, local_files_only=config.local_files_only)
         data = DistillData(config.data_dir)
         by_hash = processes.first and not config.other_target
         check_data(data.manifest, target, config.data_dir, by_hash=by_hash)
-        trainer, counts = _trainer(config, data, target, processes)
+        if processes.first:
+            data.verify()  # before anything is written
+        processes.wait()
+        parents = _parents(config, data, target)
         if state is not None:
-            trainer.resume(config.output_dir / "checkpoint", Progress(**state["progress"]))
+            _check_parents(checkpoint, state["parents"], parents)
+            if state["progress"]["step"] == state["total_steps"] and summary.exists():
+                return {**read_json(summary), "nothing_to_do": True}
+        trainer, counts = _trainer(config, data, target, processes, parents=parents, started=started)
+        if state is not None:
+            trainer.resume(checkpoint, Progress(**state["progress"]), state["total_steps"])
         elif processes.first:
+            # What an earlier run left must not be taken for this one's after an interruption.
             summary.unlink(missing_ok=True)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        processes.wait()
         _fit(trainer, processes)
         result = _result(trainer, counts, started)
         if processes.first:
@@ -80,15 +91,34 @@ def _earlier(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
     return state
 
 
+def _check_parents(checkpoint: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Refuse to go on from a checkpoint that was made from something else.
+
+    Raises:
+        ValueError: naming the parent that has changed.
+    """
+    for name in before.keys() | now.keys():
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"{checkpoint}: made from another {name} (hash {str(before.get(name))[:12]}, now "
+                f"{str(now.get(name))[:12]}); use another output_dir, or --resume never to start over"
+            )
+
+
 def _trainer(
-    config: TrainConfig, data: DistillData, target: FrozenTarget, processes: Processes
+    config: TrainConfig,
+    data: DistillData,
+    target: FrozenTarget,
+    processes: Processes,
+    *,
+    parents: dict[str, str],
+    started: float,
 ) -> tuple[Trainer, dict[str, Any]]:
     """Split the data, build the draft and its trainer; also the counts and parents of the summary."""
     train, rest = split_samples(data.samples, share=config.held_out, chunks=_held_out_chunks(config))
     held_out = [sample for sample in rest if sample.temperature == 0] or rest
     if all(len(sample.token_ids) < 2 for sample in held_out):
         raise ValueError(f"{config.data_dir}: no held-out response has a second token to predict")
-    parents = _parents(config, data)
     draft = first_draft(config, data.manifest, target)
     draft.bind(target.embedding.to(processes.device), target.head.to(processes.device), target.num_layers)
     unlabelled = range(0) if config.trajectory_labels else target.traj_ids
@@ -110,7 +140,9 @@ def _trainer(
     )
 
     def save_best(best: DFlashDraft) -> None:
-        record = provenance(config=config, parents=parents, seed=config.seed, device=processes.device)
+        record = provenance(
+            config=config, parents=parents, seed=config.seed, device=processes.device, started=started
+        )
         best.save_pretrained(config.output_dir / "draft", provenance=record)
 
     trainer = Trainer(
@@ -120,6 +152,7 @@ def _trainer(
         held_out=walked,
         masked_ids=target.traj_ids,
         processes=processes,
+        parents=parents,
         save_best=save_best,
     )
     counts = {
@@ -147,11 +180,12 @@ def _counts(samples: list[DistillSample]) -> dict[str, int]:
     }
 
 
-def _parents(config: TrainConfig, data: DistillData) -> dict[str, str]:
+def _parents(config: TrainConfig, data: DistillData, target: FrozenTarget) -> dict[str, str]:
     """Hashes of what the draft is made from."""
     parents = {
         "distill": file_hash(config.data_dir / MANIFEST_FILE),
-        "target": data.manifest["settings"]["target"],
+        "target": folder_hash(target.folder),
+        "distill_target": data.manifest["settings"]["target"],
     }
     if config.init_from is not None:
         parents["init_from"] = folder_hash(config.init_from)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ class Trainer:
         held_out: BlockData,
         masked_ids: range,
         processes: Processes,
+        parents: Mapping[str, str],
         save_best: Callable[[DFlashDraft], None],
     ) -> None:
         """Set up optimizer, schedules and progress.
@@ -121,6 +122,7 @@ class Trainer:
             held_out: responses to walk through.
             masked_ids: ids that are never proposed.
             processes: this process among the run's.
+            parents: hashes of what the draft is made from; checkpoints keep them.
             save_best: writes the draft's folder.
 
         Raises:
@@ -128,6 +130,7 @@ class Trainer:
         """
         self.config, self.draft, self.train, self.held_out = config, draft, train, held_out
         self.masked_ids, self.processes, self.save_best = masked_ids, processes, save_best
+        self.parents = dict(parents)
         self.num_blocks = len(train.blocks(range(len(train)), config.stride))
         self.steps_per_epoch = step_count(self.num_blocks, config.batch_size, processes.world_size)
         self.total_steps = config.num_epochs * self.steps_per_epoch
@@ -142,12 +145,14 @@ class Trainer:
             self.loss = nn.parallel.DistributedDataParallel(self.loss)
         self.progress = Progress()
 
-    def resume(self, folder: Path, progress: Progress) -> None:
+    def resume(self, folder: Path, progress: Progress, total_steps: int) -> None:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: it belongs to another draft, or is corrupt.
+            ValueError: it belongs to another draft or to a run of another length, or is corrupt.
         """
+        if total_steps != self.total_steps:
+            raise ValueError(f"{folder}: of a run of {total_steps} steps; this one has {self.total_steps}")
         load_checkpoint(folder, self.draft, self.optimizer)
         self.progress = progress
 
@@ -163,6 +168,11 @@ class Trainer:
         for batch in self._batches():
             report = self._step(batch)
             step = self.progress.step
+            if not bool(torch.isfinite(report).all()):
+                raise ValueError(
+                    f"the loss or its gradient is not finite at step {step}: (weights, ce, kl, gradient "
+                    f"norm) = {report.tolist()}; the last checkpoint is whole"
+                )
             if step % self.config.log_interval == 0 or step == self.total_steps:
                 self.progress.losses.append(self._totals(report))
                 monitor.logged(self.progress.losses[-1])
@@ -268,6 +278,7 @@ class Trainer:
             "world_size": self.processes.world_size,
             "progress": self.progress,
             "total_steps": self.total_steps,
+            "parents": self.parents,
         }
 
 
