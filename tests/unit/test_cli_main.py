@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -181,3 +182,24 @@ def test_demo_keeps_training_and_evaluation_apart() -> None:
     assert plan.train.data_dir == plan.distill.output_dir
     assert plan.evaluate.temperature == 0.0
     assert plan.evaluate.cache_dir == plan.world.out
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ({"clips": {"attempted": 3, "failed": 1}}, "1 of 3 clips failed"),
+        ({"nothing_to_do": True}, "nothing to do"),
+        ({"clips": {"attempted": 3, "failed": 0}, "nothing_to_do": False}, ""),
+        ({"clips": 200}, ""),
+    ],
+)
+def test_what_must_not_be_missed_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], result: dict[str, object], said: str
+) -> None:
+    monkeypatch.setattr(cli, "parse", lambda argv: ("clips", None))
+    monkeypatch.setattr(cli, "_load", lambda place: lambda config: result)
+    assert cli.main([]) == 0
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert bool(printed.err) == bool(said)
+    assert json.loads(printed.out) == result

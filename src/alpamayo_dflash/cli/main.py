@@ -83,10 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"alpamayo-dflash {name}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    _remark(name, result)
     if COMMANDS[name].tables:
         _show(result)
     print(json.dumps(to_plain(result), allow_nan=False), flush=True)
     return 0 if result.get("passed", True) else 1
+
+
+def _remark(name: str, result: dict[str, Any]) -> None:
+    """Say on standard error what must not be missed in the JSON line."""
+    if result.get("nothing_to_do"):
+        print(f"alpamayo-dflash {name}: nothing to do, it is finished", file=sys.stderr)
+    clips = result.get("clips")
+    if isinstance(clips, dict) and clips.get("failed"):
+        line = f"{clips['failed']} of {clips['attempted']} clips failed; the reasons are kept with the output"
+        print(f"alpamayo-dflash {name}: {line}", file=sys.stderr)
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -206,7 +206,9 @@ def write_windows(
             results.append(ClipResult(clip_id, chunk, respond(rollouts, window, config)))
         except ValueError as error:
             if not config.keep_going:
-                raise ValueError(f"clip {clip_id}: {error}") from error
+                raise ValueError(
+                    str(error) if isinstance(error, ClipError) else f"clip {clip_id}: {error}"
+                ) from error
             results.append(ClipResult(clip_id, chunk, failure=str(error)))
         if len(results) == len(writer.remaining[0]):
             writer.write(results)

@@ -22,7 +22,7 @@ class LayersConfig:
         cache_dir: hub cache that holds the dataset. Not needed with `aggregate`.
         output_dir: where the scores, `layers.json` and the plot go.
         chunks: chunks to draw clips from, such as 0-3,7; all where it is left out.
-        num_samples: clips per rank, drawn at random without replacement.
+        num_samples: clips per rank, drawn at random without replacement; all, where there are fewer.
         rank: this process's number; taken from torchrun's RANK when absent.
         world_size: number of processes; taken from torchrun's WORLD_SIZE when absent.
         aggregate: score nothing: pool the scores of all ranks in `output_dir` and choose.
