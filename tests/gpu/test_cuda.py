@@ -70,7 +70,7 @@ class Oracle:
 
 def _same_path(found, expected):
     """Equal but for rounding: products over other numbers of rows round differently on a GPU, and ten Euler
-    steps through Fourier features of frequency 100 amplify that to about a centimetre at 6.4 s."""
+    steps through Fourier features of frequency 100 amplify that beyond a millimetre at 6.4 s."""
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.0)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from alpamayo_dflash.artefacts import folder_hash, read_json
+from alpamayo_dflash.artefacts import read_json
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.load import checkpoint_folder
 
@@ -81,14 +81,16 @@ def read_target(name: str | Path, *, local_files_only: bool = False) -> FrozenTa
     )
 
 
-def check_data(manifest: Mapping[str, Any], target: FrozenTarget, where: Path, *, by_hash: bool) -> None:
+def check_data(
+    manifest: Mapping[str, Any], target: FrozenTarget, where: Path, *, target_hash: str | None
+) -> None:
     """Raise ValueError if the distillation data was not made with this target.
 
     Args:
         manifest: of the data.
         target: its shape is compared,
         where: the data's folder, for messages.
-        by_hash: and the hash of its folder.
+        target_hash: and the hash of its folder, unless this is None.
     """
     vocab_size, width = target.embedding.shape
     found = {"hidden_size": width, "vocab_size": vocab_size, "num_target_layers": target.num_layers}
@@ -96,7 +98,7 @@ def check_data(manifest: Mapping[str, Any], target: FrozenTarget, where: Path, *
         if manifest[key] != value:
             raise ValueError(f"{where}: made with a target of {key} {manifest[key]}; this target has {value}")
     made_with = manifest["settings"]["target"]
-    if by_hash and made_with != folder_hash(target.folder):
+    if target_hash is not None and made_with != target_hash:
         raise ValueError(
             f"{where}: made with another target (hash {made_with[:12]}) than {target.folder}; "
             "--other-target goes on all the same"

@@ -42,12 +42,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
         summary, checkpoint = config.output_dir / SUMMARY, config.output_dir / "checkpoint"
         target = read_target(config.target_model, local_files_only=config.local_files_only)
         data = DistillData(config.data_dir)
-        by_hash = processes.first and not config.other_target
-        check_data(data.manifest, target, config.data_dir, by_hash=by_hash)
+        target_hash = folder_hash(target.folder)
+        checked = None if config.other_target else target_hash
+        check_data(data.manifest, target, config.data_dir, target_hash=checked)
         if processes.first:
             data.verify()  # before anything is written
         processes.wait()
-        parents = _parents(config, data, target)
+        parents = _parents(config, data, target_hash)
         if state is not None:
             _check_parents(checkpoint, state["parents"], parents)
             if state["progress"]["step"] == state["total_steps"] and summary.exists():
@@ -180,11 +181,11 @@ def _counts(samples: list[DistillSample]) -> dict[str, int]:
     }
 
 
-def _parents(config: TrainConfig, data: DistillData, target: FrozenTarget) -> dict[str, str]:
+def _parents(config: TrainConfig, data: DistillData, target_hash: str) -> dict[str, str]:
     """Hashes of what the draft is made from."""
     parents = {
         "distill": file_hash(config.data_dir / MANIFEST_FILE),
-        "target": folder_hash(target.folder),
+        "target": target_hash,
         "distill_target": data.manifest["settings"]["target"],
     }
     if config.init_from is not None:
