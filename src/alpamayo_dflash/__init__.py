@@ -16,13 +16,22 @@ _PUBLIC = {
     "DFlashDraft": "alpamayo_dflash.draft",
     "ClipSource": "alpamayo_dflash.clips",
     "Window": "alpamayo_dflash.clips",
+    "accelerate": "alpamayo_dflash.decode",
 }
 
-__all__ = ["Alpamayo", "ClipSource", "DFlashDraft", "SpeculativeDecoder", "Window", "__version__"]
+__all__ = [
+    "Alpamayo",
+    "ClipSource",
+    "DFlashDraft",
+    "SpeculativeDecoder",
+    "Window",
+    "__version__",
+    "accelerate",
+]
 
 if TYPE_CHECKING:
     from alpamayo_dflash.clips import ClipSource, Window
-    from alpamayo_dflash.decode import SpeculativeDecoder
+    from alpamayo_dflash.decode import SpeculativeDecoder, accelerate
     from alpamayo_dflash.draft import DFlashDraft
     from alpamayo_dflash.target import Alpamayo
 

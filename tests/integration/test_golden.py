@@ -6,6 +6,7 @@ here depends on a set's sizes: layers, heads, bins, steps, way-points, cameras, 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -24,20 +25,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from alpamayo_dflash.clips.window import Window
+from alpamayo_dflash.decode import DecodeConfig, SpeculativeDecoder
 from alpamayo_dflash.target import ActionPrefix, Alpamayo, Prompt, PromptEmbeddings
 from alpamayo_dflash.target.actions import action_of_tokens, initial_speed, tokens_of_action
 from alpamayo_dflash.target.config import HistoryTokenizerConfig
 from alpamayo_dflash.target.history import decode_history, encode_history
 from alpamayo_dflash.target.images import smart_size
 from alpamayo_dflash.target.layers import run_layers
-from alpamayo_dflash.target.model import extract_section, time_grid
-from alpamayo_dflash.target.prompt import build_prompt, render
+from alpamayo_dflash.target.load import OPTIONAL_TENSORS
+from alpamayo_dflash.target.model import time_grid
+from alpamayo_dflash.target.prompt import CAMERA_TEXT, build_prompt, render
 
 GIVEN = os.environ.get("ALPAMAYO_GOLDEN")
 ROOT = Path(GIVEN) if GIVEN else Path(__file__).resolve().parents[3] / "shared" / "golden"
+# ROOT holds sets, or is one.
 FOUND = [*ROOT.glob("checkpoint/config.json"), *ROOT.glob("*/checkpoint/config.json")]
 SETS = sorted(path.parent.parent for path in FOUND)
-CASES = [path.with_suffix("") for folder in SETS for path in sorted((folder / "cases").glob("case*.json"))]
+CASES = [path.with_suffix("") for folder in SETS for path in sorted((folder / "cases").glob("*.json"))]
 SINGLE = [case for case in CASES if not case.name.endswith("_multi")]
 MULTI = [case for case in CASES if case.name.endswith("_multi")]
 
@@ -89,11 +93,10 @@ def load_case(path: Path) -> Case:
     cameras, frames = facts["n_cameras"], facts["frames_per_camera"]
     height, width = facts["frame_hw"]
     image = np.array(Image.open(path.parent / facts["frames_uint8_png"]).convert("RGB"))
-    indices = facts.get("camera_indices") or ([0, 1, 2, 6] if cameras == 4 else list(range(cameras)))
     window = Window(
         clip_id=path.name,
         t0_us=0,
-        cameras=tuple(indices),
+        cameras=camera_indices(facts),
         frames=image.reshape(cameras, frames, height, width, 3),
         ego_history_xyz=recorded["ego_history_xyz"][0, 0].numpy(),
         ego_history_rot=recorded["ego_history_rot"][0, 0].numpy(),
@@ -109,12 +112,16 @@ def load_case(path: Path) -> Case:
     return Case(target, facts, recorded, window, prompt, embeddings)
 
 
+def camera_indices(facts: dict[str, Any]) -> tuple[int, ...]:
+    """The cameras that the prompt names; R1's names none, and there only the order counts."""
+    named = [index for index, name in CAMERA_TEXT.items() if f"{name}: " in facts["prompt_text"]]
+    return tuple(facts.get("camera_indices") or named or range(facts["n_cameras"]))
+
+
 def prompt_options(facts: dict[str, Any]) -> dict[str, Any]:
     route = re.search(r"<\|route_start\|>(.*?)<\|route_end\|>", facts["prompt_text"], re.DOTALL)
-    options: dict[str, Any] = {"route": route[1]} if route else {}
-    if "frame 0 " in facts["prompt_text"]:
-        options["camera_text"] = True
-    return options
+    options: dict[str, Any] = {"camera_text": "frame 0 <|vision_start|>" in facts["prompt_text"]}
+    return options | ({"route": route[1]} if route else {})
 
 
 @dataclass(frozen=True)
@@ -216,9 +223,10 @@ def test_token_probes(folder: Path):
 def test_every_recorded_tensor_is_loaded(folder: Path):
     recorded = json.loads((folder / "state_dict.json").read_text())
     state = load_target(folder).state_dict()
-    assert {name: list(tensor.shape) for name, tensor in state.items()} == {
+    assert {name: list(state[name].shape) for name in recorded} == {
         name: shape for name, (shape, _) in recorded.items()
     }
+    assert state.keys() - recorded.keys() <= OPTIONAL_TENSORS  # 1.5 does not store its buffers
 
 
 # Prompt.
@@ -317,7 +325,7 @@ def test_texts(path: Path):
     assert text == case.facts["generated_text"]
     assert case.target.coc_text(ids) == case.facts["cot"]
     for name in ("cot", "meta_action", "answer"):
-        assert extract_section(case.facts["prompt_text"] + text, name) == case.facts[name]
+        assert case.target.section([*case.prompt.input_ids.tolist(), *ids], name) == case.facts[name]
 
 
 @single
@@ -403,6 +411,23 @@ def check_rollout(case: Case, prefix: ActionPrefix, recorded: dict[str, Tensor],
 def test_free_run_to_the_trajectory(path: Path):
     case = load_case(path)
     check_rollout(case, single_prefix(path), case.recorded, case.facts["n_euler_steps"])
+
+
+@single
+def test_decoder_from_the_prompt_to_the_path(path: Path):
+    case, recorded = load_case(path), load_case(path).recorded
+    steps = {"num_inference_steps": case.facts["n_euler_steps"]}
+    target = copy.copy(case.target)
+    target.config = dataclasses.replace(target.config, **steps)
+    decoder = SpeculativeDecoder(target, config=DecodeConfig(prompt_capacity=len(case.prompt)))
+    limit = case.facts["max_new_tokens"]
+    got = decoder.generate(case.prompt, temperature=0.0, max_new_tokens=limit, action_noise=recorded["noise"])
+    ids, stop = recorded["generated_ids"][0].tolist(), case.target.special.traj_future_start
+    assert got.token_ids == [ids[: ids.index(stop) + 1] if stop in ids else ids]
+    assert got.coc == [case.facts["cot"]]
+    assert got.pred_xyz is not None and got.pred_rot is not None
+    close(got.pred_xyz[None, None], recorded["pred_xyz"], 1e-4)
+    close(got.pred_rot[None, None], recorded["pred_rot"], 1e-5)
 
 
 @multi

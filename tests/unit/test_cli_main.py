@@ -33,6 +33,8 @@ REQUIRED = {
     "tiny-train": [],
     "measure-tiny": [],
     "measure-world": [],
+    "write-random-target": ["--out", "w"],
+    "measure-target": ["--target", "t"],
     "layers": ["--output-dir", "o", "--model-path", "m", "--cache-dir", "c"],
     "distill": ["--model-path", "m", "--cache-dir", "c", "--output-dir", "o", "--target-layers", "1,2"],
     "train": ["--target-model", "m", "--data-dir", "d", "--output-dir", "o"],

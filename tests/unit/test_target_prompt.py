@@ -13,8 +13,8 @@ from alpamayo_dflash.target import Alpamayo, AlpamayoConfig
 from alpamayo_dflash.target.config import HistoryTokenizerConfig
 from alpamayo_dflash.target.history import encode_history
 from alpamayo_dflash.target.images import patches, resize, smart_size
-from alpamayo_dflash.target.model import extract_section
 from alpamayo_dflash.target.prompt import fuse_history, mrope_positions, render
+from alpamayo_dflash.target.vlm import extract_section
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,10 @@ COMMANDS = {
     "evaluate": Command("evaluate.config:EvaluateConfig", "evaluate.run:run", tables=True),
     "lossless": Command("evaluate.config:LosslessConfig", "evaluate.lossless:run"),
     "distribution": Command("evaluate.config:DistributionConfig", "evaluate.distribution:run"),
+    "write-random-target": Command(
+        "evaluate.target_size:WriteRandomTargetConfig", "evaluate.target_size:write"
+    ),
+    "measure-target": Command("evaluate.target_size:MeasureTargetConfig", "evaluate.target_size:measure"),
     "report": Command("report.config:ReportConfig", "report.run:run"),
     "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables=True),
 }

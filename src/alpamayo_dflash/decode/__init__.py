@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from alpamayo_dflash.decode.config import DecodeConfig, Sampling, SentenceEnd
 
 if TYPE_CHECKING:
+    from alpamayo_dflash.decode.accelerated import accelerate
     from alpamayo_dflash.decode.check import ChiSquare, chi_square, count_texts, joint_distribution
+    from alpamayo_dflash.decode.handover import Handover
     from alpamayo_dflash.decode.observer import (
         Observer,
         Observers,
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 # Loaded on first use, so that a stage's config can name Sampling without loading torch.
 _LAZY = {
+    "accelerate": "accelerated",
+    "Handover": "handover",
     "ChiSquare": "check",
     "chi_square": "check",
     "count_texts": "check",
@@ -58,6 +62,7 @@ _LAZY = {
 __all__ = [
     "ChiSquare",
     "DecodeConfig",
+    "Handover",
     "Observer",
     "Observers",
     "Prefilled",
@@ -76,6 +81,7 @@ __all__ = [
     "TeacherForced",
     "Timings",
     "Verifier",
+    "accelerate",
     "chi_square",
     "choose",
     "count_texts",

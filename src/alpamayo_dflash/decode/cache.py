@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alpamayo_dflash.decode.tail import Tail
 from alpamayo_dflash.target.expert import ActionPrefix
-from alpamayo_dflash.target.model import Alpamayo
+from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 _FIRST_TAIL_SLOTS = 256
 
@@ -37,7 +37,9 @@ class Cache:
         tail: the bookkeeping of the slots.
     """
 
-    def __init__(self, target: Alpamayo, *, prompt_capacity: int, num_taps: int, context_len: int) -> None:
+    def __init__(
+        self, target: Qwen3VLTarget, *, prompt_capacity: int, num_taps: int, context_len: int
+    ) -> None:
         self._like = target.embedding
         self._heads = (target.num_layers, target.num_kv_heads, target.head_dim)
         self._features = num_taps * target.hidden_size

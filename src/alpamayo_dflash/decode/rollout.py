@@ -6,7 +6,7 @@ Shapes: S sample, N way-points, V vocabulary, C hidden.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.decode.config import DecodeConfig, Sampling
-from alpamayo_dflash.decode.loop import Decode, Drafter, autoregressive, speculative
+from alpamayo_dflash.decode.handover import Handover, hand_over
+from alpamayo_dflash.decode.loop import Decode, Drafter, Sample, autoregressive, speculative
 from alpamayo_dflash.decode.noise import flow_noise
 from alpamayo_dflash.decode.observer import Observer
 from alpamayo_dflash.decode.proposer import Proposer
@@ -23,6 +24,7 @@ from alpamayo_dflash.decode.verify import Prefilled, Verifier
 from alpamayo_dflash.target.expert import ActionPrefix
 from alpamayo_dflash.target.model import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
+from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 # Slots of the tail a sample beside its tokens: the widest block that a draft may propose.
 _BLOCK_ROOM = 64
@@ -108,7 +110,7 @@ class SpeculativeDecoder:
     """
 
     def __init__(
-        self, target: Alpamayo, draft: Proposer | None = None, config: DecodeConfig | None = None
+        self, target: Qwen3VLTarget, draft: Proposer | None = None, config: DecodeConfig | None = None
     ) -> None:
         self.target = target
         self.draft = draft
@@ -128,6 +130,7 @@ class SpeculativeDecoder:
             row_width=self.config.row_width,
         )
         self.rules = stop_rules(target, self.config)
+        self._finished: tuple[Prefilled, Decode] | None = None
 
     def prefill(self, window: Window | Prompt) -> Prefilled:
         """Read a prompt, so that `generate` can start from it any number of times.
@@ -137,8 +140,7 @@ class SpeculativeDecoder:
         Raises:
             ValueError: the prompt is longer than `prompt_capacity`.
         """
-        prompt = window if isinstance(window, Prompt) else self.target.prompt(window)
-        return self.verifier.prefill(prompt)
+        return self.verifier.prefill(self._prompt(window))
 
     def generate(
         self,
@@ -150,7 +152,7 @@ class SpeculativeDecoder:
         seed: int = 0,
         max_new_tokens: int = 128,
         observer: Observer | None = None,
-        trajectories: bool = True,
+        trajectories: bool | None = None,
         action_noise: Tensor | None = None,
     ) -> Result:
         """Write the Chain-of-Causation and predict the trajectory.
@@ -163,7 +165,8 @@ class SpeculativeDecoder:
             seed: with the window's key, fixes every random choice.
             max_new_tokens: the most tokens that a sample may emit.
             observer: watches; see `decode.observer`.
-            trajectories: whether to run the action expert.
+            trajectories: whether to run the action expert; None means if the target has one and the prompt
+                an ego history.
             action_noise: float32 [S, N, 2], where flow matching starts; None draws it from the seed.
 
         Raises:
@@ -172,13 +175,15 @@ class SpeculativeDecoder:
         sampling = Sampling(temperature, top_p)
         _check_positive(num_traj_samples=num_traj_samples, max_new_tokens=max_new_tokens)
         start = before = read = self._now_ms()
+        self._finished = None
         if isinstance(window, Prefilled):
             prefilled = window
         else:
-            prompt = window if isinstance(window, Prompt) else self.target.prompt(window)
+            prompt = self._prompt(window)
             before = self._now_ms()
             prefilled = self.prefill(prompt)
             read = self._now_ms()
+        driver = self._driver(prefilled.prompt, trajectories)
         self.verifier.begin(prefilled, num_traj_samples * (max_new_tokens + _BLOCK_ROOM))
         with torch.inference_mode():
             decode = Decode(
@@ -193,9 +198,10 @@ class SpeculativeDecoder:
             )
             self._write(decode)
         written = self._now_ms()
+        self._finished = (prefilled, decode)
         xyz = rot = None
-        if trajectories:
-            xyz, rot = self._act(prefilled, decode, seed, action_noise)
+        if driver is not None:
+            xyz, rot = self._act(driver, prefilled, decode, seed, action_noise)
         end = self._now_ms()
         timings = Timings(read - before, written - read, end - written, end - start)
         return self._result(decode, xyz, rot, timings)
@@ -214,16 +220,64 @@ class SpeculativeDecoder:
 
     def action_prefix(self, prefilled: Prefilled, decode: Decode) -> ActionPrefix:
         """The keys and values that the action expert reads of each sample."""
+        return self._prefix(prefilled, decode.samples)
+
+    def _prefix(self, prefilled: Prefilled, samples: Sequence[Sample]) -> ActionPrefix:
         return self.verifier.cache.prefix(
-            [sample.path for sample in decode.samples],
-            [len(sample.tokens) for sample in decode.samples],
+            [sample.path for sample in samples],
+            [len(sample.tokens) for sample in samples],
             prefilled.prompt.rope_delta,
         )
 
+    def handover(self, samples: Sequence[int] | None = None) -> Handover:
+        """The cache of the last `generate`, as transformers' own `generate` would have left it.
+
+        Args:
+            samples: which ones; None for all.
+
+        Raises:
+            ValueError: nothing has been generated, or another prompt has been read since; or samples that
+                the reference cannot take together (see `hand_over`).
+        """
+        if self._finished is None:
+            raise ValueError("handover() comes after generate()")
+        prefilled, decode = self._finished
+        self.verifier.check(prefilled)
+        chosen = decode.samples if samples is None else [decode.samples[index] for index in samples]
+        return hand_over(
+            self._prefix(prefilled, chosen),
+            prefilled.prompt.input_ids,
+            [sample.tokens for sample in chosen],
+            rope_delta=prefilled.prompt.rope_delta,
+            pad=self.target.special.pad,
+            end=self.target.special.traj_future_start,
+        )
+
+    def _prompt(self, window: Window | Prompt) -> Prompt:
+        if isinstance(window, Prompt):
+            return window
+        if not isinstance(self.target, Alpamayo):
+            raise ValueError("a bare Qwen3-VL takes prompts (target.prompt_from_inputs), not windows")
+        return self.target.prompt(window)
+
+    def _driver(self, prompt: Prompt, wanted: bool | None) -> Alpamayo | None:
+        """The target as the one that predicts trajectories, or None if they are not wanted."""
+        lacking = ""
+        if not isinstance(self.target, Alpamayo):
+            lacking = "the target is a bare Qwen3-VL without an action expert"
+        elif len(prompt.ego_history_xyz) == 0:
+            lacking = f"the prompt {prompt.key!r} has no ego history"
+        if wanted and lacking:
+            raise ValueError(f"trajectories=True: {lacking}")
+        if lacking or wanted is False:
+            return None
+        assert isinstance(self.target, Alpamayo)
+        return self.target
+
     def _act(
-        self, prefilled: Prefilled, decode: Decode, seed: int, noise: Tensor | None
+        self, target: Alpamayo, prefilled: Prefilled, decode: Decode, seed: int, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        target, prompt = self.target, prefilled.prompt
+        prompt = prefilled.prompt
         samples = range(len(decode.samples))
         shape = (len(samples), target.n_waypoints, 2)
         if noise is None:
@@ -258,7 +312,7 @@ class SpeculativeDecoder:
         return time.perf_counter() * 1e3
 
 
-def stop_rules(target: Alpamayo, config: DecodeConfig) -> StopRules:
+def stop_rules(target: Qwen3VLTarget, config: DecodeConfig) -> StopRules:
     """The target's end tokens; the period is looked up in its tokenizer."""
     period = target.tokenizer.encode(".", add_special_tokens=False).ids
     special = target.special

@@ -39,7 +39,8 @@ class StopRules:
     """The tokens that matter at a CoC's end, and the mode.
 
     Attributes:
-        cot_end: id of `<|cot_end|>`.
+        cot_end: id of `<|cot_end|>`; None, like the next, in a bare Qwen3-VL's vocabulary without it. Then
+            texts end at eos alone, and no end marks are proposed or forced.
         traj_future_start: id of `<|traj_future_start|>`.
         eos: id of `<|im_end|>`.
         period: id of the sentence's period; None if the tokenizer has no single token for it, and then
@@ -47,8 +48,8 @@ class StopRules:
         mode: see the module's text.
     """
 
-    cot_end: int
-    traj_future_start: int
+    cot_end: int | None
+    traj_future_start: int | None
     eos: int
     period: int | None
     mode: SentenceEnd = "hint"
@@ -79,9 +80,7 @@ class StopRules:
 
     def forced_end(self, anchor: int) -> list[int]:
         """The tokens that `force` emits after this anchor without asking (rule 1), or none."""
-        if self.mode == "force" and self.period is not None and anchor == self.period:
-            return [self.cot_end, self.traj_future_start]
-        return []
+        return self._marks if self.mode == "force" and anchor == self.period else []
 
     def ends_sentence(self, proposal: Sequence[int], drafted: int) -> bool:
         """Whether a proposal, whose first `drafted` tokens are the draft's, ends in rule 2's period."""
@@ -93,7 +92,12 @@ class StopRules:
 
     def _continuation(self, token: int) -> list[int]:
         if token == self.cot_end:
-            return [self.traj_future_start]
-        if self.mode == "hint" and token == self.period:
-            return [self.cot_end, self.traj_future_start]
-        return []
+            return self._marks[1:]
+        return self._marks if self.mode == "hint" and token == self.period else []
+
+    @property
+    def _marks(self) -> list[int]:
+        """The two end marks, or none where the vocabulary lacks them."""
+        if self.cot_end is None or self.traj_future_start is None:
+            return []
+        return [self.cot_end, self.traj_future_start]

@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.target.layers import AfterLayer, Attend, run_layers
-from alpamayo_dflash.target.model import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
+from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Verifier:
 
     def __init__(
         self,
-        target: Alpamayo,
+        target: Qwen3VLTarget,
         *,
         taps: Sequence[int] = (),
         context_len: int = 0,
@@ -107,9 +107,8 @@ class Verifier:
         logits = target.logits(target.final_norm(hidden[-1:]))[0]
         return Prefilled(prompt, logits, self._reading)
 
-    @torch.inference_mode()
-    def begin(self, prefilled: Prefilled, slots: int) -> None:
-        """Empty the tail behind a prompt that was read, and give it this many slots.
+    def check(self, prefilled: Prefilled) -> None:
+        """Make sure that this prompt is the one in the cache.
 
         Raises:
             ValueError: another prompt has been read since.
@@ -119,6 +118,15 @@ class Verifier:
                 f"this prompt ({prefilled.prompt.key}) is not in this cache: another was read since, or "
                 "another decoder read it"
             )
+
+    @torch.inference_mode()
+    def begin(self, prefilled: Prefilled, slots: int) -> None:
+        """Empty the tail behind a prompt that was read, and give it this many slots.
+
+        Raises:
+            ValueError: another prompt has been read since.
+        """
+        self.check(prefilled)
         self.cache.reserve(slots)
         first = self.cache.prompt_length + prefilled.prompt.rope_delta
         positions = torch.arange(first, first + slots, device=self.target.device)

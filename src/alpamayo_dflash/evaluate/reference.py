@@ -24,6 +24,7 @@ from alpamayo_dflash.target.expert import ActionPrefix
 if TYPE_CHECKING:
     from alpamayo_dflash.target import Alpamayo
     from alpamayo_dflash.target.prompt import Prompt
+    from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def action_prefix(cache: Any, token_ids: list[list[int]], prompt: Prompt, target
 
 
 @torch.no_grad()
-def next_logits(target: Alpamayo, prompt: Prompt) -> Tensor:
+def next_logits(target: Qwen3VLTarget, prompt: Prompt) -> Tensor:
     """Logits of the token after the prompt, float32 [V], from transformers' own forward; unmasked."""
     logits: Tensor = target.vlm(**target.transformers_inputs(prompt)).logits[0, -1]
     return logits.float()

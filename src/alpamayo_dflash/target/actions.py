@@ -102,6 +102,9 @@ class ActionSpace(nn.Module):
             The normalised actions, [..., N, 2], in the dtype of `xyz`.
         """
         config, dt = self.config, self.config.dt
+        dtype = xyz.dtype
+        # The systems are ill-conditioned: in float32 the answer's fourth digit depends on the CPU's BLAS.
+        xyz, rot = xyz.double(), rot.double()
         points = torch.cat((history_xyz[..., -1:, :2].to(xyz), xyz[..., :2]), dim=-2)
         heading = _smooth_heading(_unwrap(_yaw(rot)), config)
         start = initial_speed(history_xyz.to(xyz), history_rot.to(xyz), config)
@@ -109,7 +112,7 @@ class ActionSpace(nn.Module):
         acceleration = _accelerations(speed, config)
         arc = dt * speed[..., :-1] + dt**2 / 2 * acceleration
         curvature = _curvatures(arc, heading.diff(dim=-1), config)
-        return self.normalise(acceleration, curvature)
+        return self.normalise(acceleration, curvature).to(dtype)
 
 
 def yaw_matrices(yaw: Tensor) -> Tensor:
@@ -130,9 +133,11 @@ def initial_speed(history_xyz: Tensor, history_rot: Tensor, config: ActionSpaceC
         config: dt and the weights.
 
     Returns:
-        [...], signed: negative means backing.
+        [...] in the dtype of `history_xyz`, signed: negative means backing. Solved in float64, for the
+        reason that `from_trajectory` gives.
     """
-    return _speeds(history_xyz[..., :2], _unwrap(_yaw(history_rot)), config)[..., -1]
+    heading = _unwrap(_yaw(history_rot.double()))
+    return _speeds(history_xyz[..., :2].double(), heading, config)[..., -1].to(history_xyz.dtype)
 
 
 def tokens_of_action(action: Tensor, config: FutureTokenizerConfig) -> Tensor:

@@ -1,12 +1,12 @@
 """Reading and writing the official checkpoint layout (specification 1).
 
 A checkpoint is config.json and safetensors, one file or shards with an index. Weights are read tensor by
-tensor into storage that is allocated once on the device, so the host never holds more than one shard.
+tensor into storage that is allocated once on the device. The files are mapped, and what was read of a mapping
+counts as the process's memory until it is closed, so a file is opened anew after every few hundred MiB.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +23,8 @@ from transformers import Qwen3VLConfig
 
 from alpamayo_dflash.artefacts import atomic_file, read_json, write_json
 from alpamayo_dflash.target.config import AlpamayoConfig
+from alpamayo_dflash.target.layers import rope_settings
+from alpamayo_dflash.target.storage import fused_groups, padded_rows
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -40,10 +42,10 @@ OPTIONAL_TENSORS = frozenset(
         "action_space.curvature_std",
     }
 )
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_HEAD_MULTIPLE = 64
 _VISION_THETA = 10000.0
 _NAMES_SHOWN = 20
+# How much of a file is read through one mapping: enough to make opening it again cost nothing.
+_MAPPED_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -150,13 +152,38 @@ def load_weights(model: nn.Module, folder: Path, *, device: torch.device, dtype:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shards = _shards(folder)
     _check_tensors(expected, shards, folder)
-    _allocate(model, device, dtype)
+    allocate(model, device, dtype)
     targets = model.state_dict()
     with torch.no_grad():
         for shard in dict.fromkeys(shards.values()):
-            with _open(shard) as file:
-                for name in file.keys():  # noqa: SIM118
-                    targets[name].copy_(file.get_tensor(name))
+            for group in _groups(shard):
+                with _open(shard) as file:
+                    for name, start, stop in group:
+                        values = file.get_tensor(name).view(-1)[start:stop]
+                        targets[name].view(-1)[start:stop].copy_(values)
+
+
+def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Replace every meta parameter by uninitialised storage on the device, as `load_weights` lays it out."""
+
+    def rows(count: int, like: Tensor) -> Tensor:
+        return torch.empty(count, *like.shape[1:], device=device, dtype=dtype)
+
+    for module in model.modules():
+        for parts in fused_groups(module):
+            counts = [part.weight.shape[0] for part in parts]
+            storage = rows(sum(counts), parts[0].weight)
+            for part, view in zip(parts, storage.split(counts), strict=True):
+                part.weight = nn.Parameter(view)
+        head: Any = dict(module.named_children()).get("lm_head")
+        if head is not None:
+            count = head.weight.shape[0]
+            storage = rows(padded_rows(count), head.weight)
+            storage[count:] = 0
+            head.weight = nn.Parameter(storage[:count])
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device, dtype=dtype)))
 
 
 def fill_rotary_buffers(vlm: nn.Module, device: torch.device) -> None:
@@ -271,6 +298,25 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def _groups(path: Path) -> list[list[tuple[str, int, int]]]:
+    """A file's tensors, or parts of them, in groups of at most `_MAPPED_BYTES`: (name, start, stop)."""
+    groups: list[list[tuple[str, int, int]]] = []
+    room = 0
+    with _open(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(name)  # mapped, not read
+            start, count, size = 0, tensor.numel(), tensor.element_size()
+            while start < count:
+                if room < size:
+                    groups.append([])
+                    room = _MAPPED_BYTES
+                stop = min(count, start + room // size)
+                groups[-1].append((name, start, stop))
+                room -= (stop - start) * size
+                start = stop
+    return groups
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
     """Open a safetensors file; a broken one is a ValueError that names it."""
@@ -281,32 +327,6 @@ def _open(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def _allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace every meta parameter by uninitialised storage on the device."""
-
-    def rows(count: int, like: Tensor) -> Tensor:
-        return torch.empty(count, *like.shape[1:], device=device, dtype=dtype)
-
-    for module in model.modules():
-        children: dict[str, Any] = dict(module.named_children())
-        for names in _FUSED:
-            if all(name in children for name in names):
-                parts = [children[name] for name in names]
-                counts = [part.weight.shape[0] for part in parts]
-                storage = rows(sum(counts), parts[0].weight)
-                for part, view in zip(parts, storage.split(counts), strict=True):
-                    part.weight = nn.Parameter(view)
-        if "lm_head" in children:
-            weight = children["lm_head"].weight
-            padded = math.ceil(weight.shape[0] / _HEAD_MULTIPLE) * _HEAD_MULTIPLE
-            storage = rows(padded, weight)
-            storage[weight.shape[0] :] = 0
-            children["lm_head"].weight = nn.Parameter(storage[: weight.shape[0]])
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device, dtype=dtype)))
-
-
 def _inverse_frequencies(vlm: Any, path: str) -> Tensor:
     """1 / theta^(2i / d), d the text model's head, or half a head for rows and columns of patches."""
     if path.startswith("model.visual"):
@@ -314,7 +334,7 @@ def _inverse_frequencies(vlm: Any, path: str) -> Tensor:
         size, theta = vision.hidden_size // vision.num_heads // 2, _VISION_THETA
     else:
         text = vlm.config.text_config
-        size, theta = text.head_dim, text.rope_parameters["rope_theta"]
+        size, theta = text.head_dim, rope_settings(text).theta
     exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
     return torch.reciprocal(theta**exponents)
 

@@ -9,7 +9,7 @@ K KV heads, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,17 @@ from alpamayo_dflash.target.expert import (
     FourierFeatures,
     expert_text_config,
 )
-from alpamayo_dflash.target.layers import AfterLayer, rotary_tables, run_layers
-from alpamayo_dflash.target.prompt import PatchShape, Prompt, PromptEmbeddings, build_prompt
+from alpamayo_dflash.target.history import encode_history
+from alpamayo_dflash.target.layers import AfterLayer, run_layers
+from alpamayo_dflash.target.prompt import Prompt, build_prompt, fuse_history
 from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
-from alpamayo_dflash.target.vision import encode_images
+from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 DenoiseObserver = Callable[[int, Tensor, Tensor, Tensor], None]
 """(step, t [], x [S, N, 2] before the step, velocity [S, N, 2]) -> None"""
 
-_DEFAULT_SECTIONS = (24, 20, 20)
 
-
-class Alpamayo(nn.Module):
+class Alpamayo(nn.Module, Qwen3VLTarget):
     """An Alpamayo R1 or 1.5 checkpoint.
 
     Attributes:
@@ -56,7 +55,7 @@ class Alpamayo(nn.Module):
         special: ids of special tokens.
     """
 
-    vlm: Any
+    special: SpecialTokens
 
     def __init__(
         self,
@@ -69,7 +68,11 @@ class Alpamayo(nn.Module):
         expert_config = expert_text_config(vlm_config, dict(config.expert_cfg))
         self.config = config
         self.tokenizer = tokenizer
-        self.special: SpecialTokens = special_tokens(tokenizer)
+        self.special = special_tokens(tokenizer)
+        # The ids of `<i0>`, `<i1>` ...
+        self.traj_ids = range(
+            config.traj_token_start_idx, config.traj_token_start_idx + config.traj_vocab_size
+        )
         self.vlm_files = vlm_files
         self.vlm = Qwen3VLForConditionalGeneration(vlm_config)
         self.expert = Expert(expert_config)
@@ -168,72 +171,6 @@ class Alpamayo(nn.Module):
             if isinstance(module, (FourierFeatures, ActionSpace)):
                 module.reset(device, rounded=rounded)
 
-    # What decoding reads.
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embedding.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.embedding.dtype
-
-    @property
-    def text_layers(self) -> nn.ModuleList:
-        """The decoder layers that `run_layers` takes."""
-        layers: nn.ModuleList = self.vlm.model.language_model.layers
-        return layers
-
-    @property
-    def embedding(self) -> Tensor:
-        """The token embedding, [V, C]."""
-        weight: Tensor = self.vlm.model.language_model.embed_tokens.weight
-        return weight
-
-    @property
-    def head(self) -> Tensor:
-        """The language head, [V, C]."""
-        weight: Tensor = self.vlm.lm_head.weight
-        return weight
-
-    @property
-    def num_layers(self) -> int:
-        """L, the text model's layers."""
-        return len(self.text_layers)
-
-    @property
-    def hidden_size(self) -> int:
-        """C, the text model's width."""
-        return int(self.vlm.config.text_config.hidden_size)
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the rows of the embedding and of the head."""
-        return self.config.vocab_size
-
-    @property
-    def num_kv_heads(self) -> int:
-        """K, the key and value heads a layer."""
-        return int(self.vlm.config.text_config.num_key_value_heads)
-
-    @property
-    def num_heads(self) -> int:
-        """H, the query heads a layer."""
-        return int(self.vlm.config.text_config.num_attention_heads)
-
-    @property
-    def head_dim(self) -> int:
-        """D, the width of a head."""
-        return int(self.vlm.config.text_config.head_dim)
-
-    @property
-    def traj_ids(self) -> range:
-        """The ids of `<i0>`, `<i1>` ..., which generation never emits."""
-        start = self.config.traj_token_start_idx
-        return range(start, start + self.config.traj_vocab_size)
-
     @property
     def n_waypoints(self) -> int:
         """N, the way-points of a trajectory."""
@@ -269,60 +206,19 @@ class Alpamayo(nn.Module):
             question=question,
         )
 
-    @property
-    def patch_shape(self) -> PatchShape:
-        """How the vision tower cuts images."""
-        vision = self.vlm.config.vision_config
-        return PatchShape(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-
-    def embed(self, prompt: Prompt) -> PromptEmbeddings:
-        """Run the vision tower and put its features into the token embeddings.
-
-        Args:
-            prompt: on the model's device.
-        """
-        positions = (prompt.input_ids == self.special.image_pad).nonzero().flatten()
-        seen = encode_images(self.vlm.model.visual, prompt.pixel_values.to(self.dtype), prompt.image_grid_thw)
-        hidden = nn.functional.embedding(prompt.input_ids, self.embedding)
-        if len(positions) != len(seen.embeds):
+    def _fused(self, prompt: Prompt) -> Tensor:
+        """The prompt's ids with the history over its placeholders, where they still hold some."""
+        if not bool((prompt.input_ids == self.special.traj_history).any()):
+            return prompt.input_ids
+        if len(prompt.ego_history_xyz) == 0:
             raise ValueError(
-                f"the prompt has {len(positions)} image tokens, but its images give {len(seen.embeds)}"
+                "inputs: the ids hold <|traj_history|> placeholders; give ego_history_xyz and ego_history_rot"
             )
-        hidden = hidden.index_copy(0, positions, seen.embeds.to(hidden.dtype))
-        deepstack = seen.deepstack.to(hidden.dtype)
-        return PromptEmbeddings(hidden, deepstack, positions)
-
-    def deepstack_after_layer(self, embeddings: PromptEmbeddings) -> AfterLayer:
-        """The hook for `run_layers` over a prompt: adds feature k at image positions behind layer k."""
-        positions, features = embeddings.image_positions, embeddings.deepstack
-
-        def after_layer(layer: int, hidden: Tensor) -> Tensor:
-            if layer >= len(features):
-                return hidden
-            return hidden.index_copy(-2, positions, hidden.index_select(-2, positions) + features[layer])
-
-        return after_layer
-
-    def rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each [..., R, D] in the model's dtype, of positions int64 [3, ..., R]."""
-        text = self.vlm.config.text_config
-        cos, sin = rotary_tables(
-            position_ids,
-            head_dim=self.head_dim,
-            theta=text.rope_parameters["rope_theta"],
-            mrope_section=text.rope_parameters.get("mrope_section", _DEFAULT_SECTIONS),
+        history = encode_history(
+            prompt.ego_history_xyz, prompt.ego_history_rot, self.config.history_tokenizer
         )
-        return cos.to(self.dtype), sin.to(self.dtype)
-
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """The norm between the last layer and the head, [..., C]."""
-        normed: Tensor = self.vlm.model.language_model.norm(hidden)
-        return normed
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits, float32 [..., V], unmasked, of normed states [..., C]."""
-        logits: Tensor = self.vlm.lm_head(hidden)
-        return logits.float()
+        ids = history + self.config.history_token_start_idx
+        return fuse_history(prompt.input_ids, ids, self.special.traj_history)
 
     # Actions.
 
@@ -395,29 +291,7 @@ class Alpamayo(nn.Module):
         with torch.autocast(action.device.type, enabled=False):
             return self.action_space.to_trajectory(action, history_xyz, history_rot)
 
-    # Text.
-
-    def coc_text(self, token_ids: Sequence[int]) -> str:
-        """The Chain-of-Causation in generated ids: what stands before the first `<|cot_end|>`."""
-        return self.section(token_ids, "cot")
-
-    def section(self, token_ids: Sequence[int], name: str) -> str:
-        """A named section (`cot`, `meta_action`, `answer`) of ids; "" if it does not end in them."""
-        return extract_section(self.tokenizer.decode(list(token_ids), skip_special_tokens=False), name)
-
     # transformers' own way, as users have it today.
-
-    def transformers_inputs(self, prompt: Prompt) -> dict[str, Tensor]:
-        """What `vlm.generate` (or `vlm` itself) takes for a prompt, on the model's device."""
-        moved = prompt.to(self.device)
-        input_ids = moved.input_ids.unsqueeze(0)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "pixel_values": moved.pixel_values.to(self.dtype),
-            "image_grid_thw": moved.image_grid_thw,
-            "mm_token_type_ids": (input_ids == self.special.image_pad).int(),
-        }
 
     def generation_options(self) -> dict[str, Any]:
         """Stop, pad and masked ids for `vlm.generate`, as the specification's section 7 has them."""
@@ -437,12 +311,6 @@ def time_grid(steps: int) -> Tensor:
     if steps < 1:
         raise ValueError(f"num_steps is {steps}; it must be at least 1")
     return torch.linspace(0, 1, steps + 1, dtype=torch.float32)
-
-
-def extract_section(text: str, name: str) -> str:
-    """The text before the first `<|name_end|>`, after the last `<|name_start|>` in it; "" without an end."""
-    before, end, _ = text.partition(f"<|{name}_end|>")
-    return before.rpartition(f"<|{name}_start|>")[2].strip() if end else ""
 
 
 def _dtype(dtype: torch.dtype | str | None, config: AlpamayoConfig, device: torch.device) -> torch.dtype:

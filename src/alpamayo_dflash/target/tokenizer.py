@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Protocol
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -74,6 +75,35 @@ _ROLES = {
     "history_end": "traj_history_end",
     "future_end": "traj_future_end",
 }
+
+
+class EndTokens(Protocol):
+    """The ids that decoding looks at; None for a token that the tokenizer does not have."""
+
+    @property
+    def image_pad(self) -> int:
+        """Stands for an image's features."""
+        ...
+
+    @property
+    def eos(self) -> int:
+        """Ends a turn."""
+        ...
+
+    @property
+    def pad(self) -> int:
+        """Fills sequences which ended early."""
+        ...
+
+    @property
+    def cot_end(self) -> int | None:
+        """Ends the Chain-of-Causation."""
+        ...
+
+    @property
+    def traj_future_start(self) -> int | None:
+        """Ends the text; the trajectory begins."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -147,7 +177,7 @@ def load_tokenizer(folder: Path, config: AlpamayoConfig) -> Tokenizer:
     tokenizer.add_special_tokens(
         [AddedToken(f"<|{name}|>", normalized=False) for name in special_names(config)]
     )
-    _check_ids(tokenizer, config)
+    check_ids(tokenizer, config)
     return tokenizer
 
 
@@ -170,7 +200,12 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     return SpecialTokens(**ids)
 
 
-def _check_ids(tokenizer: Tokenizer, config: AlpamayoConfig) -> None:
+def check_ids(tokenizer: Tokenizer, config: AlpamayoConfig) -> None:
+    """Compare the extended tokenizer's size and ids with the checkpoint's.
+
+    Raises:
+        ValueError: they differ; the message names both.
+    """
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if size != config.vocab_size:
         raise ValueError(

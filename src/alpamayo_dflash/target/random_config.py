@@ -1,0 +1,370 @@
+"""The configuration files of a random checkpoint: the R1 release's keys and sizes, and smaller ones.
+
+Sizes and keys are those of specification 1.2 and 1.3. Nothing here imports torch, so that a command line can
+be made of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from alpamayo_dflash.target.config import ActionSpaceConfig
+
+RandomSize = Literal["r1-10b", "medium", "small"]
+
+# Qwen's added tokens in the order of their ids (specification 2). The first fourteen are special.
+QWEN_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+QWEN_ORDINARY = (
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
+QWEN_ADDED = QWEN_SPECIAL + QWEN_ORDINARY
+_FUTURE_BINS = 3000
+_HISTORY_BINS = 1000
+_NEW_SPECIALS = 28  # appended behind the trajectory tokens (specification 2)
+# Where the roles of `traj_token_ids` lie in those 28.
+_ROLE_OFFSETS = {
+    "history": 15,
+    "future": 16,
+    "history_start": 5,
+    "future_start": 12,
+    "history_end": 7,
+    "future_end": 14,
+}
+
+
+@dataclass(frozen=True)
+class TargetShape:
+    """The sizes that tell one Alpamayo from another; defaults are the R1 release's.
+
+    Attributes:
+        pieces: entries of the byte-level BPE, before the added tokens.
+        hidden: width of the text model.
+        layers: text layers, and expert layers.
+        heads: query heads a text layer.
+        kv_heads: key and value heads a layer, text and expert.
+        head_dim: width of a head.
+        mlp: width of the text MLP.
+        mrope_section: frequencies of time, height and width; they add up to half of `head_dim`.
+        rope_theta: base of the rotary frequencies.
+        vision_depth: blocks of the vision tower.
+        vision_hidden: its width.
+        vision_heads: its heads.
+        vision_mlp: the width of its MLP.
+        vision_positions: entries of the learned table of positions; a square number.
+        deepstack: the blocks whose outputs go to the first text layers.
+        expert_hidden: width of the expert.
+        expert_heads: query heads of the expert.
+        expert_mlp: width of its MLP.
+        action_hidden: width of the action projection.
+        min_pixels: the least area of a resized image.
+        max_pixels: the greatest.
+    """
+
+    pieces: int = 151_643
+    hidden: int = 4096
+    layers: int = 36
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    mlp: int = 12_288
+    mrope_section: tuple[int, int, int] = (24, 20, 20)
+    rope_theta: float = 5e6
+    vision_depth: int = 27
+    vision_hidden: int = 1152
+    vision_heads: int = 16
+    vision_mlp: int = 4304
+    vision_positions: int = 2304
+    deepstack: tuple[int, ...] = (8, 16, 24)
+    expert_hidden: int = 2048
+    expert_heads: int = 16
+    expert_mlp: int = 8256
+    action_hidden: int = 512
+    min_pixels: int = 163_840
+    max_pixels: int = 196_608
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit each other."""
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise ValueError(
+                f"mrope_section {self.mrope_section} must add up to half of head_dim {self.head_dim}"
+            )
+        for name, heads in (("heads", self.heads), ("expert_heads", self.expert_heads)):
+            if heads % self.kv_heads:
+                raise ValueError(f"{name} is {heads}; it must be a multiple of kv_heads {self.kv_heads}")
+        if len(self.deepstack) > self.layers or max(self.deepstack) >= self.vision_depth:
+            raise ValueError(
+                f"deepstack {self.deepstack} needs as many text layers ({self.layers}) and blocks below "
+                f"vision_depth {self.vision_depth}"
+            )
+
+    @property
+    def traj_start(self) -> int:
+        """The id of `<i0>`: the length of Qwen's tokenizer."""
+        return self.pieces + len(QWEN_ADDED)
+
+    @property
+    def special_start(self) -> int:
+        """The id of the first token behind the trajectory tokens."""
+        return self.traj_start + _FUTURE_BINS + _HISTORY_BINS
+
+    @property
+    def vocab_size(self) -> int:
+        """V, rows of the embedding and of the head."""
+        return self.special_start + _NEW_SPECIALS
+
+    def id_of(self, token: str) -> int:
+        """The id of one of Qwen's added tokens."""
+        return self.pieces + QWEN_ADDED.index(token)
+
+
+SHAPES: dict[str, TargetShape] = {
+    "r1-10b": TargetShape(),
+    # About 1.3 GB: large enough to see where a load's memory goes on a machine without a GPU.
+    "medium": TargetShape(
+        hidden=1024,
+        layers=24,
+        heads=8,
+        kv_heads=4,
+        mlp=3072,
+        vision_depth=4,
+        vision_hidden=96,
+        vision_heads=4,
+        vision_mlp=256,
+        vision_positions=64,
+        deepstack=(1, 2),
+        expert_hidden=256,
+        expert_heads=4,
+        expert_mlp=512,
+        action_hidden=64,
+    ),
+    "small": TargetShape(
+        pieces=1000,
+        hidden=64,
+        layers=3,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        mlp=128,
+        mrope_section=(4, 2, 2),
+        vision_depth=4,
+        vision_hidden=32,
+        vision_heads=2,
+        vision_mlp=48,
+        vision_positions=64,
+        deepstack=(0, 1, 2),
+        expert_hidden=48,
+        expert_heads=4,
+        expert_mlp=96,
+        action_hidden=32,
+        min_pixels=4096,
+        max_pixels=8192,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RandomCheckpointConfig:
+    """Which random checkpoint.
+
+    Attributes:
+        size: `r1-10b` has the R1 release's sizes; `medium` (about 1.3 GB) and `small` (2 MB) its layout.
+        seed: with a tensor's name it fixes the tensor's values, on one kind of device.
+        device: where the values are drawn; the CPU's and a GPU's generators give other values.
+        shards: files of weights.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    size: RandomSize = "r1-10b"
+    seed: int = 0
+    device: str = "cpu"
+    shards: int = 5
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.size not in get_args(RandomSize):
+            raise ValueError(f"size is {self.size!r}; known are {', '.join(get_args(RandomSize))}")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
+        if not 1 <= self.shards <= 99_999:
+            raise ValueError(f"shards is {self.shards}; it must be 1 to 99999")
+
+    @property
+    def shape(self) -> TargetShape:
+        """The sizes."""
+        return SHAPES[self.size]
+
+
+def alpamayo_config(shape: TargetShape) -> dict[str, Any]:
+    """config.json with the keys of the R1 release (specification 1.2); the Qwen3-VL files lie in `vlm`."""
+    action_space = {
+        "_target_": "alpamayo_r1.action_space.UnicycleAccelCurvatureActionSpace",
+        **dataclasses.asdict(ActionSpaceConfig()),
+    }
+    return {
+        "model_type": "alpamayo_r1",
+        "architectures": ["AlpamayoR1"],
+        "dtype": "bfloat16",
+        "model_dtype": "bfloat16",
+        "vlm_name_or_path": "vlm",
+        "vlm_backend": "qwenvl3",
+        "attn_implementation": "flash_attention_2",
+        "traj_vocab_size": _FUTURE_BINS + _HISTORY_BINS,
+        "tokens_per_history_traj": 48,
+        "tokens_per_future_traj": 128,
+        "vocab_size": shape.vocab_size,
+        "traj_token_start_idx": shape.traj_start,
+        "traj_token_ids": {role: shape.special_start + offset for role, offset in _ROLE_OFFSETS.items()},
+        "add_special_tokens": True,
+        "min_pixels": shape.min_pixels,
+        "max_pixels": shape.max_pixels,
+        "keep_same_dtype": True,
+        "expert_non_causal_attention": True,
+        "expert_cfg": {
+            "dtype": "bfloat16",
+            "hidden_size": shape.expert_hidden,
+            "intermediate_size": shape.expert_mlp,
+            "num_attention_heads": shape.expert_heads,
+            "head_dim": shape.head_dim,
+        },
+        "action_in_proj_cfg": {
+            "_target_": "alpamayo_r1.models.action_in_proj.PerWaypointActionInProjV2",
+            "hidden_size": shape.action_hidden,
+            "max_freq": 100.0,
+            "num_enc_layers": 2,
+            "num_fourier_feats": 20,
+        },
+        "action_out_proj_cfg": {"_target_": "torch.nn.Linear"},
+        "diffusion_cfg": {
+            "_target_": "alpamayo_r1.diffusion.flow_matching.FlowMatching",
+            "int_method": "euler",
+            "x_dims": "???",
+        },
+        "action_space_cfg": action_space,
+        "hist_traj_tokenizer_cfg": {
+            "_target_": "alpamayo_r1.models.delta_tokenizer.DeltaTrajectoryTokenizer",
+            "num_bins": _HISTORY_BINS,
+        },
+        "traj_tokenizer_cfg": {
+            "_target_": "alpamayo_r1.action_space.discrete_action_space.DiscreteTrajectoryTokenizer",
+            "_recursive_": False,
+            "action_space_cfg": action_space,
+            "dims_min": [-10.0, -10.0],
+            "dims_max": [10.0, 10.0],
+            "num_bins": _FUTURE_BINS,
+        },
+    }
+
+
+def vlm_config(shape: TargetShape) -> dict[str, Any]:
+    """The Qwen3-VL config.json (specification 1.3).
+
+    Its vocabulary is Qwen's own table, 151,936 rows in the release: the tokenizer's length and the rows that
+    Qwen leaves free; the checkpoint's `vocab_size` takes its place on loading.
+    """
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "image_token_id": shape.id_of("<|image_pad|>"),
+        "video_token_id": shape.id_of("<|video_pad|>"),
+        "vision_start_token_id": shape.id_of("<|vision_start|>"),
+        "vision_end_token_id": shape.id_of("<|vision_end|>"),
+        "tie_word_embeddings": False,
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": shape.id_of("<|endoftext|>"),
+            "eos_token_id": shape.id_of("<|im_end|>"),
+            "head_dim": shape.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": shape.hidden,
+            "initializer_range": 0.02,
+            "intermediate_size": shape.mlp,
+            "max_position_embeddings": 262_144,
+            "num_attention_heads": shape.heads,
+            "num_hidden_layers": shape.layers,
+            "num_key_value_heads": shape.kv_heads,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": shape.rope_theta,
+            "rope_scaling": {
+                "mrope_interleaved": True,
+                "mrope_section": list(shape.mrope_section),
+                "rope_type": "default",
+            },
+            "use_cache": True,
+            "vocab_size": shape.traj_start + 267,
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "depth": shape.vision_depth,
+            "hidden_size": shape.vision_hidden,
+            "num_heads": shape.vision_heads,
+            "intermediate_size": shape.vision_mlp,
+            "num_position_embeddings": shape.vision_positions,
+            "deepstack_visual_indexes": list(shape.deepstack),
+            "hidden_act": "gelu_pytorch_tanh",
+            "in_channels": 3,
+            "initializer_range": 0.02,
+            "out_hidden_size": shape.hidden,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+    }
+
+
+def preprocessor_config() -> dict[str, Any]:
+    """Qwen3-VL's preprocessor_config.json; the pixel limits that act are those of the checkpoint."""
+    return {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
+        "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+def tokenizer_config() -> dict[str, Any]:
+    """What transformers reads beside tokenizer.json."""
+    return {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 262_144,
+    }

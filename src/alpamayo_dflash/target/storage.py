@@ -1,0 +1,64 @@
+"""How weights that read one input lie together: q, k, v; gate, up; and a head of padded rows.
+
+The modules keep views with their own names and shapes, so that the weights can be run one by one or as one
+product, and nothing is held twice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Siblings that read the same input.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# A head of 155,697 rows makes cuBLAS fall to a quarter of the bandwidth (docs/log.md).
+HEAD_MULTIPLE = 64
+
+
+def fused_groups(module: nn.Module) -> list[list[Any]]:
+    """The groups of a module's children that lie together."""
+    children: dict[str, Any] = dict(module.named_children())
+    return [[children[name] for name in names] for names in FUSED if all(name in children for name in names)]
+
+
+def padded_rows(rows: int) -> int:
+    """The rows that a head of `rows` rows is stored with."""
+    return math.ceil(rows / HEAD_MULTIPLE) * HEAD_MULTIPLE
+
+
+@torch.no_grad()
+def share_storage(vlm: Any) -> None:
+    """Move a loaded Qwen3-VL's text weights into shared storage, group by group, values unchanged.
+
+    The parameters stay the same objects; only where they lie changes. A head that is tied to the embedding
+    stays where it is. At most one group is held twice at a time.
+
+    Args:
+        vlm: transformers' Qwen3-VL for conditional generation.
+
+    Raises:
+        ValueError: a projection is not a plain linear layer without bias; nothing has been moved then.
+    """
+    text = vlm.model.language_model
+    groups = [group for module in text.layers.modules() for group in fused_groups(module)]
+    for group in groups:
+        for linear in group:
+            if type(linear) is not nn.Linear or linear.bias is not None:
+                raise ValueError(
+                    f"fuse=True: a projection is a {type(linear).__name__}"
+                    f"{' with a bias' if getattr(linear, 'bias', None) is not None else ''}; only plain "
+                    "nn.Linear can be moved (merge adapters first, or leave fuse off)"
+                )
+    for group in groups:
+        weights = [linear.weight for linear in group]
+        storage = torch.cat([weight.data for weight in weights])
+        for weight, view in zip(weights, storage.split([len(weight) for weight in weights]), strict=True):
+            weight.data = view
+    head: Tensor = vlm.lm_head.weight
+    if head is not text.embed_tokens.weight:
+        storage = head.data.new_zeros(padded_rows(len(head)), head.shape[1])
+        storage[: len(head)] = head.data
+        head.data = storage[: len(head)]
