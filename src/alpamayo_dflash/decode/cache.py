@@ -27,9 +27,10 @@ class Cache:
         target: fixes layers, heads, dtype and device.
         prompt_capacity: the longest prompt, tokens.
         num_taps: how many layers' outputs are kept.
-        context_len: X, how many of the prompt's last positions keep them.
+        context_len: how many positions before an anchor the draft sees; beyond `prompt_capacity` all.
 
     Attributes:
+        context_len: X, how many of the prompt's last positions keep their tapped states.
         keys: [L, prompt_capacity + slots + 1, K, D], rotated.
         values: of the same shape.
         taps: [X + slots + 1, F]: the prompt's last X positions, right-aligned, then the slots.
@@ -44,7 +45,8 @@ class Cache:
         self._heads = (target.num_layers, target.num_kv_heads, target.head_dim)
         self._features = num_taps * target.hidden_size
         self.prompt_capacity = prompt_capacity
-        self.context_len = context_len
+        self.context_len = min(context_len, prompt_capacity)
+        self._context_limit = context_len
         self.prompt_length = 0
         self._allocate(_FIRST_TAIL_SLOTS)
         self.tail = Tail(_FIRST_TAIL_SLOTS)
@@ -83,19 +85,22 @@ class Cache:
             self.taps[missing : self.context_len] = taps_NF
 
     def context(self, paths: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """The tapped states of the last X positions at the end of each path.
+        """The tapped states of the last positions at the end of each path: X of them, or all there are.
 
         Args:
             paths: S lists of slots, from the prompt's end on.
 
         Returns:
-            [S, X, F], right-aligned, zero where there are fewer than X positions, and int64 [S] their number.
+            [S, X, F], right-aligned, finite (zero, or another's) where there are fewer than X positions, and
+            int64 [S] their number.
         """
-        width = self.context_len
-        prompt = list(range(width))
-        rows = [
-            (prompt + [width + slot for slot in path[-width:]])[-width:] if width else [] for path in paths
-        ]
+        kept = self.context_len
+        width = kept
+        if self._context_limit > kept:
+            width = min(self._context_limit, self.prompt_length + max(map(len, paths)))
+        prompt = list(range(kept))
+        rows = [(prompt + [kept + slot for slot in path])[-width:] if width else [] for path in paths]
+        rows = [[row[0]] * (width - len(row)) + row if row else row for row in rows]
         lengths = [min(width, self.prompt_length + len(path)) for path in paths]
         device = self.taps.device
         return self.taps[torch.tensor(rows, device=device)], torch.tensor(lengths, device=device)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FULL_CONTEXT = 2**31 - 1
+"""A `context_len` beyond any prompt: the draft sees every state before the anchor, as z-lab's drafts do."""
+
 
 @dataclass(frozen=True)
 class DraftConfig:
@@ -18,9 +21,10 @@ class DraftConfig:
         intermediate_size: width of the gated MLP.
         vocab_size: rows of the target's embedding and head.
         block_size: tokens of a block, the known one included.
-        context_len: how many tapped states before the anchor the draft sees.
+        context_len: how many tapped states before the anchor the draft sees; FULL_CONTEXT for all.
         target_layer_ids: the taps; index i is the *output* of the target's decoder layer i.
-        num_target_layers: decoder layers of the target.
+        num_target_layers: decoder layers of the target; None where a published file does not say, and then
+            any target with the tapped layers fits.
         mask_token_id: the id that stands for the mask; one past the target's vocabulary, with an embedding of
             the draft's own. (Drafts of z-lab reuse a row of their target's table and name an id inside.)
         rms_norm_eps: of every RMS norm.
@@ -38,7 +42,7 @@ class DraftConfig:
     block_size: int
     context_len: int
     target_layer_ids: tuple[int, ...]
-    num_target_layers: int
+    num_target_layers: int | None
     mask_token_id: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
@@ -50,8 +54,9 @@ class DraftConfig:
             *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
             *("vocab_size", "context_len", "num_target_layers", "rms_norm_eps", "rope_theta"),
         ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
         if self.block_size < 2:
             raise ValueError(
                 f"block_size is {self.block_size}; it must be 2 (a known token and a mask) or more"
@@ -70,12 +75,11 @@ class DraftConfig:
             raise ValueError("target_layer_ids is empty; the draft needs at least one tap")
         if len(set(taps)) != len(taps):
             raise ValueError(f"target_layer_ids {list(taps)} names a layer twice")
-        wrong = [tap for tap in taps if not 0 <= tap < self.num_target_layers]
+        layers = self.num_target_layers
+        wrong = [tap for tap in taps if tap < 0 or (layers is not None and tap >= layers)]
         if wrong:
-            raise ValueError(
-                f"target_layer_ids {wrong} out of range; the target's {self.num_target_layers} layers "
-                f"are 0 to {self.num_target_layers - 1}"
-            )
+            known = "" if layers is None else f"; the target's {layers} layers are 0 to {layers - 1}"
+            raise ValueError(f"target_layer_ids {wrong} out of range{known}")
 
     @property
     def feature_size(self) -> int:

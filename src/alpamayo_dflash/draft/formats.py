@@ -2,9 +2,14 @@
 
 Our layout is z-lab's: their tensor names, and a `config.json` of Qwen3 keys with `architectures:
 ["DFlashDraftModel"]`, `num_target_layers` and `dflash_config {target_layer_ids, mask_token_id, block_size}`.
-Ours adds the tensor `mask_embedding` [C], the key `context_len`, the keys of `dflash_config` again at top
-level (where FlashDrive's files have them), `tap_convention: "layer_output"`, and, with `trained_embeddings`,
-the tensors `embed_tokens.weight` and `lm_head.weight` [V, C].
+Ours adds the tensor `mask_embedding` [C], the key `context_len` (null: every state), the keys of
+`dflash_config` again at top level (where FlashDrive's files have them), `tap_convention: "layer_output"`,
+and, with `trained_embeddings`, the tensors `embed_tokens.weight` and `lm_head.weight` [V, C].
+
+FlashDrive's published Alpamayo drafts are known by `context_len` and the keys of the draft at top level with
+`mask_embedding.pt` beside them; then `architectures` and `num_target_layers` may be absent. Their taps are
+layer outputs too. z-lab's files name no `context_len`: their drafts see every state before the anchor, and
+their mask embedding is a row of the target's table, which `bind` takes.
 
 Reading names every key that is missing, unknown or changes the arithmetic, and guesses none: a tap that is
 one layer off costs a sixth of the accepted tokens, and nothing else shows it.
@@ -24,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alpamayo_dflash.artefacts import atomic_folder, read_json, write_json
-from alpamayo_dflash.draft.config import DraftConfig
+from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -62,6 +67,7 @@ _FIXED: dict[str, Callable[[Any], bool]] = {
     "is_causal": lambda value: value in (None, False),
     "input_embedding_scale": lambda value: value in (None, 1, 1.0),
     "tap_convention": lambda value: value == TAP_CONVENTION,
+    "pruned_heads": lambda value: not value,
 }
 # Keys that say nothing about the arithmetic here.
 _IGNORED = {
@@ -69,6 +75,15 @@ _IGNORED = {
     *("id2label", "initializer_range", "is_encoder_decoder", "label2id", "max_position_embeddings"),
     *("max_window_layers", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type"),
     *("return_dict", "sliding_window", "torch_dtype", "transformers_version", "use_cache"),
+    # What transformers 4 writes into every config, about generation, tasks and encoders.
+    *("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size"),
+    *("decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping", "finetuning_task"),
+    *("encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id"),
+    *("forced_eos_token_id", "is_decoder", "length_penalty", "max_length", "min_length"),
+    *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_scores"),
+    *("prefix", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate", "sep_token_id"),
+    *("suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder"),
+    *("tokenizer_class", "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16"),
 }
 _OWN = {
     *("architectures", "context_len", "dflash_config", "rms_norm_eps", "rope_parameters", "rope_theta"),
@@ -125,40 +140,55 @@ def to_json(config: DraftConfig) -> dict[str, Any]:
         "use_sliding_window": False,
         "dflash_config": draft,
         **draft,
-        "context_len": config.context_len,
+        "context_len": None if config.context_len == FULL_CONTEXT else config.context_len,
         "tap_convention": TAP_CONVENTION,
         "trained_embeddings": config.trained_embeddings,
     }
 
 
-def from_json(values: Mapping[str, Any], where: str, *, context_len: int | None = None) -> DraftConfig:
+def from_json(
+    values: Mapping[str, Any], where: str, *, context_len: int | None = None, mask_file: bool = False
+) -> DraftConfig:
     """Read a draft's `config.json`, in our, z-lab's or FlashDrive's layout.
 
     Args:
         values: the file's object.
         where: the file's name, for messages.
         context_len: context length of a draft whose file names none (z-lab's keep every state).
+        mask_file: whether the mask embedding lies beside the file, as FlashDrive has it.
 
     Raises:
         ValueError: a key is missing, unknown, contradicts another or asks for other arithmetic.
     """
-    _check_convention(values, where)
+    flashdrive = mask_file and all(values.get(key) is not None for key in ("context_len", *_DRAFT_KEYS))
+    _check_convention(values, where, flashdrive=flashdrive)
     _check_keys(values, where)
-    shape = {name: _number(values, key, where) for name, key in _SHAPE_KEYS.items()}
+    shape: dict[str, Any] = {
+        name: None
+        if flashdrive and key == "num_target_layers" and values.get(key) is None
+        else _number(values, key, where)
+        for name, key in _SHAPE_KEYS.items()
+    }
     draft = {key: _draft_value(values, key, where) for key in _DRAFT_KEYS}
     taps = draft["target_layer_ids"]
     if not isinstance(taps, list) or not all(type(tap) is int for tap in taps):
         raise ValueError(f"{where}: target_layer_ids is {taps!r}; it must be a list of layer numbers")
-    found = values.get("context_len", context_len)
+    own = "tap_convention" in values
+    found = values.get("context_len", None if own else context_len)
+    if found is None and own and "context_len" in values:
+        found = FULL_CONTEXT
     if found is None:
         raise ValueError(f"{where}: no context_len; say how many states the draft sees (context_len=…)")
+    mask = _number(draft, "mask_token_id", where)
+    if flashdrive and shape["vocab_size"] == mask + 1:
+        shape["vocab_size"] = mask  # the row that was added to the target's table for the mask
     try:
         return DraftConfig(
             **shape,
             block_size=_number(draft, "block_size", where),
             context_len=_number({"context_len": found}, "context_len", where),
             target_layer_ids=tuple(taps),
-            mask_token_id=_number(draft, "mask_token_id", where),
+            mask_token_id=mask,
             rms_norm_eps=float(_required(values, "rms_norm_eps", where)),
             rope_theta=_rope_theta(values, where),
             trained_embeddings=bool(values.get("trained_embeddings", False)),
@@ -167,10 +197,12 @@ def from_json(values: Mapping[str, Any], where: str, *, context_len: int | None 
         raise ValueError(f"{where}: {error}") from None
 
 
-def _check_convention(values: Mapping[str, Any], where: str) -> None:
+def _check_convention(values: Mapping[str, Any], where: str, *, flashdrive: bool) -> None:
     """Refuse a file whose numbering of taps is not known to mean layer outputs."""
     if "speculators_model_type" in values or "aux_hidden_state_layer_ids" in values:
         raise ValueError(f"{where}: a speculators draft, whose layer ids are one higher; convert it first")
+    if flashdrive and values.get("architectures") is None:
+        return
     if values.get("architectures") != [ARCHITECTURE]:
         raise ValueError(
             f"{where}: architectures is {values.get('architectures')!r}, not ['{ARCHITECTURE}']; "
@@ -249,9 +281,12 @@ def read_draft(
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a draft's folder holds {CONFIG} and {WEIGHTS}")
-    config = from_json(read_json(folder / CONFIG), str(folder / CONFIG), context_len=context_len)
+    mask_file = (folder / MASK_FILE).exists()
+    config = from_json(
+        read_json(folder / CONFIG), str(folder / CONFIG), context_len=context_len, mask_file=mask_file
+    )
     tensors = _read_weights(folder)
-    if "mask_embedding" not in tensors and (folder / MASK_FILE).exists():
+    if "mask_embedding" not in tensors and mask_file:
         tensors["mask_embedding"] = _read_mask(folder / MASK_FILE)
     expected = tensor_shapes(config)
     if "mask_embedding" not in tensors and config.mask_token_id < config.vocab_size:

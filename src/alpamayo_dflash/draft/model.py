@@ -15,7 +15,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alpamayo_dflash.draft.config import DraftConfig
+from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.draft.formats import read_draft, write_draft
 from alpamayo_dflash.draft.masks import attention_mask
 from alpamayo_dflash.target.layers import rms_norm
@@ -184,6 +184,8 @@ class DFlashDraft(nn.Module):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._bound: tuple[Tensor, Tensor] | None = None
+        # Whether the mask embedding is to be a copy of a row of the target's table, which `bind` takes.
+        self._mask_from_target = False
         self._tables: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -209,25 +211,32 @@ class DFlashDraft(nn.Module):
         """Read a draft folder.
 
         Args:
-            folder: in our layout, or z-lab's or FlashDrive's with a mask embedding beside it.
+            folder: in our layout, z-lab's or FlashDrive's (see `draft.formats`). A draft of z-lab's gets its
+                mask embedding, a copy of a row of the target's table, when it is bound.
             dtype: of the weights; the file's own where it is left out.
             device: where to put them. (`bind` moves the draft to the target's device and dtype.)
-            context_len: for a folder that names none.
+            context_len: for a folder that names none; left out, such a draft sees every state.
 
         Raises:
             ValueError: something is missing, surplus, misshapen, corrupt or would have to be guessed.
         """
-        config, tensors = read_draft(folder, context_len=context_len)
+        config, tensors = read_draft(folder, context_len=context_len or FULL_CONTEXT, own_mask=False)
         draft = cls(config)
-        draft.load_state_dict(tensors, assign=True)
+        draft._mask_from_target = "mask_embedding" not in tensors
+        draft.load_state_dict(tensors, assign=True, strict=not draft._mask_from_target)
         return draft.to(device=device, dtype=dtype).eval()
 
     def save_pretrained(self, folder: Path | str, *, provenance: Mapping[str, Any] | None = None) -> None:
         """Write the draft folder, atomically.
 
         Raises:
-            ValueError: the folder holds something other than a draft.
+            ValueError: the folder holds something other than a draft, or the draft has no mask embedding yet.
         """
+        if self._mask_from_target or self.config.num_target_layers is None:
+            raise ValueError(
+                "the draft takes its mask embedding or the number of layers from its target; "
+                "bind it to that first"
+            )
         write_draft(folder, self.config, self.state_dict(), provenance=provenance)
 
     @property
@@ -282,27 +291,40 @@ class DFlashDraft(nn.Module):
                 f"the draft's vocabulary has {config.vocab_size} tokens, the target's {rows}; "
                 "train from this draft with --init-from and --full-vocab to resize it"
             )
-        if num_layers != config.num_target_layers:
+        if config.num_target_layers is None and max(config.target_layer_ids) >= num_layers:
+            raise ValueError(
+                f"the draft taps layers {list(config.target_layer_ids)}; this target has {num_layers} layers"
+            )
+        if config.num_target_layers not in (None, num_layers):
             raise ValueError(
                 f"the draft taps layers {list(config.target_layer_ids)} of a target with "
                 f"{config.num_target_layers} layers; this target has {num_layers}"
             )
         self.to(device=embedding.device, dtype=embedding.dtype)
+        self.config = replace(config, num_target_layers=num_layers)
         self._bound = (embedding.detach(), head.detach())
+        if self._mask_from_target:
+            self.mask_embedding = nn.Parameter(embedding.detach()[config.mask_token_id].clone())
+            self._mask_from_target = False
 
-    def _rotary(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables [X + b, 1, D] of slots 0 …, in the dtype of `like`, kept from call to call."""
+    def _rotary(self, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Tables [count, 1, D] of slots 0 …, in the dtype of `like`, kept from call to call."""
         tables = self._tables
-        if tables is None or tables[0].device != like.device or tables[0].dtype != like.dtype:
+        if (
+            tables is None
+            or tables[0].device != like.device
+            or tables[0].dtype != like.dtype
+            or len(tables[0]) < count
+        ):
             config = self.config
             with torch.inference_mode(False):  # a draft that has decoded can still be trained
-                slots = torch.arange(config.context_len + config.block_size, device=like.device)
+                slots = torch.arange(count, device=like.device)
                 exponents = torch.arange(0, config.head_dim, 2, device=like.device).float() / config.head_dim
                 angles = slots[:, None].float() / config.rope_theta**exponents
                 cos, sin = angles.cos(), angles.sin()
                 both = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
                 tables = self._tables = (both[0][:, None].to(like.dtype), both[1][:, None].to(like.dtype))
-        return tables
+        return tables[0][:count], tables[1][:count]
 
     def features(self, states: Tensor) -> Tensor:
         """Context features [..., C] of tapped states [..., F]."""
@@ -336,8 +358,9 @@ class DFlashDraft(nn.Module):
         known = functional.embedding(anchors_S, self.embedding)[:, None]
         masks = self.mask_embedding.to(known.dtype).expand(len(anchors_S), config.block_size - 1, -1)
         x = torch.cat((known, masks), dim=1)
-        seen = attention_mask(context_lengths_S, config.context_len, config.block_size)
-        rotary = self._rotary(x)
+        slots = (states if entries_SX is None else entries_SX).shape[1]
+        seen = attention_mask(context_lengths_S, slots, config.block_size)
+        rotary = self._rotary(x, slots + config.block_size)
         # Every layer but the last needs all tokens, for the next one's keys and values.
         wanted_Sb = None if wanted_SB is None else functional.pad(wanted_SB, (1, 0))
         for index, layer in enumerate(self.layers):

@@ -112,7 +112,8 @@ def measure(config: MeasureTargetConfig) -> dict[str, Any]:
     """Load, run one window, write the figures; `passed` says whether they lie in their bounds.
 
     The bounds: the trajectory is finite; on a GPU, loading takes less than 1.2 times the largest shard of
-    host memory (for shards from 1 GiB on), and all that was reserved, with the GPU's context, fits a 24 GB card (24,564 MiB).
+    host memory (for shards from 1 GiB on), and all that was reserved, with the GPU's context, fits a card of
+    24 GB (24,564 MiB).
 
     Raises:
         ValueError: the checkpoint is missing or does not load, or the device is not there.
