@@ -104,6 +104,23 @@ def test_the_shipped_demo_reaches_what_it_must():
     assert shipped["world"] == read_json(world_figures_path())["figures"]
 
 
+@pytest.mark.parametrize("name", ["target_h200", "target_h200_small_cache"])
+def test_the_real_size_loads_and_runs_in_its_bounds(name):
+    shipped = read_json(RESULTS / f"{name}.json")
+    gpu = shipped["gpu"]
+    assert (shipped["tensors"], shipped["vocab_size"], shipped["dtype"]) == (1166, 155697, "bfloat16")
+    assert shipped["load_s"] > 0
+    load = shipped["host_peak_gib"] - shipped["host_before_gib"]
+    assert shipped["host_load_gib"] == pytest.approx(load, abs=2e-4)
+    assert shipped["host_over_shard"] == pytest.approx(load / shipped["largest_shard_gib"], abs=2e-4)
+    assert shipped["host_over_shard"] < 1.2
+    parts = shipped["weights_gib"] + gpu["cache_gib"] + gpu["activations_gib"]["vision_and_prefill"]
+    assert parts < shipped["gpu_peak_gib"] + 0.01 < gpu["reserved_gib"] + 0.02
+    assert gpu["needed_bytes"] == pytest.approx((gpu["reserved_gib"] + gpu["context_gib"]) * 2**30, rel=1e-4)
+    assert gpu["fits_24gb"] == (gpu["needed_bytes"] < 24_564 * 2**20) is True
+    assert shipped["trajectory"] == shipped["trajectory"] | {"shape": [1, 64, 3], "finite": True}
+
+
 def test_the_shipped_world_lies_in_its_bounds():
     shipped = read_json(RESULTS / "world_tiny.json")
     assert shipped == read_json(world_figures_path())

@@ -205,3 +205,21 @@ def test_what_must_not_be_missed_is_said(
     assert said in printed.err
     assert bool(printed.err) == bool(said)
     assert json.loads(printed.out) == result
+
+
+GUIDE = Path(__file__).parents[2] / "docs" / "alpamayo.md"
+GUIDE_COMMANDS = [
+    line.strip().removeprefix("alpamayo-dflash ").split(" #")[0].split()
+    for line in GUIDE.read_text().splitlines()
+    if line.startswith("    alpamayo-dflash ")
+]
+
+
+@pytest.mark.parametrize("arguments", GUIDE_COMMANDS, ids=lambda arguments: arguments[0])
+def test_the_guides_commands_parse(arguments: list[str]) -> None:
+    found, _ = cli.parse(arguments)
+    assert found == arguments[0]
+
+
+def test_the_guide_has_commands() -> None:
+    assert {"clips", "layers", "distill", "train", "evaluate"} <= {words[0] for words in GUIDE_COMMANDS}
