@@ -98,10 +98,11 @@ def _remark(name: str, result: dict[str, Any]) -> None:
     """Say on standard error what must not be missed in the JSON line."""
     if result.get("nothing_to_do"):
         print(f"alpamayo-dflash {name}: nothing to do, it is finished", file=sys.stderr)
-    clips = result.get("clips")
-    if isinstance(clips, dict) and clips.get("failed"):
-        line = f"{clips['failed']} of {clips['attempted']} clips failed; the reasons are kept with the output"
-        print(f"alpamayo-dflash {name}: {line}", file=sys.stderr)
+    for key, things in (("clips", "clips"), ("prefetch", "chunks")):
+        count = result.get(key)
+        if isinstance(count, dict) and count.get("failed"):
+            line = f"{count['failed']} of {count['attempted']} {things} failed; the reasons are kept"
+            print(f"alpamayo-dflash {name}: {line} with the output", file=sys.stderr)
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -85,11 +85,11 @@ class ClipSource:
         if offline:
             if cache_dir is None:
                 raise ValueError("cache_dir is missing: offline reading needs the folder with the dataset")
-            self._dataset = _open_offline(Path(cache_dir), revision, repo_id)
+            self.dataset = _open_offline(Path(cache_dir), revision, repo_id)
         else:
-            self._dataset = _open_online(cache_dir, revision, repo_id)
+            self.dataset = _open_online(cache_dir, revision, repo_id)
         self._chunk_of: dict[str, int] = {
-            str(clip_id): int(chunk) for clip_id, chunk in self._dataset.clip_index["chunk"].items()
+            str(clip_id): int(chunk) for clip_id, chunk in self.dataset.clip_index["chunk"].items()
         }
 
     def chunks(self) -> list[int]:
@@ -151,12 +151,12 @@ class ClipSource:
 
     def _is_at_hand(self, chunk: int) -> bool:
         features = (EGOMOTION, *(CAMERAS[index] for index in self.cameras))
-        return all(self._dataset.is_file_cached(self._file(feature, chunk)) for feature in features)
+        return all(self.dataset.is_file_cached(self._file(feature, chunk)) for feature in features)
 
     def _file(self, feature: str, chunk: int) -> str:
-        if feature not in self._dataset.features.ALL:
+        if feature not in self.dataset.features.ALL:
             return chunk_file(feature, chunk)
-        name: str = self._dataset.features.get_chunk_feature_filename(chunk, feature)
+        name: str = self.dataset.features.get_chunk_feature_filename(chunk, feature)
         return name
 
     def _frames(self, clip_id: str, feature: str, t0_us: int) -> Frames:
@@ -202,7 +202,7 @@ class ClipSource:
     def _read(self, clip_id: str, feature: str) -> Any:
         """The devkit's object for one feature of a clip."""
         try:
-            return self._dataset.get_clip_feature(clip_id, feature, maybe_stream=not self.offline)
+            return self.dataset.get_clip_feature(clip_id, feature, maybe_stream=not self.offline)
         except _damage() as error:
             raise self._explain(clip_id, feature, error) from error
 
