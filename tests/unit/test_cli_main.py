@@ -20,7 +20,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "commands.md"
 
 # The subcommand that each section of docs/commands.md is about.
 SECTIONS = {
-    "Clips": "world",
+    "Clips": "clips",
     "Layers": "layers",
     "Data": "distill",
     "Training": "train",
