@@ -1,12 +1,17 @@
 """Fetching chunks: a stand-in for the hub serves a small world's files, and the devkit does the rest."""
 
 import json
+import re
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import pandas as pd
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from alpamayo_dflash.cli.main import main
@@ -25,13 +30,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config.out
 
 
+# The base that the errors of the hub's library share with its HTTP client: requests', httpx's or httpx2's.
+HTTP_ERROR = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+
 class Hub:
     """Serves a snapshot's files as the hub's library would, and counts what it is asked for."""
 
     def __init__(self, world: Path) -> None:
         self.snapshot = find_snapshot(world)
-        self.broken: set[str] = set()
+        self.main = self.snapshot.name
+        self.broken: dict[str, Exception] = {}
+        self.lacking: set[str] = set()
         self.asked: list[str] = []
+        self.at_work: Callable[[str], None] = lambda name: None
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         api = huggingface_hub.HfApi
@@ -46,21 +58,25 @@ class Hub:
         return [
             RepoFile(path=name, size=(self.snapshot / name).stat().st_size, oid="0" * 40)
             for name in names
-            if (self.snapshot / name).is_file()
+            if (self.snapshot / name).is_file() and name not in self.lacking
         ]
 
-    def download(self, filename: str, cache_dir: Path, **_: Any) -> str:
+    def download(self, filename: str, cache_dir: Path, revision: str, **_: Any) -> str:
         folder = repo_folder(cache_dir)
-        target = folder / "snapshots" / self.snapshot.name / filename
+        commit = revision if re.fullmatch("[0-9a-f]{40}", revision) else self.main
+        target = folder / "snapshots" / commit / filename
         if target.is_file():
             return str(target)
         self.asked.append(filename)
-        if any(part in filename for part in self.broken):
-            raise OSError(f"connection lost at {filename}")
+        self.at_work(filename)
+        for part, error in self.broken.items():
+            if part in filename:
+                raise error
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.snapshot / filename, target)
-        (folder / "refs").mkdir(exist_ok=True)
-        (folder / "refs" / "main").write_text(self.snapshot.name)
+        if revision != commit:
+            (folder / "refs").mkdir(exist_ok=True)
+            (folder / "refs" / revision).write_text(commit)
         return str(target)
 
 
@@ -90,6 +106,8 @@ def test_a_chunk_is_fetched_read_offline_and_not_fetched_again(
         "failed": 0,
         "reasons": {},
         "size_bytes": 0,
+        "revision": hub.main,
+        "main": hub.main,
     }
     assert not any("chunk_0000" in name for name in hub.asked)
     files = list((tmp_path / "cache").rglob("*chunk_0001.zip"))
@@ -108,7 +126,7 @@ def test_a_chunk_is_fetched_read_offline_and_not_fetched_again(
 def test_a_chunk_that_fails_is_recorded_and_the_next_call_goes_on(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hub.broken = {"egomotion.chunk_0000"}
+    hub.broken = {"egomotion.chunk_0000": OSError("connection lost")}
     wanted = ("--cache-dir", tmp_path / "cache", "--prefetch", "--num-chunks", 2)
     status, found, _ = clips(capsys, *wanted)
     assert status == 1
@@ -140,7 +158,18 @@ def test_fewer_cameras_fetch_fewer_files(
         (("--prefetch",), "prefetch needs chunks"),
         (("--prefetch", "--chunks", "0", "--num-chunks", "1"), "say the same"),
         (("--prefetch", "--chunks", "7"), "chunks [7] are not in the dataset"),
-        (("--prefetch", "--chunks", "0", "--cameras", "9"), "camera 9 is unknown"),
+        (
+            ("--prefetch", "--chunks", "0", "--clip-ids", "list.json"),
+            "chunks 0 and clip_ids list.json say the same",
+        ),
+        (("--prefetch", "--clip-ids", "none.json"), "none.json: no such file"),
+        (("--prefetch", "--chunks", "0", "--cameras", "9"), "cameras (9,): should be different ones of"),
+        (("--prefetch", "--chunks", "0", "--cameras", "1,1"), "cameras (1, 1): should be different ones of"),
+        (("--prefetch", "--chunks", "0", "--cameras", "0-2"), "'0-2' is no list of cameras"),
+        (
+            ("--prefetch", "--chunks", "0", "--cameras", "0,5"),
+            "has no camera_rear_right_70fov; it has camera_",
+        ),
         (("--prefetch", "--chunks", "0", "--workers", "0"), "workers is 0"),
         (("--prefetch", "--chunks", "x"), "no list of chunks"),
     ],
@@ -158,9 +187,136 @@ def test_bad_options_are_named(
 
 
 def test_without_the_hub_the_reason_is_said(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    hub.broken = {""}
-    status, _, said = clips(capsys, "--cache-dir", tmp_path / "cache", "--prefetch", "--chunks", 0)
+    for error in (OSError("no route"), HTTP_ERROR("no route"), RuntimeError("no route")):
+        hub.broken = {"": error}
+        status, _, said = clips(capsys, "--cache-dir", tmp_path / "cache", "--prefetch", "--chunks", 0)
+        assert status == 2
+        assert f"{type(error).__name__}: no route" in said
+        assert "accept its terms" in said
+
+
+def test_cameras_that_the_dataset_lacks_are_named_from_the_cache_too(
+    hub: Hub, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, said = clips(capsys, "--cache-dir", world, "--prefetch", "--chunks", 0, "--cameras", "0,5")
     assert status == 2
-    assert "accept its terms" in said
+    assert "has no camera_rear_right_70fov; it has camera_cross_left_120fov" in said
+    assert hub.asked == []
+
+
+def test_reasons_say_what_happened(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused = FileNotFoundError("An error happened\n\nwhile trying")
+    refused.__cause__ = PermissionError("403 Forbidden: no access to this repository")
+    hub.broken = {
+        "egomotion.chunk_0000": refused,
+        "camera_front_wide_120fov.chunk_0000": HTTP_ERROR("the read timed out"),
+    }
+    absent = "labels/egomotion/egomotion.chunk_0001.zip"
+    hub.lacking = {absent}
+    status, found, _ = clips(capsys, "--cache-dir", tmp_path / "c", "--prefetch", "--chunks", "0,1")
+    assert status == 1
+    assert found["prefetch"]["failed"] == found["prefetch"]["attempted"] == 2
+    reasons = found["prefetch"]["reasons"]
+    assert reasons["0"] == (
+        "HTTPError: the read timed out; FileNotFoundError: An error happened while trying "
+        "from PermissionError: 403 Forbidden: no access to this repository"
+    )
+    assert f"{absent!r} not found in" in reasons["1"]
+    assert "KeyError" not in reasons["1"]
+
+
+def test_a_revision_by_hash_is_what_the_later_steps_read(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ("--cache-dir", tmp_path / "c", "--prefetch", "--chunks", 0, "--revision")
+    status, found, said = clips(capsys, *wanted, hub.main)
+    assert (status, found["prefetch"]["revision"], found["prefetch"]["main"]) == (0, hub.main, hub.main)
+    assert ClipSource(tmp_path / "c").chunks() == [0]
+    assert "later steps" not in said
+    other = "f" * 40
+    status, found, said = clips(capsys, *wanted, other)
+    assert (status, found["prefetch"]["revision"], found["prefetch"]["main"]) == (0, other, hub.main)
+    assert f"fetched revision {other}, but this cache's `main`, which the later steps read" in said
+    assert find_snapshot(tmp_path / "c").name == hub.main
+
+
+def test_a_fetch_goes_on_at_the_commit_it_began_with(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = hub.main
+    assert clips(capsys, "--cache-dir", tmp_path / "c", "--prefetch", "--chunks", 0)[0] == 0
+    hub.main = "e" * 40
+    hub.asked.clear()
+    status, found, _ = clips(capsys, "--cache-dir", tmp_path / "c", "--prefetch", "--chunks", "0,1")
+    assert (status, found["prefetch"]["already"], found["prefetch"]["revision"]) == (0, 1, began)
+    assert find_snapshot(tmp_path / "c").name == began
+    assert all("chunk_0001" in name for name in hub.asked)
+
+
+def test_a_branch_that_moves_during_the_first_fetch_does_not_mix_two_commits(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = hub.main
+
+    def move(name: str) -> None:
+        hub.main = "d" * 40 if name.endswith(".zip") else began
+
+    hub.at_work = move
+    assert clips(capsys, "--cache-dir", tmp_path / "c", "--prefetch", "--chunks", 0)[0] == 0
+    assert [each.name for each in (repo_folder(tmp_path / "c") / "snapshots").iterdir()] == [began]
+
+
+def test_workers_fetch_files_of_several_chunks_at_a_time(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = 2 * 5  # two chunks' four cameras and ego motion
+    together = threading.Barrier(files, timeout=20)
+
+    def all_at_once(name: str) -> None:
+        if name.endswith(".zip"):
+            together.wait()
+
+    hub.at_work = all_at_once
+    wanted = ("--prefetch", "--chunks", "0,1", "--workers")
+    assert clips(capsys, "--cache-dir", tmp_path / "ten", *wanted, files)[0] == 0
+
+    slots = threading.BoundedSemaphore(2)
+
+    def within_two(name: str) -> None:
+        assert slots.acquire(blocking=False), f"{name} is a third at a time"
+        threading.Event().wait(0.01)
+        slots.release()
+
+    hub.at_work = within_two
+    assert clips(capsys, "--cache-dir", tmp_path / "two", *wanted, 2)[0] == 0
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_a_clip_list_fetches_the_chunks_it_lies_in(
+    hub: Hub, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    clip_id = ClipSource(world).clip_ids([1])[0]
+    file = tmp_path / f"list{suffix}"
+    if suffix == ".json":
+        file.write_text(json.dumps([clip_id]))
+    else:
+        pd.DataFrame({"clip_id": [clip_id]}).to_parquet(file)
+    wanted = ("--cache-dir", tmp_path / "c", "--clip-ids", file)
+    status, found, _ = clips(capsys, *wanted, "--prefetch")
+    assert status == 0
+    assert (found["clip_ids"], found["chunks"], found["prefetch"]["done"]) == ([clip_id], {"1": 1}, 1)
+    assert not any("chunk_0000" in name for name in hub.asked)
+    assert clips(capsys, *wanted)[1] == {"clips": 1, "chunks": {"1": 1}, "clip_ids": [clip_id]}
+
+
+def test_a_clip_list_with_strangers_is_refused(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "list.json").write_text('["nobody"]')
+    wanted = ("--cache-dir", tmp_path / "c", "--prefetch", "--clip-ids", tmp_path / "list.json")
+    status, _, said = clips(capsys, *wanted)
+    assert status == 2
+    assert "1 clips are not in the dataset" in said
+    assert "such as nobody" in said

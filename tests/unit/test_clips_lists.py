@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 
-from alpamayo_dflash.clips import ClipSource, parse_chunks, read_clip_list
+from alpamayo_dflash.clips import ClipSource, parse_cameras, parse_chunks, read_clip_list
 from alpamayo_dflash.clips.source import _ranges
 
 
@@ -20,6 +20,17 @@ def test_chunks_are_numbers_and_ranges():
 def test_other_texts_are_refused(text):
     with pytest.raises(ValueError, match="chunks"):
         parse_chunks(text)
+
+
+def test_cameras_are_single_numbers():
+    assert parse_cameras("0,1,2,6") == (0, 1, 2, 6)
+    assert parse_cameras(" 6, 1") == (1, 6)
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,,2", "0-2", "1,1", "7", "-1"])
+def test_other_cameras_are_refused(text):
+    with pytest.raises(ValueError, match="cameras"):
+        parse_cameras(text)
 
 
 def test_clip_lists_of_every_form(tmp_path):

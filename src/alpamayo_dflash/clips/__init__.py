@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alpamayo_dflash.clips.lists import parse_chunks, read_clip_list
+from alpamayo_dflash.clips.lists import parse_cameras, parse_chunks, read_clip_list
 from alpamayo_dflash.clips.prefetch import iterate_windows
 from alpamayo_dflash.clips.source import ClipError, ClipSource
 from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, DEFAULT_T0_US, Window
@@ -15,6 +15,7 @@ __all__ = [
     "ClipSource",
     "Window",
     "iterate_windows",
+    "parse_cameras",
     "parse_chunks",
     "read_clip_list",
 ]

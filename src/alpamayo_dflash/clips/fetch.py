@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID
+from alpamayo_dflash.artefacts import atomic_file
+from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, find_snapshot, repo_folder
 from alpamayo_dflash.clips.source import ClipSource
-from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS
+from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, check_cameras
 
 
 @dataclass
@@ -17,12 +20,16 @@ class Download:
     """What was fetched.
 
     Attributes:
+        revision: the 40-digit hash that the files are of.
+        main: the hash that the cache calls `main`, which is what the later steps read.
         already: chunks whose files were all in the cache.
         done: chunks that were fetched.
         failed: by chunk, why its files could not be.
         size_bytes: of the files of both the first two, as they lie in the cache.
     """
 
+    revision: str
+    main: str
     already: list[int] = field(default_factory=list)
     done: list[int] = field(default_factory=list)
     failed: dict[int, str] = field(default_factory=dict)
@@ -31,8 +38,9 @@ class Download:
 
 def download_chunks(
     cache_dir: Path | str,
-    chunks: Sequence[int],
+    chunks: Sequence[int] = (),
     *,
+    clip_ids: Sequence[str] = (),
     cameras: Sequence[int] = DEFAULT_CAMERAS,
     workers: int = 8,
     revision: str = "main",
@@ -40,63 +48,149 @@ def download_chunks(
 ) -> Download:
     """Bring chunks' camera and ego motion files, and the dataset's tables, into the cache.
 
-    What the cache holds is not fetched again, so an interrupted call goes on. A chunk that fails is recorded
-    and the next one is tried. With everything there, nothing is asked of the network.
+    What the cache holds is not fetched again, so an interrupted call goes on, at the commit that it began
+    with. A file that fails is recorded with its chunk and the others are tried. With everything there,
+    nothing is asked of the network. A cache without a `main` gets the fetched revision for it.
 
     Args:
         cache_dir: the hub cache; is made if it does not exist.
         chunks: which.
+        clip_ids: clips whose chunks are fetched too.
         cameras: dataset indices.
-        workers: files at a time.
-        revision: branch, tag or 40-digit hash.
+        workers: files at a time, of whichever chunks.
+        revision: branch, tag or 40-digit hash; a branch or tag that the cache knows is what the cache says.
         repo_id: the dataset's name on the hub.
 
     Raises:
-        ValueError: an unknown camera or chunk, or the hub cannot be reached or does not give access.
+        ValueError: an unknown camera, chunk or clip, or the hub cannot be reached or does not give access.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; it must be at least 1")
-    features = [*(_camera(index) for index in cameras), EGOMOTION]
-    try:
-        known = ClipSource(cache_dir, revision=revision, cameras=cameras, repo_id=repo_id)
-    except ValueError:
-        known = None  # nothing of the dataset is in the cache yet
-    dataset: Any = known.dataset if known is not None else None
-    if known is None or set(chunks) - set(known.chunks()):
+    features = [*(CAMERAS[index] for index in check_cameras(cameras)), EGOMOTION]
+    cached = _cached(cache_dir, revision, repo_id)
+    dataset = _online(cache_dir, revision, repo_id) if cached is None else cached
+    files = _files(dataset, _wanted(dataset, chunks, clip_ids), features)
+    missing = {
+        chunk: [name for name in names if not dataset.is_file_cached(name)] for chunk, names in files.items()
+    }
+    if cached is not None and any(missing.values()):
         dataset = _online(cache_dir, revision, repo_id)
-    unknown = sorted(set(chunks) - {int(chunk) for chunk in dataset.clip_index["chunk"].unique()})
-    if unknown:
-        raise ValueError(f"chunks {unknown} are not in the dataset; it has {len(dataset.clip_index)} clips")
-    result = Download()
-    for chunk in chunks:
-        _fetch(dataset, chunk, features, workers, result)
+    result = Download(dataset.revision, _main(cache_dir, dataset.revision, repo_id))
+    result.failed = _fetch(dataset, missing, workers)
+    for chunk in sorted(set(files) - set(result.failed)):
+        (result.done if missing[chunk] else result.already).append(chunk)
+        result.size_bytes += sum(Path(dataset.download_file(name)).stat().st_size for name in files[chunk])
     return result
 
 
-def _fetch(dataset: Any, chunk: int, features: Sequence[str], workers: int, result: Download) -> None:
-    files = [dataset.features.get_chunk_feature_filename(chunk, feature) for feature in features]
-    fetched = not all(dataset.is_file_cached(file) for file in files)
-    if fetched:
-        try:
-            dataset.download_chunk_features(chunk, features, max_workers=workers)
-        except (OSError, LookupError, ValueError) as error:
-            result.failed[chunk] = f"{type(error).__name__}: {error}"
-            return
-        absent = [file for file in files if not dataset.is_file_cached(file)]
-        if absent:  # the devkit passes over what its tables say a chunk does not have
-            result.failed[chunk] = f"the dataset has no {', '.join(absent)}"
-            return
-    (result.done if fetched else result.already).append(chunk)
-    result.size_bytes += sum(Path(dataset.download_file(file)).stat().st_size for file in files)
+def _wanted(dataset: Any, chunks: Sequence[int], clip_ids: Sequence[str]) -> list[int]:
+    """The chunks and those of the clips, each once, ascending."""
+    chunk_of = {str(clip_id): int(chunk) for clip_id, chunk in dataset.clip_index["chunk"].items()}
+    strange = [clip_id for clip_id in clip_ids if clip_id not in chunk_of]
+    if strange:
+        raise ValueError(
+            f"{len(strange)} clips are not in the dataset at {dataset.revision}, such as {strange[0]}; "
+            f"it has {len(chunk_of)} clips"
+        )
+    unknown = sorted(set(chunks) - set(chunk_of.values()))
+    if unknown:
+        raise ValueError(
+            f"chunks {unknown} are not in the dataset at {dataset.revision}; it has {len(chunk_of)} clips"
+        )
+    return sorted({*chunks, *(chunk_of[clip_id] for clip_id in clip_ids)})
 
 
-def _camera(index: int) -> str:
-    if index not in CAMERAS:
-        raise ValueError(f"camera {index} is unknown; the dataset has {sorted(CAMERAS)}")
-    return CAMERAS[index]
+def _files(dataset: Any, chunks: Sequence[int], features: Sequence[str]) -> dict[int, list[str]]:
+    """By chunk, the names of its files in the repository."""
+    known = sorted(dataset.features.ALL)
+    unknown = [feature for feature in features if feature not in known]
+    if unknown:
+        raise ValueError(
+            f"the dataset at {dataset.revision} has no {', '.join(unknown)}; it has {', '.join(known)}"
+        )
+    name = dataset.features.get_chunk_feature_filename
+    return {chunk: [name(chunk, feature) for feature in features] for chunk in chunks}
+
+
+def _fetch(dataset: Any, missing: Mapping[int, Sequence[str]], workers: int) -> dict[int, str]:
+    """Fetch files, given by chunk; returns by chunk why some could not be."""
+    tasks = [(chunk, name) for chunk, names in missing.items() for name in names]
+    with ThreadPoolExecutor(workers) as pool:  # map cancels what has not begun when it is interrupted
+        reasons = list(pool.map(lambda task: _fetch_file(dataset, task[1]), tasks))
+    failed: dict[int, dict[str, None]] = {}  # by chunk its different reasons, in order
+    for (chunk, _), reason in zip(tasks, reasons, strict=True):
+        if reason is not None:
+            failed.setdefault(chunk, {})[reason] = None
+    return {chunk: "; ".join(texts) for chunk, texts in failed.items()}
+
+
+def _fetch_file(dataset: Any, name: str) -> str | None:
+    """Fetch one file; returns why it could not be, or None."""
+    try:
+        dataset.download_file(name)
+    except _hub_errors() as error:
+        return _reason(error)
+    except ValueError as error:  # the devkit's, for a file that the hub does not have
+        return _reason(error)
+    return None
+
+
+@functools.cache
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What a request to the hub can end in.
+
+    The errors of its library's HTTP client (requests, httpx or httpx2, by version) are OSErrors only in the
+    first of them. RuntimeError is what its transfer library hf_xet makes of most failures.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, RuntimeError, *(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"))
+
+
+def _reason(error: Exception) -> str:
+    """An error's text on one line, and its cause's: only there does the hub's library name a refusal."""
+    texts = [f"{type(each).__name__}: {each}" for each in (error, error.__cause__) if each is not None]
+    return " ".join(" from ".join(texts).split())
+
+
+def _main(cache_dir: Path | str, commit: str, repo_id: str) -> str:
+    """The commit that the cache calls `main`; one without a `main` gets this, as the later steps read it."""
+    reference = repo_folder(cache_dir, repo_id) / "refs" / "main"
+    if not reference.is_file():
+        with atomic_file(reference) as temporary:
+            temporary.write_text(commit, encoding="utf-8")
+    return reference.read_text(encoding="utf-8").strip()
+
+
+def _cached(cache_dir: Path | str, revision: str, repo_id: str) -> Any:
+    """The dataset as far as the cache holds it; None if that lacks the revision or one of its tables."""
+    try:
+        return ClipSource(cache_dir, revision=revision, repo_id=repo_id).dataset
+    except ValueError:
+        return None
+
+
+def _commit(cache_dir: Path | str, revision: str, repo_id: str) -> str:
+    """The hash that the cache has for a revision, or the revision itself."""
+    try:
+        return find_snapshot(cache_dir, revision, repo_id).name
+    except ValueError:
+        return revision
 
 
 def _online(cache_dir: Path | str, revision: str, repo_id: str) -> Any:
+    """The dataset with its tables, where what the cache lacks is fetched.
+
+    It is opened at a commit, so that a branch that moves on does not mix two states of the dataset in one
+    cache. A name that the cache does not know yet is opened first: the hub's library then notes its commit.
+    """
+    commit = _commit(cache_dir, revision, repo_id)
+    dataset = _open(cache_dir, commit, repo_id)
+    noted = _commit(cache_dir, revision, repo_id)
+    return dataset if noted == commit else _open(cache_dir, noted, repo_id)
+
+
+def _open(cache_dir: Path | str, revision: str, repo_id: str) -> Any:
     from physical_ai_av import PhysicalAIAVDatasetInterface
 
     try:
@@ -104,14 +198,12 @@ def _online(cache_dir: Path | str, revision: str, repo_id: str) -> Any:
             revision,
             repo_id=repo_id,
             cache_dir=cache_dir,
-            confirm_download_threshold_gb=float(
-                "inf"
-            ),  # asking is the command line's business, not a prompt's
+            confirm_download_threshold_gb=float("inf"),  # to ask is not a library's business
         )
-    except OSError as error:
+    except _hub_errors() as error:
         raise ValueError(
-            f"{repo_id}: its tables cannot be had ({type(error).__name__}: {error}); the dataset is "
-            "gated: accept its terms on the hub and log in (hf auth login), and do not set HF_HUB_OFFLINE"
+            f"{repo_id}: its tables cannot be had ({_reason(error)}); the dataset is gated: accept its terms "
+            "on the hub and log in (hf auth login), and do not set HF_HUB_OFFLINE"
         ) from None
     if dataset.is_offline_mode:
         raise ValueError("HF_HUB_OFFLINE is set, and the cache lacks some of these chunks; unset it to fetch")

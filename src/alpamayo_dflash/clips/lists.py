@@ -1,4 +1,4 @@
-"""Lists of chunks and of clips, as users write them."""
+"""Lists of chunks, of cameras and of clips, as users write them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from alpamayo_dflash.clips.window import check_cameras
 
 
 def parse_chunks(text: str) -> list[int]:
@@ -28,6 +30,21 @@ def parse_chunks(text: str) -> list[int]:
             raise ValueError(f"{text!r}: the range of chunks {part.strip()} ends before it begins")
         chunks.update(range(first, last + 1))
     return sorted(chunks)
+
+
+def parse_cameras(text: str) -> tuple[int, ...]:
+    """Read dataset indices of cameras such as `0,1,2,6`, in any order; there are no ranges.
+
+    Returns:
+        The indices, ascending.
+
+    Raises:
+        ValueError: the text is empty or not of this form, or a camera is unknown or stands there twice.
+    """
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\s*\d+\s*", part) for part in parts):
+        raise ValueError(f"{text!r} is no list of cameras; write single numbers such as 0,1,2,6")
+    return check_cameras([int(part) for part in parts])
 
 
 def read_clip_list(path: Path | str) -> list[str]:

@@ -22,6 +22,7 @@ from alpamayo_dflash.clips.window import (
     HISTORY_POINTS,
     STEP_S,
     Window,
+    check_cameras,
 )
 
 _STEP_US = round(STEP_S * 1e6)
@@ -78,9 +79,7 @@ class ClipSource:
         Raises:
             ValueError: an unknown or repeated camera, or the cache does not hold the dataset.
         """
-        if not cameras or len(set(cameras)) != len(cameras) or not set(cameras) <= set(CAMERAS):
-            raise ValueError(f"cameras {tuple(cameras)}: should be different ones of {CAMERAS}")
-        self.cameras = tuple(sorted(cameras))
+        self.cameras = check_cameras(cameras)
         self.offline = offline
         if offline:
             if cache_dir is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,17 @@ HISTORY_POINTS = 16
 FUTURE_POINTS = 64
 STEP_S = 0.1
 DEFAULT_T0_US = 5_100_000
+
+
+def check_cameras(cameras: Sequence[int]) -> tuple[int, ...]:
+    """Dataset indices of cameras, in ascending order.
+
+    Raises:
+        ValueError: there are none, one is unknown, or one stands there twice.
+    """
+    if not cameras or len(set(cameras)) != len(cameras) or not set(cameras) <= set(CAMERAS):
+        raise ValueError(f"cameras {tuple(cameras)}: should be different ones of {CAMERAS}")
+    return tuple(sorted(cameras))
 
 
 @dataclass(frozen=True)
