@@ -10,7 +10,7 @@ import alpamayo_dflash
 ROOT = Path(alpamayo_dflash.__file__).parent
 # Parts in one step do not import each other.
 ORDER = (
-    {"artefacts"},
+    {"artefacts", "kernels"},
     {"clips"},
     {"world"},
     {"target"},

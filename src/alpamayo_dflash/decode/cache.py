@@ -35,6 +35,11 @@ class Cache:
         values: of the same shape.
         taps: [X + slots + 1, F]: the prompt's last X positions, right-aligned, then the slots.
         prompt_length: P.
+        length_1: int64 [1], the same on the device.
+        cos: [slots, D], rotary table of the positions behind the prompt; filled by whoever knows them.
+        sin: likewise.
+        generation: counts the allocations, so that who captured the tensors' addresses knows when they are
+            no longer these.
         tail: the bookkeeping of the slots.
     """
 
@@ -48,6 +53,8 @@ class Cache:
         self.context_len = min(context_len, prompt_capacity)
         self._context_limit = context_len
         self.prompt_length = 0
+        self.length_1 = torch.zeros(1, dtype=torch.int64, device=self._like.device)
+        self.generation = 0
         self._allocate(_FIRST_TAIL_SLOTS)
         self.tail = Tail(_FIRST_TAIL_SLOTS)
 
@@ -57,7 +64,9 @@ class Cache:
         # Zeros: a masked entry counts for nothing only if it is finite.
         self.keys, self.values = self._like.new_zeros(shape), self._like.new_zeros(shape)
         self.taps = self._like.new_zeros(self.context_len + slots + 1, self._features)
+        self.cos, self.sin = self._like.new_zeros(slots, dim), self._like.new_zeros(slots, dim)
         self._slots = slots
+        self.generation += 1
         # Indexing a tensor costs microseconds, so it is done once.
         self.layer_keys, self.layer_values = self.keys.unbind(), self.values.unbind()
 
@@ -78,6 +87,7 @@ class Cache:
             taps_NF: the tapped states of the last min(X, P) positions, or None without taps.
         """
         self.prompt_length = length
+        self.length_1.fill_(length)
         self.tail = Tail(self.tail.capacity)
         if taps_NF is not None:
             missing = self.context_len - len(taps_NF)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+LoopKind = Literal["auto", "host", "device"]
 SentenceEnd = Literal["hint", "force", "off"]
 
 # Below this temperature a token is the arg max of its logits (design, invariant 2).
@@ -51,6 +52,9 @@ class DecodeConfig:
             another, over keys of one length, so that in bf16 both loops round alike. None takes the rows
             as they come.
         prompt_capacity: the longest prompt that the cache holds, tokens.
+        loop: who walks. `device` runs whole rounds on the device, on a GPU as CUDA graphs; `host` walks in
+            Python, a few reads a round. Both write the same. `auto` is device on a GPU and host elsewhere.
+            What the device loop does not do (`force`, drafts that see every state) runs on the host.
 
     Raises:
         ValueError: a value outside its range.
@@ -59,11 +63,14 @@ class DecodeConfig:
     sentence_end: SentenceEnd = "hint"
     row_width: int | None = None
     prompt_capacity: int = 4096
+    loop: LoopKind = "auto"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.sentence_end not in ("hint", "force", "off"):
             raise ValueError(f"sentence_end is {self.sentence_end!r}; it must be 'hint', 'force' or 'off'")
+        if self.loop not in ("auto", "host", "device"):
+            raise ValueError(f"loop is {self.loop!r}; it must be 'auto', 'host' or 'device'")
         if self.row_width is not None and self.row_width < 1:
             raise ValueError(f"row_width is {self.row_width}; it must be 1 or more, or None")
         if self.prompt_capacity < 1:

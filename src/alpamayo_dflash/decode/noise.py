@@ -69,11 +69,9 @@ def stream_key(seed: int, window: str, sample: int) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def _stream_keys(
-    seed: int, window: str, samples: Sequence[int], device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    keys = torch.tensor([stream_key(seed, window, sample) for sample in samples], device=device)
-    return keys[:, 0], keys[:, 1]
+def stream_keys(seed: int, window: str, samples: Sequence[int], device: torch.device | str) -> Tensor:
+    """The keys of several samples, int64 [S, 2]."""
+    return torch.tensor([stream_key(seed, window, sample) for sample in samples], device=device)
 
 
 def _uniform(word: Tensor) -> Tensor:
@@ -103,14 +101,35 @@ def token_noise(
     Returns:
         float32 [N, S, V], between about -3.14 and 22.9: never infinite.
     """
-    key0, key1 = _stream_keys(seed, window, samples, device)
-    block = torch.arange((vocab_size + 3) // 4, device=device).view(1, 1, -1)
-    position = torch.tensor(list(positions), device=device).view(-1, 1, 1)
-    shape = (len(positions), len(samples), block.shape[-1])
-    constant = torch.full((1, 1, 1), _TOKENS, device=device)
-    counter = (block.expand(shape), position.expand(shape), constant.expand(shape), constant.expand(shape))
-    words = philox(counter, (key0.view(1, -1, 1), key1.view(1, -1, 1)))
-    uniform = _uniform(torch.stack(words, dim=-1)).flatten(-2)[..., :vocab_size]
+    keys = stream_keys(seed, window, samples, device).repeat(len(positions), 1)
+    places = torch.tensor(list(positions), device=device).repeat_interleave(len(samples))
+    return row_noise(keys, places, vocab_size).view(len(positions), len(samples), vocab_size)
+
+
+def row_noise(
+    keys_R2: Tensor, positions_R: Tensor, vocab_size: int, token_ids: Tensor | None = None
+) -> Tensor:
+    """Gumbel noise for rows of different samples and positions; nothing is read back from the device.
+
+    Args:
+        keys_R2: int64, from `stream_keys`, one a row.
+        positions_R: int64, indices among the generated tokens.
+        vocab_size: V.
+        token_ids: int64 [V], target ids of a reduced head's columns; None where column and id are the same.
+
+    Returns:
+        float32 [R, V], as `token_noise`.
+    """
+    count = (vocab_size + 3) // 4
+    block = torch.arange(count, device=keys_R2.device) if token_ids is None else token_ids // 4
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=keys_R2.device)
+    counter = (block[None], positions_R[:, None], zero + _TOKENS, zero + _TOKENS)
+    words = torch.stack(philox(counter, (keys_R2[:, :1], keys_R2[:, 1:])), dim=-1)
+    if token_ids is None:
+        uniform = _uniform(words).flatten(-2)[..., :vocab_size]
+    else:
+        choice = (token_ids % 4).expand(len(keys_R2), -1).unsqueeze(-1)
+        uniform = _uniform(words.gather(-1, choice).squeeze(-1))
     return uniform.log_().neg_().log_().neg_().float()
 
 
@@ -134,7 +153,7 @@ def flow_noise(
     Returns:
         float32 [S, num_waypoints, 2].
     """
-    key0, key1 = _stream_keys(seed, window, samples, device)
+    key0, key1 = stream_keys(seed, window, samples, device).unbind(1)
     count = num_waypoints * 2
     block = torch.arange((count + 3) // 4, device=device).expand(len(samples), -1)
     zero = torch.zeros_like(block)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-SPANS = ("draft", "verify", "sampling", "cache")
+SPANS = ("draft", "verify", "sampling", "cache", "round")
+"""Parts of a round; where a whole round is one graph, it is all `round`."""
 _NOTHING: AbstractContextManager[None] = contextlib.nullcontext()
 
 

@@ -6,9 +6,12 @@ vocabulary, Vd draft vocabulary, b block size.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from alpamayo_dflash.decode.steps import State
 
 
 class ProposalLike(Protocol):
@@ -58,5 +61,39 @@ class Proposer(Protocol):
             context: [S, X, F], right-aligned, its left part zero where there is less context than X.
             context_lengths: int64 [S], how many of the X are real.
             anchors: int64 [S], the last known token.
+        """
+        ...
+
+
+class StaticBlock(Protocol):
+    """A draft with buffers of its own for one shape, whose call can be captured in a CUDA graph."""
+
+    def begin(self, prompt_length: int, /) -> None:
+        """A prompt of so many tokens has been read: its last states lie in the taps."""
+        ...
+
+    def __call__(self, state: State, /) -> ProposalLike:
+        """Predict the b − 1 tokens behind each sample's last one; nothing is read back from the device.
+
+        Args:
+            state: `tokens`, `lengths`, `previous` (the anchor's position in the last pass: the states from
+                there on are new) and `bases`, by sample.
+        """
+        ...
+
+
+@runtime_checkable
+class StaticProposer(Proposer, Protocol):
+    """A block draft that has a fast form."""
+
+    def static_block(self, taps: Tensor, samples: int, per_sample: int, slots: int, /) -> StaticBlock | None:
+        """The fast form for one shape, or None where it does not run.
+
+        Args:
+            taps: [X + slots + 1, F], the cache's tapped states: the prompt's last X, right-aligned, then the
+                slots. Sample i's text starts at slot `state.bases[i]`.
+            samples: S.
+            per_sample: slots of one sample.
+            slots: of all.
         """
         ...

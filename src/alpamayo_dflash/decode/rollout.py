@@ -14,6 +14,7 @@ from torch import Tensor
 
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.decode.config import DecodeConfig, Sampling
+from alpamayo_dflash.decode.engine import Engine, Written
 from alpamayo_dflash.decode.handover import Handover, hand_over
 from alpamayo_dflash.decode.loop import Decode, Drafter, Sample, autoregressive, speculative
 from alpamayo_dflash.decode.noise import flow_noise
@@ -130,7 +131,8 @@ class SpeculativeDecoder:
             row_width=self.config.row_width,
         )
         self.rules = stop_rules(target, self.config)
-        self._finished: tuple[Prefilled, Decode] | None = None
+        self.engine = Engine(self.verifier, self.rules, draft)
+        self._finished: tuple[Prefilled, Decode | Written] | None = None
 
     def prefill(self, window: Window | Prompt) -> Prefilled:
         """Read a prompt, so that `generate` can start from it any number of times.
@@ -184,19 +186,10 @@ class SpeculativeDecoder:
             prefilled = self.prefill(prompt)
             read = self._now_ms()
         driver = self._driver(prefilled.prompt, trajectories)
-        self.verifier.begin(prefilled, num_traj_samples * (max_new_tokens + _BLOCK_ROOM))
         with torch.inference_mode():
-            decode = Decode(
-                self.verifier,
-                prefilled,
-                sampling=sampling,
-                rules=self.rules,
-                seed=seed,
-                num_samples=num_traj_samples,
-                max_new_tokens=max_new_tokens,
-                observer=observer or Observer(),
+            decode = self._write(
+                prefilled, sampling, seed, num_traj_samples, max_new_tokens, observer or Observer()
             )
-            self._write(decode)
         written = self._now_ms()
         self._finished = (prefilled, decode)
         xyz = rot = None
@@ -206,21 +199,51 @@ class SpeculativeDecoder:
         timings = Timings(read - before, written - read, end - written, end - start)
         return self._result(decode, xyz, rot, timings)
 
-    def _write(self, decode: Decode) -> None:
-        """Run the loop on all samples together, or at one row width on one after another.
-
-        There, sharing rows would order the cache's slots differently in the two loops, and so the roundings.
-        """
+    def _write(
+        self,
+        prefilled: Prefilled,
+        sampling: Sampling,
+        seed: int,
+        num_samples: int,
+        max_new_tokens: int,
+        observer: Observer,
+    ) -> Decode | Written:
+        """Write the texts, on the device or from the host."""
+        if self._on_device():
+            return self.engine.write(
+                prefilled,
+                sampling=sampling,
+                seed=seed,
+                num_samples=num_samples,
+                max_new_tokens=max_new_tokens,
+                observer=observer,
+            )
+        self.verifier.begin(prefilled, num_samples * (max_new_tokens + _BLOCK_ROOM))
+        decode = Decode(
+            self.verifier,
+            prefilled,
+            sampling=sampling,
+            rules=self.rules,
+            seed=seed,
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+            observer=observer,
+        )
+        # All samples together, or at one row width one after another: there, sharing rows would order the
+        # cache's slots differently in the two loops, and so the roundings.
         together = [decode.samples] if self.config.row_width is None else [[s] for s in decode.samples]
         for samples in together:
             if self._drafter is None:
                 autoregressive(decode, samples)
             else:
                 speculative(decode, samples, self._drafter)
+        return decode
 
-    def action_prefix(self, prefilled: Prefilled, decode: Decode) -> ActionPrefix:
-        """The keys and values that the action expert reads of each sample."""
-        return self._prefix(prefilled, decode.samples)
+    def _on_device(self) -> bool:
+        wanted = self.config.loop
+        if wanted == "auto":
+            wanted = "device" if self.target.device.type == "cuda" else "host"
+        return wanted == "device" and self.engine.suits
 
     def _prefix(self, prefilled: Prefilled, samples: Sequence[Sample]) -> ActionPrefix:
         return self.verifier.cache.prefix(
@@ -275,7 +298,12 @@ class SpeculativeDecoder:
         return self.target
 
     def _act(
-        self, target: Alpamayo, prefilled: Prefilled, decode: Decode, seed: int, noise: Tensor | None
+        self,
+        target: Alpamayo,
+        prefilled: Prefilled,
+        decode: Decode | Written,
+        seed: int,
+        noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         prompt = prefilled.prompt
         samples = range(len(decode.samples))
@@ -285,11 +313,13 @@ class SpeculativeDecoder:
         elif noise.shape != shape:
             raise ValueError(f"action_noise is {tuple(noise.shape)}; it must be {shape}")
         with torch.inference_mode():
-            action = target.denoise(noise.to(target.device), self.action_prefix(prefilled, decode))
+            action = target.denoise(noise.to(target.device), self._prefix(prefilled, decode.samples))
             xyz, rot = target.trajectory(action, prompt.ego_history_xyz, prompt.ego_history_rot)
         return xyz.clone(), rot.clone()  # ordinary tensors, not inference mode's
 
-    def _result(self, decode: Decode, xyz: Tensor | None, rot: Tensor | None, timings: Timings) -> Result:
+    def _result(
+        self, decode: Decode | Written, xyz: Tensor | None, rot: Tensor | None, timings: Timings
+    ) -> Result:
         samples = decode.samples
         return Result(
             coc=[self.target.coc_text(sample.tokens) for sample in samples],

@@ -4,7 +4,7 @@ A row is a node of the tail's tree: a token, its position and its parent. It see
 ancestors and itself, nothing else. Autoregressive decoding, a draft's block, several samples, teacher
 forcing: all are rows. Which samples stand on a row is the loop's business.
 
-This is the plain form: one masked attention over prompt and tail.
+What computes them is `decode.passes`.
 
 Shapes: P prompt tokens, R rows, T entries, H heads, K KV heads, D head dim, C hidden, V vocabulary, X
 context, F taps·C features.
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from alpamayo_dflash.decode.cache import Cache
-from alpamayo_dflash.target.layers import AfterLayer, Attend, run_layers
+from alpamayo_dflash.decode.passes import text_model
+from alpamayo_dflash.target.layers import AfterLayer
 from alpamayo_dflash.target.prompt import Prompt
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
@@ -74,8 +74,9 @@ class Verifier:
         self.cache = Cache(
             target, prompt_capacity=prompt_capacity, num_taps=len(self.taps), context_len=context_len
         )
+        self._model = text_model(target, self.cache)
         self._reading = object()
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._begun = False
 
     @torch.inference_mode()
     def prefill(self, prompt: Prompt) -> Prefilled:
@@ -93,18 +94,12 @@ class Verifier:
         prompt = prompt.to(target.device)
         embeddings = target.embed(prompt)
         tapped: dict[int, Tensor] = {}
-        hook = self._tap(tapped, cache.context_len, target.deepstack_after_layer(embeddings))
-        hidden = run_layers(
-            target.text_layers,
-            embeddings.hidden,
-            target.rotary(prompt.position_ids),
-            self._attend_prompt(length),
-            hook,
-        )
-        cache.set_prompt(length, self._features(tapped))
+        after_layer = _then(target.deepstack_after_layer(embeddings), self._keep(tapped))
+        normed = self._model.prompt(embeddings.hidden, target.rotary(prompt.position_ids), after_layer)
+        cache.set_prompt(length, torch.cat([tapped[tap] for tap in self.taps], dim=-1) if tapped else None)
         self._reading = object()
-        self._rotary = None
-        logits = target.logits(target.final_norm(hidden[-1:]))[0]
+        self._begun = False
+        logits = self._model.logits(normed)[0, : target.vocab_size].float()
         return Prefilled(prompt, logits, self._reading)
 
     def check(self, prefilled: Prefilled) -> None:
@@ -130,7 +125,9 @@ class Verifier:
         self.cache.reserve(slots)
         first = self.cache.prompt_length + prefilled.prompt.rope_delta
         positions = torch.arange(first, first + slots, device=self.target.device)
-        self._rotary = self.target.rotary(positions.expand(3, -1))
+        cos, sin = self.target.rotary(positions.expand(3, -1))
+        self.cache.cos[:slots], self.cache.sin[:slots] = cos, sin
+        self._begun = True
 
     @torch.inference_mode()
     def rows(self, slots: Sequence[int], *, logits: bool = True) -> Tensor:
@@ -148,9 +145,30 @@ class Verifier:
         parts = [self._pass(slots[i : i + width], width, logits) for i in range(0, len(slots), width)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def run(
+        self, tokens_R: Tensor, positions_R: Tensor, slots_R: Tensor, seen_RT: Tensor, *, logits: bool = True
+    ) -> Tensor | None:
+        """One pass, of device tensors alone: nothing is read back, so it can be captured.
+
+        Args:
+            tokens_R: int64 ids.
+            positions_R: int64, among the generated tokens.
+            slots_R: int64 slots of the tail; padding rows have the one behind the last.
+            seen_RT: uint8, the slots that each row sees.
+            logits: whether they are wanted.
+
+        Returns:
+            [R, V or more] in some float type, or None.
+        """
+        cache = self.cache
+        rotary = cache.cos.index_select(0, positions_R), cache.sin.index_select(0, positions_R)
+        taps = self._write(slots_R + cache.context_len) if self.taps else None
+        normed = self._model.rows(tokens_R, slots_R, rotary, seen_RT, taps)
+        return self._model.logits(normed) if logits else None
+
     def _pass(self, slots: Sequence[int], width: int, logits: bool) -> Tensor:
-        target, cache, tail = self.target, self.cache, self.cache.tail
-        assert self._rotary is not None, "begin() comes before rows()"
+        target, tail = self.target, self.cache.tail
+        assert self._begun, "begin() comes before rows()"
         padding = width - len(slots)
         # Padding rows see the prompt alone and write to the slot behind the tail.
         index = torch.tensor(
@@ -160,80 +178,38 @@ class Verifier:
                 [*slots, *([tail.capacity] * padding)],
             ],
         ).to(target.device)
-        rotary = (self._rotary[0].index_select(0, index[1]), self._rotary[1].index_select(0, index[1]))
-        tapped: dict[int, Tensor] = {}
-        hidden = run_layers(
-            target.text_layers,
-            functional.embedding(index[0], target.embedding),
-            rotary,
-            self._attend_rows(index[2] + cache.prompt_length, self._mask(slots, width)),
-            self._tap(tapped, width, None) if self.taps else None,
-        )
-        features = self._features(tapped)
-        if features is not None:
-            cache.taps.index_copy_(0, index[2] + cache.context_len, features)
-        if not logits:
-            return hidden.new_zeros(0, target.vocab_size, dtype=torch.float32)
-        return target.logits(target.final_norm(hidden))[: len(slots)]
+        columns = tail.capacity if self.row_width else tail.high_water
+        seen = torch.zeros(width, columns, dtype=torch.uint8)
+        seen[: len(slots)] = torch.from_numpy(tail.visible(slots, columns))
+        out = self.run(index[0], index[1], index[2], seen.to(target.device), logits=logits)
+        if out is None:
+            return torch.zeros(0, target.vocab_size, device=target.device)
+        return out[: len(slots), : target.vocab_size].float()
 
-    def _mask(self, slots: Sequence[int], width: int) -> Tensor:
-        """What each row sees: [R, T] in the model's dtype, 0 or minus infinity."""
-        cache = self.cache
-        columns = cache.tail.capacity if self.row_width else cache.tail.high_water
-        mask = torch.zeros(width, cache.prompt_length + columns)
-        hidden = torch.from_numpy(~cache.tail.visible(slots, columns))
-        mask[: len(slots), cache.prompt_length :].masked_fill_(hidden, float("-inf"))
-        mask[len(slots) :, cache.prompt_length :] = float("-inf")
-        return mask.to(self.target.device, self.target.dtype)
-
-    def _attend_prompt(self, length: int) -> Attend:
-        keys, values = self.cache.layer_keys, self.cache.layer_values
-
-        def attend(layer: int, q_PHD: Tensor, k_PKD: Tensor, v_PKD: Tensor) -> Tensor:
-            keys[layer][:length] = k_PKD
-            values[layer][:length] = v_PKD
-            out = functional.scaled_dot_product_attention(
-                q_PHD.transpose(0, 1).unsqueeze(0),
-                k_PKD.transpose(0, 1).unsqueeze(0),
-                v_PKD.transpose(0, 1).unsqueeze(0),
-                is_causal=True,
-                enable_gqa=True,
-            )
-            return out.squeeze(0).transpose(0, 1)
-
-        return attend
-
-    def _attend_rows(self, entries_R: Tensor, mask_RT: Tensor) -> Attend:
-        keys, values = self.cache.layer_keys, self.cache.layer_values
-        length = mask_RT.shape[-1]
-
-        def attend(layer: int, q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor) -> Tensor:
-            keys[layer].index_copy_(0, entries_R, k_RKD)
-            values[layer].index_copy_(0, entries_R, v_RKD)
-            out = functional.scaled_dot_product_attention(
-                q_RHD.transpose(0, 1).unsqueeze(0),
-                keys[layer][:length].transpose(0, 1).unsqueeze(0),
-                values[layer][:length].transpose(0, 1).unsqueeze(0),
-                attn_mask=mask_RT,
-                enable_gqa=True,
-            )
-            return out.squeeze(0).transpose(0, 1)
-
-        return attend
-
-    def _tap(self, into: dict[int, Tensor], last: int, inner: AfterLayer | None) -> AfterLayer:
-        """A hook that keeps the last rows of the tapped layers' outputs, behind another hook."""
-        wanted = frozenset(self.taps)
+    def _keep(self, tapped: dict[int, Tensor]) -> AfterLayer:
+        """A hook that keeps the tapped layers' outputs at the prompt's last positions."""
+        last = self.cache.context_len
 
         def after_layer(layer: int, hidden: Tensor) -> Tensor:
-            if inner is not None:
-                hidden = inner(layer, hidden)
-            if layer in wanted and last:
-                into[layer] = hidden[-last:]
+            if last and layer in self.taps:
+                tapped[layer] = hidden[-last:]
             return hidden
 
         return after_layer
 
-    def _features(self, tapped: dict[int, Tensor]) -> Tensor | None:
-        """Concatenate tapped outputs [N, C] to [N, F], or None if there are none."""
-        return torch.cat([tapped[tap] for tap in self.taps], dim=-1) if tapped else None
+    def _write(self, entries_R: Tensor) -> AfterLayer:
+        """A hook that writes the tapped layers' outputs to the cache."""
+        width = self.target.hidden_size
+
+        def after_layer(layer: int, hidden: Tensor) -> Tensor:
+            if layer in self.taps:
+                at = self.taps.index(layer) * width
+                self.cache.taps[:, at : at + width].index_copy_(0, entries_R, hidden)
+            return hidden
+
+        return after_layer
+
+
+def _then(first: AfterLayer, second: AfterLayer) -> AfterLayer:
+    """Two hooks as one."""
+    return lambda layer, hidden: second(layer, first(layer, hidden))

@@ -7,6 +7,7 @@ product, and nothing is held twice.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,27 @@ def fused_groups(module: nn.Module) -> list[list[Any]]:
 def padded_rows(rows: int) -> int:
     """The rows that a head of `rows` rows is stored with."""
     return math.ceil(rows / HEAD_MULTIPLE) * HEAD_MULTIPLE
+
+
+def joined(weights: Sequence[Tensor]) -> Tensor | None:
+    """Several weights [N_i, K] as one view [sum N_i, K] where they lie one behind the other; else None."""
+    first, rows = weights[0], sum(len(weight) for weight in weights)
+    offset = first.storage_offset()
+    for weight in weights:
+        same = weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and weight.is_contiguous() and weight.storage_offset() == offset):
+            return None
+        offset += weight.numel()
+    return first.detach().as_strided((rows, first.shape[1]), first.stride(), first.storage_offset())
+
+
+def padded(head: Tensor) -> Tensor:
+    """A head with the rows that it is padded by, where its storage has them; else the head itself."""
+    rows, width = padded_rows(len(head)), head.shape[1]
+    enough = head.untyped_storage().nbytes() >= (head.storage_offset() + rows * width) * head.element_size()
+    if not enough or not head.is_contiguous():
+        return head.detach()
+    return head.detach().as_strided((rows, width), head.stride(), head.storage_offset())
 
 
 @torch.no_grad()

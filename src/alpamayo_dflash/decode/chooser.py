@@ -1,0 +1,195 @@
+"""`sampling.choose` for a loop that never looks at the host: noise by key and position, no sort, fixed buffers.
+
+Shapes: R rows, V columns (of the target's head or a draft's reduced one), M chunks, N candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.noise import row_noise
+from alpamayo_dflash.decode.sampling import choose, mask_bias
+
+CANDIDATES = 8
+"""The perturbed logits that are tested. The mass outside the nucleus to the eighth power is what they miss."""
+_BLOCK_V = 2048
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One token a row. The tensors are the chooser's own, and the next call overwrites them.
+
+    Attributes:
+        columns: int64 [R], columns of the logits.
+        settled: bool [R]; false where none of the candidates lies in the nucleus, and then `exactly` knows.
+        finite: bool [R], whether all of the row's logits are.
+    """
+
+    columns: Tensor
+    settled: Tensor
+    finite: Tensor
+
+
+class Chooser:
+    """Chooses as `sampling.choose` does.
+
+    Args:
+        rows: R.
+        vocab: V.
+        masked: target ids that are never chosen.
+        token_ids: int64 [V], the target id of each column of a reduced head, or None.
+        sampling: temperature and top_p.
+        device: where; on a GPU the kernels run, elsewhere PyTorch's operations.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        vocab: int,
+        *,
+        masked: range,
+        token_ids: Tensor | None,
+        sampling: Sampling,
+        device: torch.device,
+        kernels: bool | None = None,
+    ) -> None:
+        self._rows, self._vocab, self._masked = rows, vocab, masked
+        self._ids, self._sampling = token_ids, sampling
+        self._kernels = device.type == "cuda" if kernels is None else kernels
+        self._bias = mask_bias(masked, vocab, token_ids).to(device)
+        if self._kernels:
+            self._allocate(device)
+
+    def _allocate(self, device: torch.device) -> None:
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(self._rows, *shape, dtype=dtype, device=device)
+
+        count = -(-self._vocab // _BLOCK_V)
+        self._chunks = count
+        places = 1 if self._first else CANDIDATES
+        self._tops, self._masses = empty(count), empty(count)
+        self._chunk_finite = empty(count, dtype=torch.int32)
+        self._values, self._columns = empty(count, places), empty(count, places, dtype=torch.int32)
+        self._best_columns, self._best_scores = empty(places, dtype=torch.int32), empty(places)
+        self._normaliser, self._above = empty(), empty(count, places)
+        self._choice = Choice(
+            empty(dtype=torch.int64).zero_(), empty(dtype=torch.bool).fill_(True), empty(dtype=torch.bool)
+        )
+
+    @property
+    def _first(self) -> bool:
+        """Whether the best perturbed logit is the answer."""
+        return self._sampling.greedy or self._sampling.top_p >= 1
+
+    def __call__(self, logits_RV: Tensor, keys_R2: Tensor, positions_R: Tensor) -> Choice:
+        """Choose.
+
+        Args:
+            logits_RV: [R, V or more] in any float type; columns from V on are not read.
+            keys_R2: int64, each row's stream (`noise.stream_keys`).
+            positions_R: int64, index of the chosen token among the generated ones.
+        """
+        if self._kernels:
+            return self._run(logits_RV, keys_R2, positions_R)
+        logits = logits_RV[:, : self._vocab].float()
+        columns = self.exactly(logits, keys_R2, positions_R)
+        finite = torch.isfinite(logits).all(-1)
+        return Choice(columns, torch.ones_like(finite), finite)
+
+    def exactly(self, logits_RV: Tensor, keys_R2: Tensor, positions_R: Tensor) -> Tensor:
+        """The choice by PyTorch's operations, with a sort where it takes one; it may read the device."""
+        noise = None
+        if not self._sampling.greedy:
+            noise = row_noise(keys_R2, positions_R, self._vocab, self._ids)
+        return choose(logits_RV[:, : self._vocab].float(), self._bias, self._sampling, noise)
+
+    def _run(self, logits: Tensor, keys: Tensor, positions: Tensor) -> Choice:
+        import triton
+
+        from alpamayo_dflash.decode import choose_kernels as kernels
+
+        assert logits.stride(1) == 1 and len(logits) == self._rows
+        sampling, choice = self._sampling, self._choice
+        places = 1 if self._first else CANDIDATES
+        block_m = max(2, triton.next_power_of_2(self._chunks))
+        inverse = 1.0 if sampling.greedy else 1 / sampling.temperature
+        ids = logits if self._ids is None else self._ids
+        mask = self._masked.start, self._masked.stop
+        grid = (self._rows, self._chunks)
+        kernels.candidates_kernel[grid](
+            logits,
+            logits.stride(0),
+            ids,
+            keys,
+            positions,
+            self._tops,
+            self._masses,
+            self._chunk_finite,
+            self._values,
+            self._columns,
+            self._vocab,
+            self._chunks,
+            inverse,
+            *mask,
+            GREEDY=sampling.greedy,
+            REDUCED=self._ids is not None,
+            CANDIDATES=places,
+            BLOCK_V=_BLOCK_V,
+            num_warps=8,
+        )
+        kernels.merge_kernel[(self._rows,)](
+            logits,
+            logits.stride(0),
+            self._tops,
+            self._masses,
+            self._chunk_finite,
+            self._values,
+            self._columns,
+            self._best_columns,
+            self._best_scores,
+            self._normaliser,
+            choice.columns,
+            choice.settled,
+            choice.finite,
+            self._chunks,
+            inverse,
+            FIRST=self._first,
+            CANDIDATES=places,
+            BLOCK_M=block_m,
+            num_warps=4,
+        )
+        if self._first:
+            return choice
+        kernels.mass_kernel[grid](
+            logits,
+            logits.stride(0),
+            ids,
+            self._best_scores,
+            self._normaliser,
+            self._above,
+            self._vocab,
+            self._chunks,
+            inverse,
+            *mask,
+            REDUCED=self._ids is not None,
+            CANDIDATES=places,
+            BLOCK_V=_BLOCK_V,
+            num_warps=8,
+        )
+        kernels.settle_kernel[(self._rows,)](
+            self._best_columns,
+            self._best_scores,
+            self._above,
+            choice.columns,
+            choice.settled,
+            self._chunks,
+            sampling.top_p,
+            CANDIDATES=places,
+            BLOCK_M=block_m,
+            num_warps=4,
+        )
+        return choice

@@ -1,0 +1,186 @@
+"""The target's text model over a cache, in its plain form and in its fast one.
+
+Both take device tensors only and read nothing back, so that a pass can be captured in a CUDA graph. Attention
+of rows is (prompt part, unmasked) and (tail part, masked): the plain form makes one mask of both, the fast one
+merges the two by log-sum-exp.
+
+Shapes: P prompt tokens, R rows, H heads, K KV heads, D head dim, C hidden, V vocabulary, T tail slots,
+J parts, N fused columns.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from alpamayo_dflash.decode.cache import Cache
+from alpamayo_dflash.target.fused import FusedDecoder, FusedLayer, fast
+from alpamayo_dflash.target.layers import AfterLayer, run_layers
+from alpamayo_dflash.target.linear import Linear
+from alpamayo_dflash.target.storage import padded
+from alpamayo_dflash.target.vlm import Qwen3VLTarget
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class TextModel(Protocol):
+    """Runs the decoder layers over prompts and rows, and the head."""
+
+    def prompt(self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer) -> Tensor:
+        """Read a prompt from embeddings [P, C]: write its keys and values.
+
+        Returns:
+            [1, C], the last row behind the final norm.
+        """
+        ...
+
+    def rows(
+        self,
+        tokens_R: Tensor,
+        slots_R: Tensor,
+        rotary: Rotary,
+        seen_RT: Tensor,
+        after_layer: AfterLayer | None,
+    ) -> Tensor:
+        """Run rows: write their keys and values to slots of the tail.
+
+        Args:
+            tokens_R: int64 ids.
+            slots_R: int64; padding rows write behind the last slot.
+            rotary: cos and sin [R, D].
+            seen_RT: uint8, which slots of the tail each row sees.
+            after_layer: as in `run_layers`.
+
+        Returns:
+            [R, C] behind the final norm.
+        """
+        ...
+
+    def logits(self, normed_RC: Tensor) -> Tensor:
+        """[R, V or more] in some float type, unmasked; columns from V on mean nothing."""
+        ...
+
+
+def text_model(target: Qwen3VLTarget, cache: Cache) -> TextModel:
+    """The fast form where it runs, else the plain one."""
+    return FusedModel(target, cache) if fast(target.embedding) else PlainModel(target, cache)
+
+
+class PlainModel:
+    """One masked attention over prompt and tail, PyTorch's operations, the modules' own weights."""
+
+    def __init__(self, target: Qwen3VLTarget, cache: Cache) -> None:
+        self._target, self._cache = target, cache
+
+    def prompt(self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer) -> Tensor:
+        """See TextModel."""
+        keys, values, length = self._cache.layer_keys, self._cache.layer_values, len(hidden_PC)
+
+        def attend(layer: int, q_PHD: Tensor, k_PKD: Tensor, v_PKD: Tensor) -> Tensor:
+            keys[layer][:length] = k_PKD
+            values[layer][:length] = v_PKD
+            return _attention(q_PHD, k_PKD, v_PKD, None)
+
+        hidden = run_layers(self._target.text_layers, hidden_PC, rotary, attend, after_layer)
+        return self._target.final_norm(hidden[-1:])
+
+    def rows(
+        self,
+        tokens_R: Tensor,
+        slots_R: Tensor,
+        rotary: Rotary,
+        seen_RT: Tensor,
+        after_layer: AfterLayer | None,
+    ) -> Tensor:
+        """See TextModel."""
+        keys, values, prompt = self._cache.layer_keys, self._cache.layer_values, self._cache.prompt_length
+        length = prompt + seen_RT.shape[1]
+        entries_R = slots_R + prompt
+        tail = torch.zeros(seen_RT.shape, dtype=keys[0].dtype, device=seen_RT.device)
+        mask_RT = functional.pad(tail.masked_fill_(seen_RT == 0, float("-inf")), (prompt, 0))
+
+        def attend(layer: int, q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor) -> Tensor:
+            keys[layer].index_copy_(0, entries_R, k_RKD)
+            values[layer].index_copy_(0, entries_R, v_RKD)
+            return _attention(q_RHD, keys[layer][:length], values[layer][:length], mask_RT)
+
+        hidden = functional.embedding(tokens_R, self._target.embedding)
+        hidden = run_layers(self._target.text_layers, hidden, rotary, attend, after_layer)
+        return self._target.final_norm(hidden)
+
+    def logits(self, normed_RC: Tensor) -> Tensor:
+        """See TextModel."""
+        return self._target.logits(normed_RC)
+
+
+class FusedModel:
+    """Fused weights and the project's kernels (`target.fused`, `kernels`)."""
+
+    def __init__(self, target: Qwen3VLTarget, cache: Cache) -> None:
+        self._target, self._cache = target, cache
+        text = target.vlm.model.language_model
+        self._decoder = FusedDecoder(target.text_layers, text.norm)
+        self._head = Linear(padded(target.head))
+
+    def prompt(self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer) -> Tensor:
+        """See TextModel."""
+        cache, length = self._cache, len(hidden_PC)
+        entries_P = torch.arange(length, device=hidden_PC.device)
+
+        def attend(index: int, layer: FusedLayer, parts_JPN: Tensor) -> Tensor:
+            q_PHD = self._store(index, layer, parts_JPN, rotary, entries_P)
+            keys, values = cache.layer_keys[index][:length], cache.layer_values[index][:length]
+            return _attention(q_PHD, keys, values, None).flatten(-2)
+
+        return self._decoder(hidden_PC, attend, after_layer, last=1)
+
+    def rows(
+        self,
+        tokens_R: Tensor,
+        slots_R: Tensor,
+        rotary: Rotary,
+        seen_RT: Tensor,
+        after_layer: AfterLayer | None,
+    ) -> Tensor:
+        """See TextModel."""
+        from alpamayo_dflash.kernels import launch
+
+        cache = self._cache
+        entries_R = slots_R + cache.length_1
+
+        def attend(index: int, layer: FusedLayer, parts_JRN: Tensor) -> Tensor:
+            q_RHD = self._store(index, layer, parts_JRN, rotary, entries_R)
+            return launch.attend(
+                q_RHD, cache.layer_keys[index], cache.layer_values[index], cache.length_1, seen_RT
+            )
+
+        hidden = functional.embedding(tokens_R, self._target.embedding)
+        return self._decoder(hidden, attend, after_layer)
+
+    def logits(self, normed_RC: Tensor) -> Tensor:
+        """See TextModel."""
+        return self._head(normed_RC)
+
+    def _store(
+        self, index: int, layer: FusedLayer, parts_JRN: Tensor, rotary: Rotary, entries_R: Tensor
+    ) -> Tensor:
+        from alpamayo_dflash.kernels import launch
+
+        keys, values = self._cache.layer_keys[index], self._cache.layer_values[index]
+        return launch.rotate_store(parts_JRN, layer.qk_norms, layer.eps, rotary, keys, values, entries_R)
+
+
+def _attention(q_RHD: Tensor, k_TKD: Tensor, v_TKD: Tensor, mask_RT: Tensor | None) -> Tensor:
+    """PyTorch's attention, [R, H, D]; causal without a mask."""
+    out = functional.scaled_dot_product_attention(
+        q_RHD.transpose(0, 1).unsqueeze(0),
+        k_TKD.transpose(0, 1).unsqueeze(0),
+        v_TKD.transpose(0, 1).unsqueeze(0),
+        attn_mask=mask_RT,
+        is_causal=mask_RT is None,
+        enable_gqa=True,
+    )
+    return out.squeeze(0).transpose(0, 1)

@@ -1,0 +1,230 @@
+"""The two steps of a round around the verify pass, on the device: what is proposed, and what is accepted.
+
+The plain form of both, in PyTorch operations that read nothing back; `decode.step_kernels` holds the same as
+kernels, one launch each. `stops` and `walk` say in Python what they do; the tests hold all three equal.
+
+Shapes: S sample, b block, R rows (S·b and padding), T slots a sample, E slots of the tail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alpamayo_dflash.decode.stops import StopReason, StopRules
+
+NONE = -1
+"""Stands for a token that there is not."""
+REASONS = (None, StopReason.TRAJ_FUTURE_START, StopReason.EOS, StopReason.LIMIT)
+"""What `State.done` and a report's `reason` mean."""
+FIELDS = ("emitted", "accepted", "drafted", "proposed", "reason", "failed", "unsettled", "anchor")
+"""A report's columns; behind them the b emitted tokens and the b − 1 proposed ones."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The token ids that matter; NONE for those that a vocabulary lacks or a mode does not use."""
+
+    cot_end: int
+    traj_future_start: int
+    eos: int
+    period: int
+
+    @classmethod
+    def of(cls, rules: StopRules) -> Marks:
+        """Those of the rules, which must be lossless ones."""
+        assert rules.mode != "force"
+        marks = rules.cot_end is not None and rules.traj_future_start is not None
+        hint = marks and rules.mode == "hint" and rules.period is not None
+        return cls(
+            cot_end=_id(rules.cot_end) if marks else NONE,
+            traj_future_start=_id(rules.traj_future_start),
+            eos=rules.eos,
+            period=_id(rules.period) if hint else NONE,
+        )
+
+
+def _id(token: int | None) -> int:
+    return NONE if token is None else token
+
+
+class State:
+    """What a round reads and writes, all int64 on the device and never moved.
+
+    Args:
+        samples: S.
+        block: b; 1 decodes autoregressively.
+        width: R.
+        per_sample: T.
+        slots: E.
+        device: where.
+
+    Attributes:
+        tokens: [S, T] the generated tokens.
+        lengths: [S] how many of them there are.
+        previous: [S] the anchor's position in the pass before.
+        done: [S] index into REASONS.
+        pending: [S] 1 from a proposal until it has been walked.
+        limit: [1] the most tokens of a sample.
+        bases: [S] each sample's first slot.
+        row_tokens: [R].
+        row_positions: [R].
+        row_slots: [R].
+        next_positions: [R] the position that each row's logits predict.
+        seen: uint8 [R, E].
+        proposed: [S] how many tokens are proposed.
+        drafted: [S] how many of those are the draft's own, from the first on.
+        failed: [S] 1 where the draft's logits were not finite.
+        report: [S, len(FIELDS) + 2b − 1].
+    """
+
+    def __init__(
+        self, *, samples: int, block: int, width: int, per_sample: int, slots: int, device: torch.device
+    ) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.int64, device=device)
+
+        self.samples, self.block, self.width = samples, block, width
+        self.per_sample, self.slots = per_sample, slots
+        self.tokens = zeros(samples, per_sample)
+        self.lengths, self.previous, self.done = zeros(samples), zeros(samples), zeros(samples)
+        self.pending, self.limit, self.bases = zeros(samples), zeros(1), zeros(samples)
+        self.row_tokens, self.row_positions, self.row_slots = zeros(width), zeros(width), zeros(width)
+        self.next_positions = zeros(width)
+        self.seen = torch.zeros(width, slots, dtype=torch.uint8, device=device)
+        self.proposed, self.drafted, self.failed = zeros(samples), zeros(samples), zeros(samples)
+        self.report = zeros(samples, len(FIELDS) + 2 * block - 1)
+        self.row_slots.fill_(slots)
+        self.lengths.fill_(1)
+
+    def begin(self, first: Tensor, bases: Tensor, limit: int, marks: Marks) -> None:
+        """Start texts.
+
+        Args:
+            first: int64 [S], each one's first token.
+            bases: int64 [S].
+            limit: the most tokens.
+            marks: decide whether a text ends with its first token.
+        """
+        self.tokens[:, 0] = first
+        self.lengths.fill_(1)
+        self.previous.zero_()
+        self.pending.zero_()
+        self.limit.fill_(limit)
+        self.bases.copy_(bases)
+        self.done.copy_(_reason(first, self.lengths, self.limit, marks))
+
+
+def _reason(token: Tensor, length: Tensor, limit: Tensor, marks: Marks) -> Tensor:
+    """Index into REASONS after `token`."""
+    reason = (length >= limit).long() * 3
+    reason = torch.where(token == marks.eos, 2, reason)
+    return torch.where(token == marks.traj_future_start, 1, reason)
+
+
+def propose(
+    state: State, marks: Marks, columns: Tensor | None, finite: Tensor | None, token_ids: Tensor | None
+) -> None:
+    """Fill the rows of the next pass: each sample's anchor, and what is proposed behind it.
+
+    Args:
+        state: is written.
+        marks: the rules of `StopRules.shape`.
+        columns: int64 [S·(b − 1)], the draft's picks as columns of its logits; None without a draft.
+        finite: bool [S·(b − 1)], whether the logits of each pick were finite.
+        token_ids: the target's id of each column of a reduced head, or None.
+    """
+    samples, block = state.samples, state.block
+    anchor = state.tokens.gather(1, state.lengths[:, None] - 1)[:, 0]
+    open_ = state.done == 0
+    room = state.limit - state.lengths
+    tokens = torch.zeros(samples, block, dtype=torch.int64, device=anchor.device)
+    tokens[:, 0] = anchor
+    proposed, drafted = torch.zeros_like(anchor), torch.zeros_like(anchor)
+    failed = torch.zeros_like(anchor)
+    if columns is not None and finite is not None:
+        picks = (columns if token_ids is None else token_ids[columns]).view(samples, block - 1)
+        sound = finite.view(samples, block - 1).all(1)
+        previous, own = anchor, _forced(anchor, marks) == NONE
+        failed = (open_ & own & (room > 1) & ~sound).long()
+        for step in range(block - 1):
+            forced = _forced(previous, marks)
+            stopped = (previous == marks.eos) | (previous == marks.traj_future_start)
+            open_ = open_ & (step < room) & ((forced != NONE) | sound) & ~stopped
+            # With room for one token the draft is not asked: the target's own fills it.
+            open_ = open_ & ((forced != NONE) | (room > 1))
+            token = torch.where(forced != NONE, forced, picks[:, step])
+            own = own & open_ & (token == picks[:, step])
+            tokens[:, step + 1] = torch.where(open_, token, 0)
+            proposed, drafted = proposed + open_, drafted + own
+            previous = token
+    state.proposed.copy_(proposed)
+    state.drafted.copy_(drafted)
+    state.failed.copy_(failed)
+    state.pending.copy_(state.done == 0)
+    rows = samples * block
+    positions = state.lengths[:, None] - 1 + torch.arange(block, device=anchor.device)
+    slots = (state.bases[:, None] + positions).flatten()
+    state.row_tokens[:rows] = tokens.flatten()
+    state.row_positions[:rows] = positions.flatten()
+    state.next_positions[:rows] = positions.flatten() + 1
+    state.row_slots[:rows] = slots
+    at = torch.arange(state.slots, device=anchor.device)
+    first = state.bases.repeat_interleave(block, output_size=rows)
+    state.seen[:rows] = ((at >= first[:, None]) & (at <= slots[:, None])).to(torch.uint8)
+
+
+def _forced(previous: Tensor, marks: Marks) -> Tensor:
+    """The token that always follows, or NONE."""
+    nothing = torch.full_like(previous, NONE)
+    after = torch.where(previous == marks.period, marks.cot_end, nothing) if marks.period != NONE else nothing
+    if marks.cot_end == NONE:
+        return after
+    return torch.where(previous == marks.cot_end, marks.traj_future_start, after)
+
+
+def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor) -> None:
+    """Let each pending sample walk its chain along the target's choices, and report.
+
+    A sample with an unsettled choice on its way stays pending.
+
+    Args:
+        state: is written.
+        marks: where texts end.
+        columns: int64 [R], the target's choice behind each row.
+        settled: bool [R], whether the choice is known.
+    """
+    samples, block = state.samples, state.block
+    rows = samples * block
+    choices = columns[:rows].view(samples, block)
+    known = settled[:rows].view(samples, block)
+    proposals = state.row_tokens[:rows].view(samples, block)[:, 1:]
+    walking = state.pending != 0
+    emitted, accepted = torch.zeros_like(state.lengths), torch.zeros_like(state.lengths)
+    reason, unsettled = state.done.clone(), torch.zeros_like(walking)
+    for step in range(block):
+        token = choices[:, step]
+        unsettled = unsettled | (walking & ~known[:, step])
+        emitted = emitted + walking
+        after = _reason(token, state.lengths + emitted, state.limit, marks)
+        reason = torch.where(walking, after, reason)
+        matched = torch.zeros_like(walking)
+        if step < block - 1:
+            matched = (step < state.proposed) & (proposals[:, step] == token)
+        accepted = accepted + (walking & matched)
+        walking = walking & matched & (after == 0)
+    stays = (state.pending == 0) | unsettled
+    emitted, accepted = emitted.masked_fill(stays, 0), accepted.masked_fill(stays, 0)
+    reason = torch.where(stays, state.done, reason)
+    steps = torch.arange(block, device=choices.device)
+    places = (state.lengths[:, None] + steps).clamp_max(state.per_sample - 1)
+    kept = torch.where(steps < emitted[:, None], choices, state.tokens.gather(1, places))
+    state.tokens.scatter_(1, places, kept)
+    head = (emitted, accepted, state.drafted, state.proposed, reason, state.failed, unsettled.long())
+    state.report.copy_(torch.cat((torch.stack((*head, state.lengths - 1), dim=1), choices, proposals), dim=1))
+    state.previous.copy_(torch.where(stays, state.previous, state.lengths - 1))
+    state.lengths.add_(emitted)
+    state.done.copy_(reason)
+    state.pending.copy_(state.pending * unsettled)

@@ -1,0 +1,135 @@
+"""Attention of a few rows over a long prompt and a short tail, split over keys and merged by log-sum-exp.
+
+A program takes the query heads of one KV head for some rows, and a stretch of keys: of the prompt, which
+every row sees whole, or of the tail, of which a row sees what the mask says (Dao et al., "Flash-Decoding",
+2023). The prompt's length is read on the device, so one captured graph serves every prompt.
+
+Shapes: R rows, H query heads, K KV heads, G = H/K, D head dim, E cache entries, T tail slots, J stretches.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["rows", "slots", "prompt_stretches", "tail_stretch"])
+def stretches_kernel(
+    q_ptr,
+    keys_ptr,
+    values_ptr,
+    length_ptr,
+    mask_ptr,
+    out_ptr,
+    top_ptr,
+    mass_ptr,
+    rows,
+    slots,
+    scale,
+    prompt_stretches,
+    tail_stretch,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Partial outputs of one stretch of keys: out [J, R, H, D] float32 unnormalised, top and mass [J, R, H].
+
+    `scale` includes log2(e): exponentials are powers of two. mask [R, T] is 1 where a row sees a slot.
+    """
+    group: tl.constexpr = HEADS // KV_HEADS
+    kv = tl.program_id(0)
+    stretch = tl.program_id(1)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = m // group
+    head = kv * group + m % group
+    real = row < rows
+    d = tl.arange(0, DIM)
+    t = tl.arange(0, BLOCK_T)
+    prompt = tl.load(length_ptr).to(tl.int32)
+    q_at = (row.to(tl.int64) * HEADS + head)[:, None] * DIM + d[None, :]
+    q = tl.load(q_ptr + q_at, mask=real[:, None], other=0.0)
+    top = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
+    mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_M, DIM), dtype=tl.float32)
+    entry_stride: tl.constexpr = KV_HEADS * DIM
+    if stretch < prompt_stretches:
+        # Stretches of whole tiles, so that their bounds depend on the prompt's length alone.
+        tiles = tl.cdiv(tl.cdiv(prompt, BLOCK_T), prompt_stretches)
+        start = stretch * tiles * BLOCK_T
+        stop = tl.minimum(start + tiles * BLOCK_T, prompt)
+        whole = start + tl.maximum(stop - start, 0) // BLOCK_T * BLOCK_T
+        at = (start + t).to(tl.int64) * entry_stride + kv * DIM
+        k_at = keys_ptr + at[None, :] + d[:, None]
+        v_at = values_ptr + at[:, None] + d[None, :]
+        for _ in range(start, whole, BLOCK_T):
+            scores = tl.dot(q, tl.load(k_at)) * scale
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            shrink = tl.exp2(top - new_top)
+            weights = tl.exp2(scores - new_top[:, None])
+            mass = mass * shrink + tl.sum(weights, axis=1)
+            total = tl.dot(weights.to(q.dtype), tl.load(v_at), total * shrink[:, None])
+            top = new_top
+            k_at += BLOCK_T * entry_stride
+            v_at += BLOCK_T * entry_stride
+        if whole < stop:
+            inside = whole + t < stop
+            k = tl.load(k_at, mask=inside[None, :], other=0.0)
+            scores = tl.where(inside[None, :], tl.dot(q, k) * scale, -float("inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            shrink = tl.exp2(top - new_top)
+            weights = tl.exp2(scores - new_top[:, None])
+            mass = mass * shrink + tl.sum(weights, axis=1)
+            v = tl.load(v_at, mask=inside[:, None], other=0.0)
+            total = tl.dot(weights.to(q.dtype), v, total * shrink[:, None])
+            top = new_top
+    else:
+        start = (stretch - prompt_stretches) * tail_stretch
+        for first in range(start, tl.minimum(start + tail_stretch, slots), BLOCK_T):
+            slot = first + t
+            inside = slot < slots
+            mask_at = row[:, None].to(tl.int64) * slots + slot[None, :]
+            seen = tl.load(mask_ptr + mask_at, mask=real[:, None] & inside[None, :], other=0) != 0
+            if tl.max(tl.max(seen.to(tl.int32), axis=1), axis=0) > 0:
+                at = (prompt + slot).to(tl.int64) * entry_stride + kv * DIM
+                k = tl.load(keys_ptr + at[None, :] + d[:, None], mask=inside[None, :], other=0.0)
+                scores = tl.where(seen, tl.dot(q, k) * scale, -float("inf"))
+                new_top = tl.maximum(top, tl.max(scores, axis=1))
+                safe = tl.where(new_top == -float("inf"), 0.0, new_top)
+                shrink = tl.exp2(top - safe)
+                weights = tl.exp2(scores - safe[:, None])
+                mass = mass * shrink + tl.sum(weights, axis=1)
+                v = tl.load(values_ptr + at[:, None] + d[None, :], mask=inside[:, None], other=0.0)
+                total = tl.dot(weights.to(v.dtype), v, total * shrink[:, None])
+                top = new_top
+    flat = (stretch * rows + row).to(tl.int64) * HEADS + head
+    tl.store(top_ptr + flat, top, mask=real)
+    tl.store(mass_ptr + flat, mass, mask=real)
+    tl.store(out_ptr + flat[:, None] * DIM + d[None, :], total, mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "stretches"])
+def merge_kernel(
+    out_ptr,
+    top_ptr,
+    mass_ptr,
+    merged_ptr,
+    rows,
+    stretches,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """Merged [R, H, D] = the stretches' outputs, weighed by exp2(top − largest top), over the sum of masses."""
+    place = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    j = tl.arange(0, BLOCK_J)
+    d = tl.arange(0, DIM)
+    inside = j < stretches
+    at = j.to(tl.int64) * rows * HEADS + place
+    top = tl.load(top_ptr + at, mask=inside, other=-float("inf"))
+    mass = tl.load(mass_ptr + at, mask=inside, other=0.0)
+    out = tl.load(out_ptr + at[:, None] * DIM + d[None, :], mask=inside[:, None], other=0.0)
+    share = tl.exp2(top - tl.max(top, axis=0))
+    merged = tl.sum(out * share[:, None], axis=0) / tl.sum(mass * share, axis=0)
+    tl.store(merged_ptr + place * DIM + d, merged.to(merged_ptr.dtype.element_ty))

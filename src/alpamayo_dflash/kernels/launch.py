@@ -1,0 +1,270 @@
+"""The kernels as functions of tensors: what block sizes to take, and when cuBLAS is better.
+
+The numbers come from the sweep in docs/results/kernels_h200.json. Every function is the fast form of plain
+operations: `Linear` in `target/linear.py`, `rms_norm` and `rotate` in `target/layers.py`, PyTorch's attention.
+
+Shapes: R rows, N output columns, K inner dimension, J parts, C hidden, H query heads, K KV heads, D head dim,
+E cache entries, T tail slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional
+
+from alpamayo_dflash.kernels.attention import merge_kernel, stretches_kernel
+from alpamayo_dflash.kernels.product import product_kernel
+from alpamayo_dflash.kernels.rows import add_norm_kernel, gate_kernel, rotate_store_kernel
+
+# Up to here our product reads the weight faster than cuBLAS does, and beyond it not.
+FEW_ROWS = 64
+_LOG2_E = 1.4426950408889634
+# Programs that fill the 132 multiprocessors of an H100 or H200 about once.
+_FULL = 128
+_INNER_BLOCK = 128
+_TAIL_STRETCH = 128
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A product kernel's shape; `swap` as in the kernel."""
+
+    swap: bool
+    columns: int
+    inner: int
+    stages: int
+    warps: int
+
+
+_NARROW = _Blocks(swap=True, columns=64, inner=128, stages=5, warps=4)
+_NARROW_GATED = _Blocks(swap=False, columns=32, inner=128, stages=3, warps=4)
+_WIDE_GATED = _Blocks(swap=True, columns=64, inner=64, stages=4, warps=4)
+
+
+def product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    """X @ weight.T as parts [J, R, N] that are still to be summed; J is 1 where one program takes all of K."""
+    rows, inner = x_RK.shape
+    columns = len(weight_NK)
+    if rows > FEW_ROWS or inner % _INNER_BLOCK:
+        return functional.linear(x_RK, weight_NK).unsqueeze(0)
+    tiles, parts = triton.cdiv(columns, _NARROW.columns), 1
+    while tiles * parts < _FULL and inner % (2 * parts * _INNER_BLOCK) == 0:
+        parts *= 2
+    dtype = x_RK.dtype if parts == 1 else torch.float32
+    out = torch.empty(parts, rows, columns, dtype=dtype, device=x_RK.device)
+    _launch(x_RK, weight_NK, out, _NARROW, gated=False)
+    return out
+
+
+def whole_product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    """X @ weight.T, [R, N]."""
+    parts = product(x_RK, weight_NK)
+    return parts[0] if len(parts) == 1 else parts.sum(0).to(x_RK.dtype)
+
+
+def gated_product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+    """silu(x @ gate.T) · (x @ up.T), [R, N/2], of a weight that holds gate's rows, then up's."""
+    rows, inner = x_RK.shape
+    if rows > FEW_ROWS or inner % _INNER_BLOCK:
+        return gate(functional.linear(x_RK, weight_NK))
+    out = torch.empty(1, rows, len(weight_NK) // 2, dtype=x_RK.dtype, device=x_RK.device)
+    _launch(x_RK, weight_NK, out, _NARROW_GATED if rows <= 16 else _WIDE_GATED, gated=True)
+    return out[0]
+
+
+def gate(both_RN: Tensor) -> Tensor:
+    """silu(gate) · up, [R, N/2], of [R, N] that holds gate, then up."""
+    rows, width = len(both_RN), both_RN.shape[1] // 2
+    out = torch.empty(rows, width, dtype=both_RN.dtype, device=both_RN.device)
+    block = 1024
+    gate_kernel[(rows, triton.cdiv(width, block))](both_RN, out, width, BLOCK_C=block, num_warps=4)
+    return out
+
+
+def _launch(x_RK: Tensor, weight_NK: Tensor, out_JRN: Tensor, blocks: _Blocks, *, gated: bool) -> None:
+    parts, rows, columns = out_JRN.shape
+    inner = x_RK.shape[1]
+    assert x_RK.stride(1) == 1 and weight_NK.is_contiguous()
+    block_rows = max(16, triton.next_power_of_2(rows))
+    product_kernel[(triton.cdiv(columns, blocks.columns), parts, triton.cdiv(rows, block_rows))](
+        x_RK,
+        weight_NK,
+        out_JRN,
+        rows,
+        columns,
+        inner,
+        x_RK.stride(0),
+        inner // parts,
+        GATED=gated,
+        SWAP=blocks.swap,
+        BLOCK_R=block_rows,
+        BLOCK_N=blocks.columns,
+        BLOCK_K=blocks.inner,
+        num_stages=blocks.stages,
+        num_warps=blocks.warps,
+    )
+
+
+def add_norm(
+    hidden_RC: Tensor | None,
+    parts_JRC: Tensor | None,
+    weight_C: Tensor,
+    eps: float,
+    normed_RC: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Hidden + the parts' sum, and its RMS norm.
+
+    Args:
+        hidden_RC: the residual, or None.
+        parts_JRC: from `product`, or None; one of the two is there.
+        weight_C: of the norm.
+        eps: of the norm.
+        normed_RC: where to write the norm; a new tensor by default.
+
+    Returns:
+        The sum [R, C] (hidden itself without parts; meaningless without hidden) and the norm [R, C].
+    """
+    like = hidden_RC if hidden_RC is not None else parts_JRC
+    assert like is not None
+    rows, width = like.shape[-2:]
+    normed = like.new_empty(rows, width, dtype=weight_C.dtype) if normed_RC is None else normed_RC
+    residual = hidden_RC is not None and parts_JRC is not None
+    total = torch.empty_like(hidden_RC) if residual and hidden_RC is not None else like
+    add_norm_kernel[(rows,)](
+        like if hidden_RC is None else hidden_RC,
+        like if parts_JRC is None else parts_JRC,
+        weight_C,
+        total,
+        normed,
+        rows,
+        width,
+        eps,
+        RESIDUAL=hidden_RC is not None,
+        PARTS=0 if parts_JRC is None else len(parts_JRC),
+        BLOCK_C=triton.next_power_of_2(width),
+        num_warps=8,
+    )
+    return total, normed
+
+
+def rotate_store(
+    parts_JRN: Tensor,
+    norms: tuple[Tensor, Tensor],
+    eps: float,
+    rotary: tuple[Tensor, Tensor],
+    keys_EKD: Tensor,
+    values_EKD: Tensor,
+    entries_R: Tensor,
+) -> Tensor:
+    """Norm and rotate queries and keys, write keys and values to the cache.
+
+    Args:
+        parts_JRN: the fused product of q, k and v, N = (H + 2K)·D.
+        norms: q's and k's weights [D].
+        eps: of both.
+        rotary: cos and sin [R, D].
+        keys_EKD: the cache's keys of one layer.
+        values_EKD: its values.
+        entries_R: int64, where each row's go.
+
+    Returns:
+        q [R, H, D].
+    """
+    count, rows, width = parts_JRN.shape
+    kv_heads, dim = keys_EKD.shape[1:]
+    heads = width // dim - 2 * kv_heads
+    q = torch.empty(rows, heads, dim, dtype=keys_EKD.dtype, device=keys_EKD.device)
+    block = min(8, kv_heads)
+    rotate_store_kernel[(rows, (heads + 2 * kv_heads) // block)](
+        parts_JRN,
+        *norms,
+        *rotary,
+        q,
+        keys_EKD,
+        values_EKD,
+        entries_R,
+        rows,
+        eps,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HALF=dim // 2,
+        PARTS=count,
+        BLOCK_H=block,
+        num_warps=4,
+    )
+    return q
+
+
+def attend(
+    q_RHD: Tensor,
+    keys_EKD: Tensor,
+    values_EKD: Tensor,
+    length_1: Tensor,
+    mask_RT: Tensor,
+    *,
+    prompt: bool = True,
+) -> Tensor:
+    """Attention of rows over a prompt and a tail behind it in the cache.
+
+    Args:
+        q_RHD: rotated queries.
+        keys_EKD: the prompt's entries, then the tail's.
+        values_EKD: likewise.
+        length_1: int64 [1] on the device, the prompt's entries.
+        mask_RT: uint8, 1 where a row sees a slot of the tail. Every row must see something.
+        prompt: whether there may be a prompt; without, `length_1` is 0.
+
+    Returns:
+        [R, H·D].
+    """
+    rows, heads, dim = q_RHD.shape
+    kv_heads = keys_EKD.shape[1]
+    folded = rows * (heads // kv_heads)
+    block_m = 16 if folded <= 16 else 64
+    tiles = triton.cdiv(folded, block_m)
+    stretches = 0
+    if prompt:
+        stretches = max(4, min(16, triton.next_power_of_2(triton.cdiv(2 * _FULL, tiles * kv_heads))))
+    count = stretches + triton.cdiv(mask_RT.shape[1], _TAIL_STRETCH)
+    out = torch.empty(count, rows, heads, dim, dtype=torch.float32, device=q_RHD.device)
+    tops = torch.empty(2, count, rows, heads, dtype=torch.float32, device=q_RHD.device)
+    merged = torch.empty(rows, heads * dim, dtype=q_RHD.dtype, device=q_RHD.device)
+    stretches_kernel[(kv_heads, count, tiles)](
+        q_RHD,
+        keys_EKD,
+        values_EKD,
+        length_1,
+        mask_RT,
+        out,
+        tops[0],
+        tops[1],
+        rows,
+        mask_RT.shape[1],
+        dim**-0.5 * _LOG2_E,
+        stretches,
+        _TAIL_STRETCH,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        DIM=dim,
+        BLOCK_M=block_m,
+        BLOCK_T=64,
+        num_warps=4,
+        num_stages=3,
+    )
+    merge_kernel[(rows, heads)](
+        out,
+        tops[0],
+        tops[1],
+        merged,
+        rows,
+        count,
+        HEADS=heads,
+        DIM=dim,
+        BLOCK_J=triton.next_power_of_2(count),
+        num_warps=4,
+    )
+    return merged

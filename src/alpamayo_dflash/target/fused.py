@@ -1,0 +1,123 @@
+"""The decoder of `run_layers` in its fast form: fused weights and the project's kernels, on a GPU.
+
+The same arithmetic with the same roundings; only the order inside sums differs. `run_layers` is its plain
+form, which the tests hold it against.
+
+Shapes: R rows, C hidden, H query heads, K KV heads, D head dim, N fused columns, J parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alpamayo_dflash.target.layers import AfterLayer
+from alpamayo_dflash.target.linear import Linear, fused_linear
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """The weights of one layer, those of the same input as one.
+
+    Attributes:
+        input_norm: [C].
+        qkv: [(H + 2K)·D, C].
+        qk_norms: q's and k's, [D] each.
+        out: [C, H·D].
+        mlp_norm: [C].
+        gate_up: gate's rows, then up's.
+        down: of the MLP.
+        eps: of every norm.
+    """
+
+    input_norm: Tensor
+    qkv: Linear
+    qk_norms: tuple[Tensor, Tensor]
+    out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    eps: float
+
+    @classmethod
+    def of(cls, layer: Any) -> FusedLayer:
+        """Read one of transformers' decoder layers, or one of a draft's."""
+        attention, mlp = layer.self_attn, layer.mlp
+        norm = layer.input_layernorm
+        return cls(
+            norm.weight.detach(),
+            fused_linear((attention.q_proj, attention.k_proj, attention.v_proj)),
+            (attention.q_norm.weight.detach(), attention.k_norm.weight.detach()),
+            fused_linear((attention.o_proj,)),
+            layer.post_attention_layernorm.weight.detach(),
+            fused_linear((mlp.gate_proj, mlp.up_proj)),
+            fused_linear((mlp.down_proj,)),
+            float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps),
+        )
+
+
+FusedAttend = Callable[[int, FusedLayer, Tensor], Tensor]
+"""(layer index, layer, parts [J, R, N] of q, k and v) -> [R, H·D]."""
+
+
+class FusedDecoder:
+    """Qwen3 decoder layers over rows, and the norm behind them.
+
+    Args:
+        layers: transformers' decoder layers.
+        final_norm: the norm behind the last.
+    """
+
+    def __init__(self, layers: nn.ModuleList, final_norm: Any) -> None:
+        self.layers = [FusedLayer.of(layer) for layer in layers]
+        self.final_norm: Tensor = final_norm.weight.detach()
+
+    def __call__(
+        self,
+        hidden_RC: Tensor,
+        attend: FusedAttend,
+        after_layer: AfterLayer | None = None,
+        *,
+        last: int | None = None,
+    ) -> Tensor:
+        """Run the layers.
+
+        Args:
+            hidden_RC: input of the first.
+            attend: the attention, which also owns the cache.
+            after_layer: as in `run_layers`.
+            last: how many of the last rows are wanted; None for all.
+
+        Returns:
+            [R, C] (or the last rows), *after* the final norm.
+        """
+        from alpamayo_dflash.kernels.launch import add_norm
+
+        first = self.layers[0]
+        hidden, normed = add_norm(hidden_RC, None, first.input_norm, first.eps)
+        for index, layer in enumerate(self.layers):
+            attended = attend(index, layer, layer.qkv.parts(normed))
+            hidden, normed = add_norm(hidden, layer.out.parts(attended), layer.mlp_norm, layer.eps)
+            down = layer.down.parts(layer.gate_up.gated(normed))
+            following = index + 1 < len(self.layers)
+            weight = self.layers[index + 1].input_norm if following else self.final_norm
+            total, normed = add_norm(hidden, down, weight, layer.eps)
+            hidden = total if after_layer is None else after_layer(index, total)
+            if hidden is not total:
+                _, normed = add_norm(hidden, None, weight, layer.eps)
+        return normed if last is None else normed[-last:]
+
+
+def fast(tensor: Tensor) -> bool:
+    """Whether the kernels can run on tensors like this one: on a GPU in bfloat16, with Triton there."""
+    if not tensor.is_cuda or tensor.dtype != torch.bfloat16:
+        return False
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.__version__)

@@ -1,0 +1,107 @@
+"""The steps of a round as kernels, as PyTorch operations and as the rules that they stand for."""
+
+import copy
+
+import pytest
+import torch
+
+from alpamayo_dflash.decode import steps
+from alpamayo_dflash.decode.stops import StopRules
+
+step_kernels = pytest.importorskip("alpamayo_dflash.decode.step_kernels")
+E, T, EOS, PERIOD = 3, 4, 5, 6
+CPU = torch.device("cpu")
+IDS = torch.tensor([0, 1, 2, E, T, EOS, PERIOD, 7, 8])
+
+
+def rules(mode="hint", marks=True):
+    return StopRules(E if marks else None, T if marks else None, EOS, PERIOD, mode)
+
+
+def state_of(seed, samples=3, block=5, limit=12):
+    generator = torch.Generator().manual_seed(seed)
+    state = steps.State(
+        samples=samples, block=block, width=samples * block + 2, per_sample=20, slots=20 * samples, device=CPU
+    )
+    state.tokens.copy_(torch.randint(0, 9, state.tokens.shape, generator=generator))
+    state.lengths.copy_(torch.randint(1, limit + 1, (samples,), generator=generator))
+    state.done.copy_((torch.rand(samples, generator=generator) < 0.2).long())
+    state.done[state.lengths == limit] = 3
+    state.limit.fill_(limit)
+    state.bases.copy_(torch.arange(samples) * 20)
+    for name in ("proposed", "drafted", "failed", "pending", "previous"):
+        getattr(state, name).fill_(77)  # poison: every element must be written
+    state.report.fill_(-5)
+    return state, generator
+
+
+def snapshot(state):
+    return {name: value.clone() for name, value in vars(state).items() if isinstance(value, torch.Tensor)}
+
+
+@pytest.mark.parametrize("mode", ["hint", "off"])
+@pytest.mark.parametrize("marks", [True, False])
+@pytest.mark.parametrize("reduced", [True, False])
+def test_kernels_are_the_plain_steps_and_these_the_rules(mode, marks, reduced):
+    rule = rules(mode, marks)
+    known = steps.Marks.of(rule)
+    for seed in range(25):
+        state, generator = state_of(seed)
+        other = copy.deepcopy(state)
+        samples, block = state.samples, state.block
+        columns = torch.randint(0, 9, (samples * (block - 1),), generator=generator)
+        finite = torch.rand(samples * (block - 1), generator=generator) > 0.05
+        ids = IDS.flip(0) if reduced else None
+        before = snapshot(state)
+        steps.propose(state, known, columns, finite, ids)
+        step_kernels.propose(other, known, columns, finite, ids)
+        expected, got = snapshot(state), snapshot(other)
+        for name, value in expected.items():
+            assert torch.equal(value, got[name]), (name, seed)
+        picks = (columns if ids is None else ids[columns]).view(samples, -1).tolist()
+        sound = finite.view(samples, -1).all(1).tolist()
+        for s in range(samples):
+            proposed = expected_proposal(rule, before, s, picks[s], sound[s])
+            count = int(state.proposed[s])
+            assert state.row_tokens[s * block : s * block + count + 1].tolist()[1:] == proposed, seed
+
+        choices = state.row_tokens.clone()
+        choices[:-1] = state.row_tokens[1:]  # what was proposed, now and then something else
+        wrong = torch.rand(len(choices), generator=generator) < 0.2
+        choices[wrong] = torch.randint(0, 9, (int(wrong.sum()),), generator=generator)
+        settled = torch.rand(len(choices), generator=generator) > 0.1
+        steps.accept(state, known, choices, settled)
+        step_kernels.accept(other, known, choices, settled)
+        expected, got = snapshot(state), snapshot(other)
+        for name, value in expected.items():
+            assert torch.equal(value, got[name]), (name, seed)
+        # What was not settled is walked again, and only that.
+        steps.accept(state, known, choices, torch.ones_like(settled))
+        step_kernels.accept(other, known, choices, torch.ones_like(settled))
+        assert not state.pending.any()
+        for name, value in snapshot(state).items():
+            assert torch.equal(value, snapshot(other)[name]), (name, seed)
+
+
+def expected_proposal(rule, before, s, picks, sound):
+    """What `StopRules.shape` and the plain loop propose, cut to the block."""
+    length, limit = int(before["lengths"][s]), int(before["limit"])
+    if before["done"][s]:
+        return []
+    anchor, room = int(before["tokens"][s, length - 1]), limit - length
+    if rule.reason(anchor):
+        return []
+    known = rule.shape(anchor, ())
+    if not known and (room == 1 or not sound):
+        return []
+    return (known or rule.shape(anchor, picks))[: min(room, len(picks))]
+
+
+def test_autoregressive_rows():
+    state, _ = state_of(3, block=1)
+    other = copy.deepcopy(state)
+    known = steps.Marks.of(rules())
+    steps.propose(state, known, None, None, None)
+    step_kernels.propose(other, known, None, None, None)
+    for name in ("row_tokens", "row_positions", "row_slots", "next_positions", "seen", "pending"):
+        assert torch.equal(getattr(state, name), getattr(other, name)), name
