@@ -24,9 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
+from alpamayo_dflash.draft.fast import FastDraft
 from alpamayo_dflash.draft.formats import read_draft, write_draft
 from alpamayo_dflash.draft.masks import attention_mask
+from alpamayo_dflash.target.fused import fast
 from alpamayo_dflash.target.layers import rms_norm
+from alpamayo_dflash.target.storage import share_groups
 
 INITIAL_STD = 0.02
 """Standard deviation of new weights, as in Qwen3."""
@@ -255,6 +258,11 @@ class DFlashDraft(nn.Module):
         return self.config.block_size
 
     @property
+    def token_ids(self) -> Tensor | None:
+        """int64 [Vd], the target's id of each column of a reduced head; None where the head is whole."""
+        return None
+
+    @property
     def embedding(self) -> Tensor:
         """[V, C], the target's, or the draft's own."""
         return self.embed_tokens.weight if self.config.trained_embeddings else self._target()[0]
@@ -301,13 +309,15 @@ class DFlashDraft(nn.Module):
                 f"{config.num_target_layers} layers; this target has {num_layers}"
             )
         self.to(device=embedding.device, dtype=embedding.dtype)
+        if embedding.is_cuda:
+            share_groups(self)  # so that the fast form can run them as one product
         self.config = replace(config, num_target_layers=num_layers)
         self._bound = (embedding.detach(), head.detach())
         if self._mask_from_target:
             self.mask_embedding = nn.Parameter(embedding.detach()[config.mask_token_id].clone())
             self._mask_from_target = False
 
-    def _rotary(self, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def tables(self, like: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Tables [count, 1, D] of slots 0 …, in the dtype of `like`, kept from call to call."""
         tables = self._tables
         if (
@@ -325,6 +335,12 @@ class DFlashDraft(nn.Module):
                 both = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
                 tables = self._tables = (both[0][:, None].to(like.dtype), both[1][:, None].to(like.dtype))
         return tables[0][:count], tables[1][:count]
+
+    def static_block(self, taps: Tensor, samples: int, per_sample: int, slots: int) -> FastDraft | None:
+        """The fast form for one shape (`decode.proposer.StaticProposer`), or None where it does not run."""
+        if not fast(self.mask_embedding):
+            return None
+        return FastDraft(self, taps, samples, per_sample, slots)
 
     def features(self, states: Tensor) -> Tensor:
         """Context features [..., C] of tapped states [..., F]."""
@@ -360,7 +376,7 @@ class DFlashDraft(nn.Module):
         x = torch.cat((known, masks), dim=1)
         slots = (states if entries_SX is None else entries_SX).shape[1]
         seen = attention_mask(context_lengths_S, slots, config.block_size)
-        rotary = self._rotary(x, slots + config.block_size)
+        rotary = self.tables(x, slots + config.block_size)
         # Every layer but the last needs all tokens, for the next one's keys and values.
         wanted_Sb = None if wanted_SB is None else functional.pad(wanted_SB, (1, 0))
         for index, layer in enumerate(self.layers):

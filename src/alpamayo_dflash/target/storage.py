@@ -52,6 +52,22 @@ def padded(head: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def share_groups(root: nn.Module) -> None:
+    """Move the weights of each fused group under a module into one storage, values and parameters the same.
+
+    Groups that lie together are left where they are. At most one group is held twice at a time.
+    """
+    for module in root.modules():
+        for group in fused_groups(module):
+            weights = [linear.weight for linear in group]
+            if joined([weight.data for weight in weights]) is not None:
+                continue
+            storage = torch.cat([weight.data for weight in weights])
+            for weight, view in zip(weights, storage.split([len(weight) for weight in weights]), strict=True):
+                weight.data = view
+
+
+@torch.no_grad()
 def share_storage(vlm: Any) -> None:
     """Move a loaded Qwen3-VL's text weights into shared storage, group by group, values unchanged.
 
@@ -74,11 +90,7 @@ def share_storage(vlm: Any) -> None:
                     f"{' with a bias' if getattr(linear, 'bias', None) is not None else ''}; only plain "
                     "nn.Linear can be moved (merge adapters first, or leave fuse off)"
                 )
-    for group in groups:
-        weights = [linear.weight for linear in group]
-        storage = torch.cat([weight.data for weight in weights])
-        for weight, view in zip(weights, storage.split([len(weight) for weight in weights]), strict=True):
-            weight.data = view
+    share_groups(text.layers)
     head: Tensor = vlm.lm_head.weight
     if head is not text.embed_tokens.weight:
         storage = head.data.new_zeros(padded_rows(len(head)), head.shape[1])

@@ -1,0 +1,99 @@
+"""The fast decoder and the fast draft against their plain forms, in Triton's interpreter."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from alpamayo_dflash.decode import DecodeConfig, SpeculativeDecoder
+from alpamayo_dflash.decode import verify as verify_module
+from alpamayo_dflash.decode.passes import FusedModel
+from alpamayo_dflash.draft import DFlashDraft, DraftConfig
+
+pytest.importorskip("triton")
+
+
+def draft_of(target=None, *, hidden=128, vocab=90, block=4, context=6, heads=4, kv_heads=2, dim=32):
+    config = DraftConfig(
+        hidden_size=hidden if target is None else target.hidden_size,
+        num_layers=2,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+        intermediate_size=160,
+        vocab_size=vocab if target is None else target.vocab_size,
+        block_size=block,
+        context_len=context,
+        target_layer_ids=(0, 2),
+        num_target_layers=4 if target is None else target.num_layers,
+        mask_token_id=vocab,
+    )
+    return DFlashDraft.random(config, seed=1).eval()
+
+
+@torch.inference_mode()
+def test_the_fast_draft_says_what_the_plain_one_says():
+    from alpamayo_dflash.draft.fast import FastDraft
+
+    draft, samples, per_sample, prompt = draft_of(), 2, 24, 4  # a prompt shorter than the context
+    generator = torch.Generator().manual_seed(0)
+    draft.bind(torch.randn(90, 128, generator=generator), torch.randn(90, 128, generator=generator), 4)
+    block, context, slots = 4, 6, samples * per_sample
+    taps = torch.zeros(context + slots + 1, 256)
+    taps[context - prompt : context] = torch.randn(prompt, 256, generator=generator)
+    fast = FastDraft(draft, taps, samples, per_sample, slots)
+    fast.begin(prompt)
+    bases = torch.tensor([0, per_sample])
+    tokens = torch.randint(0, 90, (samples, per_sample), generator=generator)
+    state = SimpleNamespace(
+        tokens=tokens,
+        lengths=torch.ones(2, dtype=torch.int64),
+        previous=torch.zeros(2, dtype=torch.int64),
+        bases=bases,
+    )
+    for step in range(5):
+        got = fast(state).logits
+        contexts, lengths = [], []
+        for s in range(samples):
+            anchor = int(state.lengths[s]) - 1
+            states = torch.cat((taps[context - prompt : context], taps[context + int(bases[s]) :][:anchor]))
+            states = states[-context:]
+            lengths.append(len(states))
+            contexts.append(functional.pad(states, (0, 0, context - len(states), 0)))
+        anchors = tokens.gather(1, state.lengths[:, None] - 1)[:, 0]
+        expected = draft.propose(torch.stack(contexts), torch.tensor(lengths), anchors).logits
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        # The pass writes the states of the whole block, those of rejected tokens too.
+        for s in range(samples):
+            at = context + int(bases[s]) + int(state.lengths[s]) - 1
+            taps[at : at + block] = torch.randn(block, 256, generator=generator)
+        state.previous = state.lengths - 1
+        state.lengths = state.lengths + torch.tensor([[1, 4], [4, 2], [3, 1], [1, 1], [2, 2]][step])
+
+
+@pytest.mark.parametrize("loop", ["host", "device"])
+def test_the_fused_model_writes_what_the_plain_one_writes(monkeypatch, tmp_path, loop):
+    from tests.integration.random_target import random_prompt, random_target
+
+    target = random_target(tmp_path, push=1.5, sharpness=4.0)
+    prompt = random_prompt(target, seed=3)
+    options = {"max_new_tokens": 6, "trajectories": False, "num_traj_samples": 2}
+    draft = draft_of(
+        target, context=8, heads=target.num_heads, kv_heads=target.num_kv_heads, dim=target.head_dim
+    )
+    config = DecodeConfig(loop=loop)
+    expected = [SpeculativeDecoder(target, d, config) for d in (None, draft)]
+    plain = [decoder.generate(prompt, **options) for decoder in expected]
+    monkeypatch.setattr(verify_module, "text_model", FusedModel)
+    for before, d, wanted in zip(expected, (None, draft), plain, strict=True):
+        decoder = SpeculativeDecoder(target, d, config)
+        got = decoder.generate(prompt, **options)
+        assert got.token_ids == wanted.token_ids
+        a, b = before.verifier.cache, decoder.verifier.cache
+        length = a.prompt_length + 2
+        torch.testing.assert_close(a.keys[:, :length], b.keys[:, :length], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a.values[:, :length], b.values[:, :length], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            a.taps[: a.context_len + 1], b.taps[: a.context_len + 1], rtol=1e-4, atol=1e-4
+        )
