@@ -47,6 +47,7 @@ COMMANDS = {
         "evaluate.target_size:WriteRandomTargetConfig", "evaluate.target_size:write"
     ),
     "measure-target": Command("evaluate.target_size:MeasureTargetConfig", "evaluate.target_size:measure"),
+    "bench": Command("evaluate.bench:BenchConfig", "evaluate.bench:run"),
     "report": Command("report.config:ReportConfig", "report.run:run"),
     "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables=True),
 }

@@ -26,6 +26,7 @@ from alpamayo_dflash.decode.loop import Sample
 from alpamayo_dflash.decode.noise import stream_keys
 from alpamayo_dflash.decode.observer import Observer, RoundTrace, SampleTrace
 from alpamayo_dflash.decode.proposer import ProposalLike, Proposer, StaticBlock, StaticProposer
+from alpamayo_dflash.decode.replay import Replay
 from alpamayo_dflash.decode.stops import StopReason, StopRules
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
 
@@ -80,6 +81,14 @@ class _GatheredBlock:
         return self._proposer.propose(self._cache.taps[rows], lengths, anchors)
 
 
+def block_of(draft: Proposer, cache: Cache, *, samples: int, per_sample: int, slots: int) -> StaticBlock:
+    """The draft in its fast form where it has one that runs here, else with its context gathered."""
+    static = None
+    if isinstance(draft, StaticProposer):
+        static = draft.static_block(cache.taps, samples, per_sample, slots)
+    return static or _GatheredBlock(draft, cache)
+
+
 class Round:
     """One round of one shape: its buffers, and on a GPU its graph.
 
@@ -89,17 +98,25 @@ class Round:
         draft: proposes, or None.
         shape: see Shape.
         graph: capture it.
+        replay: proposes in the draft's place, which is run all the same; None but in benchmarks.
     """
 
     def __init__(
-        self, verifier: Verifier, rules: StopRules, draft: Proposer | None, shape: Shape, *, graph: bool
+        self,
+        verifier: Verifier,
+        rules: StopRules,
+        draft: Proposer | None,
+        shape: Shape,
+        *,
+        graph: bool,
+        replay: Replay | None = None,
     ) -> None:
         target, cache = verifier.target, verifier.cache
         device = target.device
         block = 1 if draft is None else draft.block_size
         self.shape, self.block = shape, block
         self.marks = steps.Marks.of(rules)
-        self._verifier = verifier
+        self._verifier, self._replay = verifier, replay
         self.state = steps.State(
             samples=shape.samples,
             block=block,
@@ -113,10 +130,13 @@ class Round:
         self._choose_first = self._chooser(shape.samples, target.vocab_size, None)
         self._draft: StaticBlock | None = None
         if draft is not None:
-            static = None
-            if isinstance(draft, StaticProposer):
-                static = draft.static_block(cache.taps, shape.samples, shape.per_sample, shape.slots)
-            self._draft = static or _GatheredBlock(draft, cache)
+            self._draft = block_of(
+                draft,
+                cache,
+                samples=shape.samples,
+                per_sample=shape.per_sample,
+                slots=shape.slots,
+            )
         self._choose_draft: Chooser | None = None
         self._draft_ids: Tensor | None = None
         self._logits: Tensor | None = None
@@ -212,7 +232,10 @@ class Round:
             places = (state.lengths[:, None] + self._draft_steps).flatten()
             picked = self._choose_draft(logits, keys, places)
             columns, finite = picked.columns, picked.finite
-        self._propose(state, self.marks, columns, finite, self._draft_ids)
+        ids = self._draft_ids
+        if self._replay is not None:
+            columns, ids = self._replay(state), None
+        self._propose(state, self.marks, columns, finite, ids)
         self._logits = self._verify()
         choice = self._choose(self._logits, self._keys, state.next_positions)
         self._accept(state, self.marks, choice.columns, choice.settled)
@@ -271,12 +294,17 @@ class Engine:
         verifier: the target with its cache.
         rules: where texts end.
         draft: proposes, or None.
+
+    Attributes:
+        rounds: by shape.
+        replay: set before the first text, it proposes in the draft's place (see `decode.replay`).
     """
 
     def __init__(self, verifier: Verifier, rules: StopRules, draft: Proposer | None) -> None:
         self._verifier, self._rules, self._draft = verifier, rules, draft
-        self._rounds: dict[Shape, Round] = {}
+        self.rounds: dict[Shape, Round] = {}
         self._generation = 0
+        self.replay: Replay | None = None
 
     @property
     def block(self) -> int:
@@ -291,7 +319,7 @@ class Engine:
 
     def release(self) -> None:
         """Let go of all buffers and graphs."""
-        self._rounds.clear()
+        self.rounds.clear()
 
     def write(
         self,
@@ -353,10 +381,12 @@ class Engine:
         if self._generation != self._verifier.cache.generation:
             self.release()
             self._generation = self._verifier.cache.generation
-        if shape not in self._rounds:
+        if shape not in self.rounds:
             graph = self._verifier.target.device.type == "cuda"
-            self._rounds[shape] = Round(self._verifier, self._rules, self._draft, shape, graph=graph)
-        return self._rounds[shape]
+            self.rounds[shape] = Round(
+                self._verifier, self._rules, self._draft, shape, graph=graph, replay=self.replay
+            )
+        return self.rounds[shape]
 
 
 @dataclass

@@ -21,7 +21,7 @@ from torch import Tensor
 from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.decode.passes import text_model
 from alpamayo_dflash.target.layers import AfterLayer
-from alpamayo_dflash.target.prompt import Prompt
+from alpamayo_dflash.target.prompt import Prompt, PromptEmbeddings
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 
@@ -78,21 +78,26 @@ class Verifier:
         self._reading = object()
         self._begun = False
 
-    @torch.inference_mode()
     def prefill(self, prompt: Prompt) -> Prefilled:
         """Read a prompt in one causal pass; only its last row gets logits.
 
         Raises:
             ValueError: the prompt is longer than the cache.
         """
+        length = len(prompt.input_ids)
+        if length > self.cache.prompt_capacity:
+            raise ValueError(
+                f"the prompt has {length} tokens, but the cache holds at most {self.cache.prompt_capacity}"
+            )
+        prompt = prompt.to(self.target.device)
+        with torch.inference_mode():
+            return self.read(prompt, self.target.embed(prompt))
+
+    @torch.inference_mode()
+    def read(self, prompt: Prompt, embeddings: PromptEmbeddings) -> Prefilled:
+        """The language half of `prefill`: a prompt on the device whose images have been seen."""
         target, cache = self.target, self.cache
         length = len(prompt.input_ids)
-        if length > cache.prompt_capacity:
-            raise ValueError(
-                f"the prompt has {length} tokens, but the cache holds at most {cache.prompt_capacity}"
-            )
-        prompt = prompt.to(target.device)
-        embeddings = target.embed(prompt)
         tapped: dict[int, Tensor] = {}
         after_layer = _then(target.deepstack_after_layer(embeddings), self._keep(tapped))
         normed = self._model.prompt(embeddings.hidden, target.rotary(prompt.position_ids), after_layer)

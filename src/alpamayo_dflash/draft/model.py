@@ -186,7 +186,10 @@ class DFlashDraft(nn.Module):
         if config.trained_embeddings:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.draft_vocab_size is not None:
+            self.register_buffer("draft_token_ids", torch.arange(config.draft_vocab_size))
         self._bound: tuple[Tensor, Tensor] | None = None
+        self._reduced_head: Tensor | None = None
         # Whether the mask embedding is to be a copy of a row of the target's table, which `bind` takes.
         self._mask_from_target = False
         self._tables: tuple[Tensor, Tensor] | None = None
@@ -260,7 +263,10 @@ class DFlashDraft(nn.Module):
     @property
     def token_ids(self) -> Tensor | None:
         """int64 [Vd], the target's id of each column of a reduced head; None where the head is whole."""
-        return None
+        if self.config.draft_vocab_size is None:
+            return None
+        ids: Tensor = self.draft_token_ids
+        return ids
 
     @property
     def embedding(self) -> Tensor:
@@ -269,7 +275,12 @@ class DFlashDraft(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """[V, C], the target's, or the draft's own."""
+        """[Vd, C], the rows of the head that proposals are made with."""
+        return self.whole_head if self._reduced_head is None else self._reduced_head
+
+    @property
+    def whole_head(self) -> Tensor:
+        """[V, C], the target's, or the draft's own; losses are taken over it."""
         return self.lm_head.weight if self.config.trained_embeddings else self._target()[1]
 
     def _target(self) -> tuple[Tensor, Tensor]:
@@ -313,6 +324,7 @@ class DFlashDraft(nn.Module):
             share_groups(self)  # so that the fast form can run them as one product
         self.config = replace(config, num_target_layers=num_layers)
         self._bound = (embedding.detach(), head.detach())
+        self._reduced_head = None if self.token_ids is None else self._bound[1][self.token_ids]
         if self._mask_from_target:
             self.mask_embedding = nn.Parameter(embedding.detach()[config.mask_token_id].clone())
             self._mask_from_target = False
@@ -400,4 +412,4 @@ class DFlashDraft(nn.Module):
             anchors_S: int64 [S], the known tokens.
         """
         hidden = self(context_SXF, context_lengths_S, anchors_S)
-        return Proposal(functional.linear(hidden, self.head))
+        return Proposal(functional.linear(hidden, self.head), self.token_ids)

@@ -339,7 +339,7 @@ class _Gpu:
         return {
             "name": properties.name,
             "total_gib": _gib(properties.total_memory),
-            "driver": _driver(),
+            "driver": driver_version(),
             "cuda": torch.version.cuda,
         }
 
@@ -448,7 +448,7 @@ def _cache_bytes(decoder: SpeculativeDecoder) -> int:
     return cache.keys.nbytes + cache.values.nbytes + cache.taps.nbytes
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
     """The GPU driver's version; None where its tool is missing or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
