@@ -34,7 +34,7 @@ def draft_of(target=None, *, hidden=128, vocab=90, block=4, context=6, heads=4, 
 
 @torch.inference_mode()
 def test_the_fast_draft_says_what_the_plain_one_says():
-    from alpamayo_dflash.draft.fast import FastDraft
+    from alpamayo_dflash.draft.fast import FastDraft, places
 
     draft, samples, per_sample, prompt = draft_of(), 2, 24, 4  # a prompt shorter than the context
     generator = torch.Generator().manual_seed(0)
@@ -53,6 +53,10 @@ def test_the_fast_draft_says_what_the_plain_one_says():
         bases=bases,
     )
     for step in range(5):
+        placed = fast._placed(state)
+        wanted = places(state, fast._first, block=block, context=context, slots=slots)
+        for name, value in vars(wanted).items():
+            assert torch.equal(value, getattr(placed, name)), name
         got = fast(state).logits
         contexts, lengths = [], []
         for s in range(samples):
@@ -74,7 +78,7 @@ def test_the_fast_draft_says_what_the_plain_one_says():
 
 @pytest.mark.parametrize("loop", ["host", "device"])
 def test_the_fused_model_writes_what_the_plain_one_writes(monkeypatch, tmp_path, loop):
-    from tests.integration.random_target import random_prompt, random_target
+    from random_target import random_prompt, random_target
 
     target = random_target(tmp_path, push=1.5, sharpness=4.0)
     prompt = random_prompt(target, seed=3)

@@ -5,6 +5,7 @@ Shapes: R rows, V columns (of the target's head or a draft's reduced one), M chu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,8 @@ from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.noise import row_noise
 from alpamayo_dflash.decode.sampling import choose, mask_bias
 
-CANDIDATES = 8
-"""The perturbed logits that are tested. The mass outside the nucleus to the eighth power is what they miss."""
+_MISSED = 1e-6
+"""About the share of rows for which no candidate lies in the nucleus, and which are sorted."""
 _BLOCK_V = 2048
 
 
@@ -70,7 +71,7 @@ class Chooser:
 
         count = -(-self._vocab // _BLOCK_V)
         self._chunks = count
-        places = 1 if self._first else CANDIDATES
+        places = 1 if self._first else self._candidates
         self._tops, self._masses = empty(count), empty(count)
         self._chunk_finite = empty(count, dtype=torch.int32)
         self._values, self._columns = empty(count, places), empty(count, places, dtype=torch.int32)
@@ -79,6 +80,13 @@ class Chooser:
         self._choice = Choice(
             empty(dtype=torch.int64).zero_(), empty(dtype=torch.bool).fill_(True), empty(dtype=torch.bool)
         )
+
+    @property
+    def _candidates(self) -> int:
+        """How many perturbed logits are tested; each lies outside the nucleus with the mass outside it."""
+        outside = max(1 - self._sampling.top_p, 1e-9)
+        wanted = math.log(_MISSED) / math.log(outside)
+        return next((count for count in (2, 4, 8) if count >= wanted), 16)
 
     @property
     def _first(self) -> bool:
@@ -114,7 +122,7 @@ class Chooser:
 
         assert logits.stride(1) == 1 and len(logits) == self._rows
         sampling, choice = self._sampling, self._choice
-        places = 1 if self._first else CANDIDATES
+        places = 1 if self._first else self._candidates
         block_m = max(2, triton.next_power_of_2(self._chunks))
         inverse = 1.0 if sampling.greedy else 1 / sampling.temperature
         ids = logits if self._ids is None else self._ids

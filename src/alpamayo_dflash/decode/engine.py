@@ -126,6 +126,7 @@ class Round:
             device=device,
         )
         self._keys = torch.zeros(shape.rows, 2, dtype=torch.int64, device=device)
+        self._draft_keys = torch.zeros(shape.samples * (block - 1), 2, dtype=torch.int64, device=device)
         self._choose = self._chooser(shape.rows, target.vocab_size, None)
         self._choose_first = self._chooser(shape.samples, target.vocab_size, None)
         self._draft: StaticBlock | None = None
@@ -174,6 +175,7 @@ class Round:
         state, device = self.state, self.state.tokens.device
         keys = stream_keys(seed, prefilled.prompt.key, samples, "cpu")
         self._keys[: len(samples) * self.block] = keys.repeat_interleave(self.block, 0).to(device)
+        self._draft_keys.copy_(keys.repeat_interleave(self.block - 1, 0))
         logits = prefilled.logits_V.expand(len(samples), -1)
         start = torch.zeros(len(samples), dtype=torch.int64, device=device)
         choice = self._choose_first(logits, keys.to(device), start)
@@ -227,10 +229,8 @@ class Round:
                 self._choose_draft = self._chooser(len(logits), self._draft_vocab(proposal), self._draft_ids)
                 count = self.block - 1
                 self._draft_steps = torch.arange(count, device=logits.device)
-            keys = self._keys[: self.shape.samples * self.block]
-            keys = keys.view(self.shape.samples, self.block, 2)[:, 1:].flatten(0, 1)
             places = (state.lengths[:, None] + self._draft_steps).flatten()
-            picked = self._choose_draft(logits, keys, places)
+            picked = self._choose_draft(logits, self._draft_keys, places)
             columns, finite = picked.columns, picked.finite
         ids = self._draft_ids
         if self._replay is not None:

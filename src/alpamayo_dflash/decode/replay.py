@@ -60,27 +60,24 @@ class Replay:
     def __init__(
         self, *, samples: int, length: int, block: int, rate: float, vocab: int, device: torch.device
     ) -> None:
-        self._shape, self._block, self._rate, self._vocab = (samples, length), block, rate, vocab
-        self._texts = torch.zeros(samples, length + block, dtype=torch.int64, device=device)
-        self._right = torch.zeros(samples, length + block, dtype=torch.int64, device=device)
-        self._steps = torch.arange(block - 1, device=device)
+        self._block, self._rate, self._vocab = block, rate, vocab
+        self._proposals = torch.zeros(samples, length + block, block - 1, dtype=torch.int64, device=device)
 
     def load(self, texts: Sequence[Sequence[int]], seed: int) -> None:
         """Take the texts to propose, and draw how many tokens are right behind each position."""
         random = np.random.default_rng(seed)
-        wrong = random.random((*self._right.shape, self._block - 1)) >= self._rate
-        count = np.where(wrong.any(-1), wrong.argmax(-1), self._block - 1)
-        self._right.copy_(torch.from_numpy(count))
-        rows = torch.zeros(self._texts.shape, dtype=torch.int64)
-        for row, text in zip(rows, texts, strict=False):
-            row[: len(text)] = torch.tensor(text)
-        self._texts.copy_(rows)
+        samples, length, count = self._proposals.shape
+        wrong = random.random((samples, length, count)) >= self._rate
+        right = np.where(wrong.any(-1), wrong.argmax(-1), count)
+        tokens = np.zeros((samples, length + self._block), dtype=np.int64)
+        for row, text in zip(tokens, texts, strict=False):
+            row[: len(text)] = text
+        following = np.stack([tokens[:, 1 + step : 1 + step + length] for step in range(count)], axis=-1)
+        said = np.where(np.arange(count) < right[..., None], following, (following + 1) % self._vocab)
+        self._proposals.copy_(torch.from_numpy(said))
 
     def __call__(self, state: State) -> Tensor:
         """Target ids [S·(b − 1)] to propose; nothing is read back."""
-        samples = state.samples
-        anchor = state.lengths[:, None] - 1
-        places = (anchor + 1 + self._steps).clamp_max(self._texts.shape[1] - 1)
-        tokens = self._texts[:samples].gather(1, places)
-        right = self._steps < self._right[:samples].gather(1, anchor.clamp_max(self._right.shape[1] - 1))
-        return torch.where(right, tokens, (tokens + 1) % self._vocab).flatten()
+        samples, count = state.samples, self._block - 1
+        places = (state.lengths - 1)[:, None, None].expand(-1, -1, count)
+        return self._proposals[:samples].gather(1, places).flatten()

@@ -11,6 +11,7 @@ F taps·C, C hidden, D head dim, K KV heads, V columns of the head.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -32,6 +33,56 @@ class Texts(Protocol):
     lengths: Tensor
     previous: Tensor
     bases: Tensor
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a round's rows stand: first those of the new features, then those of the block, sample by sample.
+
+    Attributes:
+        anchors: int64 [S], token ids.
+        entries: int64 [2·S·b], where keys and values go.
+        positions: int64 [2·S·b], of the rotary table.
+        new: int64 [S·b], the new states' rows in the taps.
+        seen: uint8 [S·b, X + slots], what each of the block's tokens sees.
+    """
+
+    anchors: Tensor
+    entries: Tensor
+    positions: Tensor
+    new: Tensor
+    seen: Tensor
+
+
+def places(state: Texts, first_1: Tensor, *, block: int, context: int, slots: int) -> Places:
+    """The plain form of what a round begins with.
+
+    Args:
+        state: the texts.
+        first_1: int64 [1], the number of the oldest prompt state; states are numbered from the text's first
+            token on, and the prompt's have negative numbers.
+        block: b.
+        context: X.
+        slots: of all samples.
+    """
+    device = first_1.device
+    anchor = state.lengths[:, None] - 1
+    steps = torch.arange(block, device=device)
+    bases = state.bases[:, None] + context
+    fresh, own = state.previous[:, None] + steps, anchor + steps
+    # From the anchor on the states of the last pass are those of rejected tokens.
+    kept = torch.where(fresh < anchor, bases + fresh, context + slots)
+    numbers = torch.arange(-context, slots, device=device)
+    number = torch.where(numbers < 0, numbers, numbers - state.bases[:, None])
+    oldest = torch.maximum(anchor - context, first_1)
+    seen = (number >= oldest) & (number < anchor + block) & ((numbers < 0) | (number >= 0))
+    return Places(
+        state.tokens.gather(1, anchor)[:, 0],
+        torch.cat((kept.flatten(), (bases + own).flatten())),
+        torch.cat((fresh.flatten(), own.flatten())) + context,
+        (bases + fresh).flatten(),
+        seen.to(torch.uint8).repeat_interleave(block, 0),
+    )
 
 
 class FastDraft:
@@ -66,11 +117,19 @@ class FastDraft:
         sin = signed_sin[:, 0, config.head_dim // 2 :].repeat(1, 2)
         self._rotary = cos[:, 0].contiguous(), sin
         device = like.device
-        self._steps = torch.arange(self._block, device=device)
-        self._numbers = torch.arange(-config.context_len, slots, device=device)
-        self._predicting = (
-            torch.arange(samples, device=device)[:, None] * self._block + self._steps[1:]
-        ).flatten()
+        steps = torch.arange(1, self._block, device=device)
+        self._predicting = (torch.arange(samples, device=device)[:, None] * self._block + steps).flatten()
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self._places = Places(
+            zeros(samples),
+            zeros(2 * rows),
+            zeros(2 * rows),
+            zeros(rows),
+            zeros(rows, config.context_len + slots, dtype=torch.uint8),
+        )
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
         self._nothing = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -95,19 +154,20 @@ class FastDraft:
         from alpamayo_dflash.draft.model import Proposal
         from alpamayo_dflash.kernels import launch
 
-        entries, rotary, new, seen = self._places(state)
+        places = self._placed(state)
+        entries, new, seen = places.entries, places.new, places.seen
+        rotary = tuple(table.index_select(0, places.positions) for table in self._rotary)
         rows = len(new)
         features = self._fc.parts(self._taps.index_select(0, new))
         launch.add_norm(
             None, features, self._draft.hidden_norm.weight.detach(), self._eps, self._inputs[:rows]
         )
-        anchors = state.tokens.gather(1, state.lengths[:, None] - 1)[:, 0]
-        self._tokens[:, 0] = functional.embedding(anchors, self._draft.embedding)
+        self._tokens[:, 0] = functional.embedding(places.anchors, self._draft.embedding)
         hidden = self._tokens.flatten(0, 1)
         first, block = self._layers[0], self._inputs[rows:]
         launch.add_norm(hidden, None, first.input_norm, self._eps, block)
         for index, layer in enumerate(self._layers):
-            q = self._store(index, layer, self._inputs, rotary, entries)
+            q = self._store(index, layer, self._inputs, (rotary[0], rotary[1]), entries)
             attended = launch.attend(
                 q[rows:], self._keys[index], self._values[index], self._nothing, seen, prompt=False
             )
@@ -119,29 +179,33 @@ class FastDraft:
         logits = self._head(normed.index_select(0, self._predicting))
         return Proposal(logits.view(-1, self._block - 1, logits.shape[-1]), self._draft.token_ids)
 
-    def _places(self, state: Texts) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]:
-        """Where this round's rows stand.
+    def _placed(self, state: Texts) -> Places:
+        """`places` by one kernel."""
+        import triton
 
-        Returns:
-            entries [2·S·b] that the new features' and the block's keys go to; the rotary tables there;
-            the entries [S·b] of the new states; uint8 [S·b, X + slots], what each of the block's tokens sees.
-        """
-        anchor = state.lengths[:, None] - 1
-        bases = state.bases[:, None] + self._context
-        fresh = state.previous[:, None] + self._steps
-        own = anchor + self._steps
-        new = (bases + fresh).flatten()
-        # From the anchor on the states of the last pass are those of rejected tokens.
-        kept = torch.where(fresh < anchor, bases + fresh, self._context + self._slots)
-        entries = torch.cat((kept.flatten(), (bases + own).flatten()))
-        positions = torch.cat((fresh.flatten(), own.flatten())) + self._context
-        rotary = self._rotary[0].index_select(0, positions), self._rotary[1].index_select(0, positions)
-        # States are numbered from the text's first token; the prompt's have negative numbers.
-        number = torch.where(self._numbers < 0, self._numbers, self._numbers - state.bases[:, None])
-        oldest = torch.maximum(anchor - self._context, self._first)
-        seen = (number >= oldest) & (number < anchor + self._block)
-        seen &= (self._numbers < 0) | (number >= 0)
-        return entries, rotary, new, seen.to(torch.uint8).repeat_interleave(self._block, 0)
+        from alpamayo_dflash.draft.fast_kernels import places_kernel
+
+        out = self._places
+        places_kernel[(len(out.anchors),)](
+            state.tokens,
+            state.lengths,
+            state.previous,
+            state.bases,
+            self._first,
+            out.anchors,
+            out.entries,
+            out.positions,
+            out.new,
+            out.seen,
+            state.tokens.shape[1],
+            self._context,
+            self._slots,
+            len(out.new),
+            BLOCK=self._block,
+            BLOCK_E=triton.next_power_of_2(self._context + self._slots),
+            num_warps=4,
+        )
+        return out
 
     def _store(
         self, index: int, layer: FusedLayer, inputs: Tensor, rotary: tuple[Tensor, Tensor], entries: Tensor

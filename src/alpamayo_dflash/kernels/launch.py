@@ -199,6 +199,32 @@ def rotate_store(
     return q
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How attention is cut: folded rows and keys of a tile, stretches of the prompt, warps, stages."""
+
+    rows: int
+    keys: int
+    stretches: int
+    warps: int
+    stages: int
+
+
+_PLANS = {
+    16: _Plan(16, 32, 32, 4, 3),
+    64: _Plan(64, 64, 12, 4, 3),
+    192: _Plan(64, 64, 8, 4, 3),
+    256: _Plan(128, 64, 6, 8, 3),
+    512: _Plan(128, 64, 4, 8, 3),
+    1024: _Plan(128, 128, 3, 8, 3),
+}
+"""By the most folded rows (rows times query heads of a KV head) that a plan is for; the last for all more."""
+
+
+def _plan(folded: int) -> _Plan:
+    return next((plan for most, plan in _PLANS.items() if folded <= most), _PLANS[max(_PLANS)])
+
+
 def attend(
     q_RHD: Tensor,
     keys_EKD: Tensor,
@@ -223,13 +249,11 @@ def attend(
     """
     rows, heads, dim = q_RHD.shape
     kv_heads = keys_EKD.shape[1]
-    folded = rows * (heads // kv_heads)
-    block_m = 16 if folded <= 16 else 64
-    tiles = triton.cdiv(folded, block_m)
-    stretches = 0
-    if prompt:
-        stretches = max(4, min(16, triton.next_power_of_2(triton.cdiv(2 * _FULL, tiles * kv_heads))))
-    count = stretches + triton.cdiv(mask_RT.shape[1], _TAIL_STRETCH)
+    plan = _plan(rows * (heads // kv_heads))
+    tiles = triton.cdiv(rows * (heads // kv_heads), plan.rows)
+    stretches = plan.stretches if prompt else 0
+    tail = triton.cdiv(mask_RT.shape[1], _TAIL_STRETCH)
+    count = stretches + tail
     out = torch.empty(count, rows, heads, dim, dtype=torch.float32, device=q_RHD.device)
     tops = torch.empty(2, count, rows, heads, dtype=torch.float32, device=q_RHD.device)
     merged = torch.empty(rows, heads * dim, dtype=q_RHD.dtype, device=q_RHD.device)
@@ -250,10 +274,10 @@ def attend(
         HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,
-        BLOCK_M=block_m,
-        BLOCK_T=64,
-        num_warps=4,
-        num_stages=3,
+        BLOCK_M=plan.rows,
+        BLOCK_T=plan.keys,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
     )
     merge_kernel[(rows, heads)](
         out,
