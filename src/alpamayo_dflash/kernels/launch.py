@@ -26,7 +26,6 @@ _LOG2_E = 1.4426950408889634
 # Programs that fill the 132 multiprocessors of an H100 or H200 about once.
 _FULL = 128
 _INNER_BLOCK = 128
-_TAIL_STRETCH = 128
 
 
 @dataclass(frozen=True)
@@ -201,13 +200,14 @@ def rotate_store(
 
 @dataclass(frozen=True)
 class _Plan:
-    """How attention is cut: folded rows and keys of a tile, stretches of the prompt, warps, stages."""
+    """How attention is cut: folded rows and keys of a tile, stretches, warps, stages, slots of a tail's stretch."""
 
     rows: int
     keys: int
     stretches: int
     warps: int
     stages: int
+    tail: int = 128
 
 
 _PLANS = {
@@ -216,7 +216,7 @@ _PLANS = {
     192: _Plan(64, 64, 8, 4, 3),
     256: _Plan(128, 64, 6, 8, 3),
     512: _Plan(128, 64, 4, 8, 3),
-    1024: _Plan(128, 128, 3, 8, 3),
+    1024: _Plan(128, 128, 1, 8, 3, tail=256),
 }
 """By the most folded rows (rows times query heads of a KV head) that a plan is for; the last for all more."""
 
@@ -252,7 +252,7 @@ def attend(
     plan = _plan(rows * (heads // kv_heads))
     tiles = triton.cdiv(rows * (heads // kv_heads), plan.rows)
     stretches = plan.stretches if prompt else 0
-    tail = triton.cdiv(mask_RT.shape[1], _TAIL_STRETCH)
+    tail = triton.cdiv(mask_RT.shape[1], plan.tail)
     count = stretches + tail
     out = torch.empty(count, rows, heads, dim, dtype=torch.float32, device=q_RHD.device)
     tops = torch.empty(2, count, rows, heads, dtype=torch.float32, device=q_RHD.device)
@@ -270,7 +270,7 @@ def attend(
         mask_RT.shape[1],
         dim**-0.5 * _LOG2_E,
         stretches,
-        _TAIL_STRETCH,
+        plan.tail,
         HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,
