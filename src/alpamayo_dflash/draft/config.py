@@ -30,8 +30,6 @@ class DraftConfig:
         rms_norm_eps: of every RMS norm.
         rope_theta: base of the plain 1-D rotary positions.
         trained_embeddings: the draft holds its own embedding and head and uses them in place of the target's.
-        draft_vocab_size: Vd, how many of the target's tokens the draft can propose: its head has these rows
-            of the target's alone. None for all. What it cannot propose the target still writes.
     """
 
     hidden_size: int
@@ -49,7 +47,6 @@ class DraftConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     trained_embeddings: bool = False
-    draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check every value against the others."""
@@ -60,11 +57,6 @@ class DraftConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0")
-        reduced = self.draft_vocab_size
-        if reduced is not None and not 1 <= reduced <= self.vocab_size:
-            raise ValueError(f"draft_vocab_size is {reduced}; it must be 1 to {self.vocab_size}")
-        if reduced is not None and self.trained_embeddings:
-            raise ValueError("draft_vocab_size does not go with trained_embeddings: that head is the draft's")
         if self.block_size < 2:
             raise ValueError(
                 f"block_size is {self.block_size}; it must be 2 (a known token and a mask) or more"

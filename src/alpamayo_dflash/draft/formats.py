@@ -4,8 +4,7 @@ Our layout is z-lab's: their tensor names, and a `config.json` of Qwen3 keys wit
 ["DFlashDraftModel"]`, `num_target_layers` and `dflash_config {target_layer_ids, mask_token_id, block_size}`.
 Ours adds the tensor `mask_embedding` [C], the key `context_len` (null: every state), the keys of
 `dflash_config` again at top level (where FlashDrive's files have them), `tap_convention: "layer_output"`,
-and, with `trained_embeddings`, the tensors `embed_tokens.weight` and `lm_head.weight` [V, C]; with a reduced
-head, `draft_vocab_size` and the tensor `draft_token_ids` int64 [Vd], ascending.
+and, with `trained_embeddings`, the tensors `embed_tokens.weight` and `lm_head.weight` [V, C].
 
 FlashDrive's published Alpamayo drafts are known by `context_len` and the keys of the draft at top level with
 `mask_embedding.pt` beside them; then `architectures` and `num_target_layers` may be absent. Their taps are
@@ -37,7 +36,6 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 MASK_FILE = "mask_embedding.pt"
 PROVENANCE = "provenance.json"
-TOKEN_IDS = "draft_token_ids"
 
 ARCHITECTURE = "DFlashDraftModel"
 TAP_CONVENTION = "layer_output"
@@ -89,7 +87,7 @@ _IGNORED = {
 }
 _OWN = {
     *("architectures", "context_len", "dflash_config", "rms_norm_eps", "rope_parameters", "rope_theta"),
-    *("trained_embeddings", "draft_vocab_size"),
+    "trained_embeddings",
 }
 _KNOWN = _IGNORED | _OWN | set(_FIXED) | set(_SHAPE_KEYS.values()) | set(_DRAFT_KEYS)
 
@@ -121,8 +119,6 @@ def tensor_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
     if config.trained_embeddings:
         shapes |= {"embed_tokens.weight": (config.vocab_size, c), "lm_head.weight": (config.vocab_size, c)}
-    if config.draft_vocab_size is not None:
-        shapes[TOKEN_IDS] = (config.draft_vocab_size,)
     return shapes
 
 
@@ -147,7 +143,6 @@ def to_json(config: DraftConfig) -> dict[str, Any]:
         "context_len": None if config.context_len == FULL_CONTEXT else config.context_len,
         "tap_convention": TAP_CONVENTION,
         "trained_embeddings": config.trained_embeddings,
-        "draft_vocab_size": config.draft_vocab_size,
     }
 
 
@@ -197,9 +192,6 @@ def from_json(
             rms_norm_eps=float(_required(values, "rms_norm_eps", where)),
             rope_theta=_rope_theta(values, where),
             trained_embeddings=bool(values.get("trained_embeddings", False)),
-            draft_vocab_size=None
-            if values.get("draft_vocab_size") is None
-            else _number(values, "draft_vocab_size", where),
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -305,20 +297,7 @@ def read_draft(
             )
         del expected["mask_embedding"]
     check_tensors(tensors, expected, str(folder))
-    if TOKEN_IDS in tensors:
-        check_token_ids(tensors[TOKEN_IDS], config.vocab_size, str(folder))
     return config, tensors
-
-
-def check_token_ids(ids: Tensor, vocab_size: int, where: str) -> None:
-    """Refuse ids of a reduced head that are not ascending, different ids of the target's vocabulary."""
-    if ids.dtype != torch.int64:
-        raise ValueError(f"{where}: {TOKEN_IDS} is {ids.dtype}; it must be int64")
-    if bool((ids[1:] <= ids[:-1]).any()) or not 0 <= int(ids[0]) <= int(ids[-1]) < vocab_size:
-        raise ValueError(
-            f"{where}: {TOKEN_IDS} must be ascending, different, and 0 to {vocab_size - 1}; "
-            f"they begin with {ids[:5].tolist()}"
-        )
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -79,16 +79,14 @@ def simulate(
     """
     if responses is None:
         responses = torch.arange(len(data))
-    ids = draft.token_ids
-    columns = torch.arange(draft.config.vocab_size, device=draft.fc.weight.device) if ids is None else ids
-    masked = (columns >= masked_ids.start) & (columns < masked_ids.stop)
+    masked = slice(masked_ids.start, masked_ids.stop)
 
     def accepted(blocks: Blocks) -> Tensor:
         batch = data.batch(Blocks(responses[blocks.responses], blocks.positions)).to(draft.fc.weight.device)
         hidden = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries)
         logits = torch.nn.functional.linear(hidden, draft.head)
         logits[..., masked] = -torch.inf
-        return accepted_prefix(columns[logits.argmax(-1)], batch.labels, batch.labelled).cpu()
+        return accepted_prefix(logits.argmax(-1), batch.labels, batch.labelled).cpu()
 
     was_training = draft.training
     draft.eval()

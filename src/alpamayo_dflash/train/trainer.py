@@ -79,7 +79,7 @@ class BlockLoss(nn.Module):
             teacher = (batch.teacher_logits, batch.teacher_ids)
         ce_R, kl_R = row_losses(
             hidden_RC,
-            draft.whole_head,
+            draft.head,
             batch.labels[labelled_SB],
             teacher,
             temperature=options.kl_temperature,
