@@ -1,6 +1,8 @@
 """A draft trained on a target's own rollouts, decoded with: what training promises is what decoding gives."""
 
 import dataclasses
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from alpamayo_dflash.decode import DecodeConfig, SpeculativeDecoder, teacher_for
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 from alpamayo_dflash.draft import DFlashDraft, DraftConfig
 from alpamayo_dflash.train import TrainConfig
+from alpamayo_dflash.train.checkpoint import load_checkpoint
 from alpamayo_dflash.train.run import run
 
 TAPS, CONTEXT, TOKENS, PROMPTS = (0, 2), 24, 18, 6  # the prompts are shorter than the context
@@ -46,14 +49,12 @@ def copied(response):
     return dataclasses.replace(response, tensors=tensors)
 
 
-@pytest.mark.parametrize("block_size", [4, 8])
-def test_the_simulated_acceptance_is_the_real_one(tmp_path, block_size):
-    target = random_target(tmp_path / "vlm")
-    target.save_pretrained(tmp_path / "target")
+def distilled(folder, target):
+    """A set of the target's greedy responses, and the prompts and responses."""
     prompts = [random_prompt(target, seed=seed) for seed in range(PROMPTS)]
     responses = [respond(target, prompt) for prompt in prompts]
     settings = {
-        "target": folder_hash(tmp_path / "target"),
+        "target": folder_hash(folder / "target"),
         "world_size": 1,
         "taps": list(TAPS),
         "context_len": CONTEXT,
@@ -67,9 +68,17 @@ def test_the_simulated_acceptance_is_the_real_one(tmp_path, block_size):
     }
     # The same responses in both chunks: the draft knows what it is asked.
     clips = [f"{chunk}-{index}" for chunk in range(2) for index in range(PROMPTS)]
-    writer = RankWriter(tmp_path / "data", 0, settings, clips, clips_per_shard=100, provenance={})
+    writer = RankWriter(folder / "data", 0, settings, clips, clips_per_shard=100, provenance={})
     writer.begin()
     writer.write([ClipResult(clip, int(clip[0]), (copied(responses[int(clip[2:])]),)) for clip in clips])
+    return prompts, responses
+
+
+@pytest.mark.parametrize("block_size", [4, 8])
+def test_the_simulated_acceptance_is_the_real_one(tmp_path, block_size):
+    target = random_target(tmp_path / "vlm")
+    target.save_pretrained(tmp_path / "target")
+    prompts, responses = distilled(tmp_path, target)
     trained = run(
         TrainConfig(
             str(tmp_path / "target"),
@@ -123,3 +132,101 @@ def test_a_draft_that_has_decoded_can_still_be_trained(tmp_path):
     )
     out.sum().backward()
     assert draft.fc.weight.grad is not None
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A target, its set, and the tokens of its responses."""
+    folder = tmp_path_factory.mktemp("reduced")
+    target = random_target(folder / "vlm")
+    target.save_pretrained(folder / "target")
+    prompts, responses = distilled(folder, target)
+    return folder, target, prompts, responses
+
+
+def options(folder, out, **changes):
+    values = {
+        "num_epochs": 12,
+        "batch_size": 34,
+        "learning_rate": 1e-2,
+        "num_draft_layers": 1,
+        "block_size": 4,
+        "held_out_chunks": "1",
+        "log_interval": 1,
+        **changes,
+    }
+    return TrainConfig(str(folder / "target"), folder / "data", out, **values)
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss_type": "ce+kl", "position_weights": "dpace"}])
+def test_a_draft_with_a_reduced_head_is_lossless(small, tmp_path, changes):
+    folder, target, prompts, responses = small
+    counts = Counter(token for response in responses for token in response.token_ids)
+    size = len(counts) - 6  # some labels have no column
+    trained = run(options(folder, tmp_path / "out", draft_vocab_size=size, **changes))
+    draft = DFlashDraft.from_pretrained(trained["draft"])
+    kept = set(draft.token_ids.tolist())
+    special, period = target.special, target.tokenizer.encode(".").ids[0]
+    assert len(kept) == size
+    assert {special.cot_end, special.traj_future_start, special.eos, period} <= kept
+    assert not kept & set(target.traj_ids)
+    outside = sum(token not in kept for response in responses for token in response.token_ids[1:])
+    assert outside > 0
+    assert trained["train"]["labels_outside_vocab"] == outside
+    assert trained["held_out"]["labels_outside_vocab"] == outside
+    assert all(entry["labels_outside_vocab"] >= 0 for entry in trained["losses"])
+    assert any(entry["labels_outside_vocab"] > 0 for entry in trained["losses"])
+    key = "kl" if "loss_type" in changes else "ce"
+    assert trained["losses"][-1][key] < 0.8 * trained["losses"][0][key]
+
+    off = DecodeConfig(sentence_end="off")
+    tokens = passes = 0
+    for prompt in prompts:
+        for temperature, samples in ((0.0, 1), (0.6, 3)):
+            asked = {
+                "temperature": temperature,
+                "num_traj_samples": samples,
+                "max_new_tokens": TOKENS,
+                "trajectories": False,
+            }
+            plain = SpeculativeDecoder(target, None, off).generate(prompt, **asked)
+            found = SpeculativeDecoder(target, draft, off).generate(prompt, **asked)
+            assert found.token_ids == plain.token_ids
+            if temperature == 0:
+                tokens += len(found.token_ids[0]) - 1
+                passes += found.rounds
+    assert tokens / passes == pytest.approx(trained["acceptance_length"])
+    assert tokens / passes > 1
+
+
+def test_a_reduced_head_is_chosen_anew_kept_or_dropped(small, tmp_path, capsys):
+    """From a whole draft, from a reduced one, back to whole; and a checkpoint of other tokens is refused."""
+    folder, _, _, responses = small
+    whole = run(options(folder, tmp_path / "whole", num_epochs=1))
+    assert "draft_vocab" not in whole
+    assert "labels_outside_vocab" not in whole["train"]
+    different = len({token for response in responses for token in response.token_ids})
+    from_whole = {"num_epochs": 1, "num_draft_layers": None, "init_from": Path(whole["draft"])}
+    wide = options(folder, tmp_path / "wide", draft_vocab_size=different + 40, **from_whole)
+    result = run(wide)
+    assert result["draft_vocab"]["counted"] == different
+    assert 36 <= result["draft_vocab"]["filled"] <= 40  # end marks may stand in no response
+    assert "fill up" in capsys.readouterr().err
+    # Every token of the responses is kept, so the first walk is the whole draft's best.
+    assert result["evaluations"][0]["acceptance_length"] == whole["acceptance_length"]
+    again = {**from_whole, "init_from": Path(result["draft"])}
+    for size, expected in ((None, different + 40), (0, None), (12, 12)):
+        out = tmp_path / f"again{size}"
+        found = run(options(folder, out, draft_vocab_size=size, **again))
+        assert DFlashDraft.from_pretrained(found["draft"]).config.draft_vocab_size == expected
+    assert run(wide)["nothing_to_do"]
+    with pytest.raises(ValueError, match="made with draft_vocab_size"):
+        run(dataclasses.replace(wide, draft_vocab_size=different + 41))
+    draft = DFlashDraft.from_pretrained(tmp_path / "wide" / "checkpoint")
+    draft.draft_token_ids[-1] += 1
+    optimizer = torch.optim.AdamW(draft.parameters())
+    with pytest.raises(ValueError, match="keeps other tokens"):
+        load_checkpoint(tmp_path / "wide" / "checkpoint", draft, optimizer)
+    with pytest.raises(ValueError, match="draft_vocab_size is 3; it must be 4"):
+        run(options(folder, tmp_path / "none", draft_vocab_size=3))
+    assert not (tmp_path / "none").exists()

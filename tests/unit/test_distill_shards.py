@@ -7,6 +7,7 @@ import torch
 
 from alpamayo_dflash.distill import DistillData
 from alpamayo_dflash.distill.config import response_bytes
+from alpamayo_dflash.distill.counts import DEFAULT_HELD_OUT, is_held_out, training_counts
 from alpamayo_dflash.distill.shards import manifest_path, shard_path, table_path
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 
@@ -252,3 +253,44 @@ def test_data_can_be_sent_to_a_worker(tmp_path):
     first = data.tensors(data.samples[0])
     copy = pickle.loads(pickle.dumps(data))
     assert torch.equal(copy.tensors(copy.samples[0])["states"], first["states"])
+
+
+def naive_counts(samples):
+    counts = {}
+    for sample in samples:
+        for token in sample.token_ids:
+            counts[token] = counts.get(token, 0) + 1
+    return counts
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_token_counts_are_those_of_the_default_training_split(tmp_path, done):
+    """As recorded, after an interruption, by two ranks, and counted anew for another split."""
+    clips = [f"clip-{number}" for number in range(30) if number != 4]
+    write(tmp_path / "one", clips=clips, shards=done)
+    write(tmp_path / "one", clips=clips)
+    settings = {**SETTINGS, "world_size": 2}
+    for rank in range(2):
+        write(tmp_path / "two", rank=rank, clips=clips[rank::2], settings=settings)
+    data = DistillData(tmp_path / "one")
+    train = [sample for sample in data.samples if not is_held_out(sample.clip_id, DEFAULT_HELD_OUT)]
+    assert 0 < len(train) < len(data.samples)
+    expected = naive_counts(train)
+    for name in ("one", "two"):
+        manifest = DistillData(tmp_path / name).manifest
+        recorded = json.loads((tmp_path / name / "distill.json").read_text())["token_counts"]
+        assert recorded == manifest["token_counts"]
+        assert recorded["counts"] == {str(token): expected[token] for token in sorted(expected)}
+        assert training_counts(manifest, [], held_out=DEFAULT_HELD_OUT) == expected
+        assert training_counts(manifest, train[:3], held_out=None) == naive_counts(train[:3])
+
+
+def test_an_older_set_without_counts_is_read_and_counted(tmp_path):
+    write(tmp_path)
+    content = json.loads(manifest_path(tmp_path, 0).read_text())
+    del content["token_counts"]
+    manifest_path(tmp_path, 0).write_text(json.dumps(content))
+    data = DistillData(tmp_path)
+    assert "token_counts" not in data.manifest
+    counts = training_counts(data.manifest, data.samples, held_out=DEFAULT_HELD_OUT)
+    assert counts == naive_counts(data.samples)

@@ -33,6 +33,9 @@ GOOD = DraftConfig(
         ({"target_layer_ids": (0, 3)}, r"\[3\] out of range.*0 to 2"),
         ({"target_layer_ids": (-1,)}, r"\[-1\] out of range"),
         ({"mask_token_id": -1}, "mask_token_id is -1"),
+        ({"draft_vocab_size": 0}, "draft_vocab_size is 0; it must be 1 to the vocabulary's 40"),
+        ({"draft_vocab_size": 41}, "draft_vocab_size is 41"),
+        ({"draft_vocab_size": 9, "trained_embeddings": True}, "a whole head of its own"),
     ],
 )
 def test_a_wrong_value_is_named(change, said):

@@ -193,3 +193,57 @@ def test_vocabulary_is_resized_with_the_target_s_rows(size):
         assert torch.equal(found[name][:kept], tensors[name][:kept])
         assert torch.equal(found[name][kept:], table[kept:])
     DFlashDraft(resized).load_state_dict(found)
+
+
+REDUCED = dataclasses.replace(GOOD, draft_vocab_size=4)
+
+
+@pytest.fixture
+def reduced(tmp_path):
+    draft = DFlashDraft.random(REDUCED, 5)
+    draft.draft_token_ids.copy_(torch.tensor([2, 3, 17, 39]))
+    draft.save_pretrained(tmp_path / "reduced")
+    return tmp_path / "reduced"
+
+
+def test_a_reduced_head_is_kept(reduced, folder):
+    assert json.loads((reduced / "config.json").read_text())["draft_vocab_size"] == 4
+    draft = DFlashDraft.from_pretrained(reduced, dtype=torch.bfloat16)
+    assert draft.config == REDUCED
+    assert draft.token_ids.dtype == torch.int64
+    assert draft.token_ids.tolist() == [2, 3, 17, 39]
+    # A whole head's folder says nothing of it, as before.
+    assert "draft_vocab_size" not in json.loads((folder / "config.json").read_text())
+    assert DFlashDraft.from_pretrained(folder).token_ids is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (torch.tensor([2, 3, 17]), r"draft_token_ids is \[3\], not \[4\]"),
+        (torch.tensor([2, 3, 17, 40]), r"draft_token_ids \[40\] out of range; the target's ids are 0 to 39"),
+        (torch.tensor([-1, 3, 17, 39]), r"\[-1\] out of range"),
+        (torch.tensor([2, 3, 3, 17]), "draft_token_ids holds 3 twice"),
+        (torch.tensor([2, 17, 3, 39]), "must ascend; 3 stands too late"),
+        (torch.tensor([2, 3, 17, 39], dtype=torch.int32), r"torch\.int32; it must be int64"),
+        (None, "missing draft_token_ids"),
+    ],
+)
+def test_wrong_ids_of_a_reduced_head_are_refused(reduced, ids, said):
+    tensors = load_file(reduced / "model.safetensors")
+    del tensors["draft_token_ids"]
+    tensors |= {} if ids is None else {"draft_token_ids": ids}
+    with pytest.raises(ValueError, match=said):
+        write_draft(reduced, REDUCED, tensors)
+    save_file(tensors, reduced / "model.safetensors")
+    with pytest.raises(ValueError, match=said):
+        read_draft(reduced)
+
+
+def test_only_our_layout_has_a_reduced_head(reduced):
+    edit(reduced, draft_vocab_size="DROP")
+    with pytest.raises(ValueError, match="surplus draft_token_ids"):
+        read_draft(reduced)
+    edit(reduced, draft_vocab_size=4, tap_convention="DROP")
+    with pytest.raises(ValueError, match=r"unknown keys.*draft_vocab_size"):
+        read_draft(reduced)

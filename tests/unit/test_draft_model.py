@@ -191,3 +191,19 @@ def test_random_drafts_repeat_with_their_seed():
     one, same, other = (DFlashDraft.random(GOOD, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["fc.weight"], other["fc.weight"])
+
+
+def test_a_reduced_head_has_the_whole_head_s_columns():
+    config = dataclasses.replace(GOOD, draft_vocab_size=4)
+    whole = bound()
+    draft = DFlashDraft(config).eval()
+    ids = torch.tensor([2, 3, 17, 39])
+    draft.load_state_dict(whole.state_dict() | {"draft_token_ids": ids})
+    draft.bind(whole.embedding, whole.head, 3)
+    states, lengths, anchors = contexts([X, 2]), torch.tensor([X, 2]), torch.tensor([4, 30])
+    proposal = draft.propose(states, lengths, anchors)
+    assert draft.embedding is not draft.head
+    assert draft.head.shape == (4, C)
+    assert proposal.token_ids.tolist() == ids.tolist()
+    assert proposal.token_ids is draft.propose(states, lengths, anchors).token_ids
+    torch.testing.assert_close(proposal.logits, whole.propose(states, lengths, anchors).logits[..., ids])

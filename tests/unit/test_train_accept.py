@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from test_train_data import CONFIG, PROMPT, Set, block_data
@@ -78,3 +80,31 @@ def test_the_simulation_equals_decoding_one_response_at_a_time():
     halves = [simulate(draft, data, masked, torch.arange(start, 5, 2)) for start in (0, 1)]
     assert sum(half.tokens for half in halves) == tokens_done
     assert sum(half.passes for half in halves) == passes
+
+
+def test_a_reduced_head_is_walked_with_the_target_s_ids():
+    """Keeping every token that may be proposed changes nothing; a label that is not kept is not matched."""
+    data = block_data(Set())
+    tables = torch.randn(2, 40, CONFIG.hidden_size, generator=torch.Generator().manual_seed(1))
+    whole = DFlashDraft.random(CONFIG, 0)
+    whole.bind(tables[0], tables[1], 3)
+    batch = data.batch(data.blocks([0, 3]))
+    hidden = whole(batch.states, batch.context_lengths, batch.anchors, batch.entries)
+    ids = (hidden @ whole.head.T)[..., :38].argmax(-1).unique()
+    found = Set()
+    for index in (0, 3):  # rewritten to what the draft proposes first
+        tokens = list(found.samples[index].token_ids)
+        first = data.batch(data.blocks([index])[:1])
+        states = whole(first.states, first.context_lengths, first.anchors, first.entries)
+        tokens[1:3] = (states @ whole.head.T)[0, :2, :38].argmax(-1).tolist()
+        found.samples[index] = dataclasses.replace(found.samples[index], token_ids=tuple(tokens))
+    data = block_data(found)
+    counts = {}
+    for name, kept in (("all", torch.arange(38)), ("proposed", ids), ("none", torch.tensor([38, 39]))):
+        draft = DFlashDraft(dataclasses.replace(CONFIG, draft_vocab_size=len(kept)))
+        draft.load_state_dict(whole.state_dict() | {"draft_token_ids": kept})
+        draft.bind(tables[0], tables[1], 3)
+        counts[name] = simulate(draft, data, range(38, 40))
+    assert counts["all"] == simulate(whole, data, range(38, 40))
+    assert counts["all"].passes < counts["none"].passes == counts["none"].tokens
+    assert counts["proposed"].passes < counts["none"].passes

@@ -19,6 +19,8 @@ from alpamayo_dflash.train.config import decay_gamma
         ({"block_size": 1}, "block_size is 1"),
         ({"held_out": 0.0}, "held_out is 0"),
         ({"full_vocab": True}, "init_from"),
+        ({"draft_vocab_size": -1}, "draft_vocab_size is -1"),
+        ({"draft_vocab_size": 9, "train_embeddings": True}, "train_embeddings has its own"),
         ({"target_layers": "3,1"}, "ascending"),
     ],
 )

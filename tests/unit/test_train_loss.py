@@ -1,15 +1,22 @@
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from alpamayo_dflash.train import TrainConfig
+from alpamayo_dflash.train.data import Batch
 from alpamayo_dflash.train.loss import (
     ce_weight,
     decay_weights,
     dpace_weights,
+    head_rows,
     learning_rate_factor,
+    reduced_teacher,
     row_losses,
 )
+from alpamayo_dflash.train.trainer import BlockLoss
 
 
 @pytest.fixture
@@ -24,7 +31,7 @@ def rows():
 
 
 def naive_ce(hidden, head, label):
-    scores = [math.exp(float(hidden @ row)) for row in head]
+    scores = [math.exp(float(hidden.detach() @ row)) for row in head]
     return -math.log(scores[label] / sum(scores))
 
 
@@ -114,3 +121,70 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     assert factors == sorted(factors[:4]) + sorted(factors[4:], reverse=True)
     assert learning_rate_factor(10, 10, 4) == pytest.approx(0)
     assert learning_rate_factor(0, 10, 0) == 1.0
+
+
+KEPT = torch.tensor([1, 2, 5, 6, 9])
+
+
+def test_head_rows_are_the_places_of_kept_tokens():
+    tokens = torch.tensor([[0, 1, 2], [9, 10, 5]])
+    rows, inside = head_rows(tokens, KEPT)
+    assert inside.tolist() == [[False, True, True], [True, False, True]]
+    assert rows.tolist() == [[0, 0, 1], [4, 0, 2]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kl_over_a_reduced_head_leaves_out_what_it_does_not_keep(rows, temperature):
+    hidden, head, labels, (logits, ids) = rows
+    ids[3] = torch.tensor([0, 3, 4, 7])  # none is kept
+    teacher, some = reduced_teacher((logits, ids), KEPT)
+    _, kl = row_losses(hidden, head[KEPT], labels * 0, teacher, temperature=temperature)
+    assert bool(kl.isfinite().all())
+    for row in range(6):
+        kept = [place for place, token in enumerate(ids[row].tolist()) if token in KEPT.tolist()]
+        assert bool(some[row]) == bool(kept)
+        if kept:
+            columns = torch.tensor([KEPT.tolist().index(int(ids[row, place])) for place in kept])
+            expected = naive_kl(hidden[row], head[KEPT], logits[row, kept], columns, temperature)
+            assert float(kl[row]) == pytest.approx(expected, abs=1e-5)
+    assert not bool(some[3])
+
+
+class Fixed(torch.nn.Module):
+    """A draft whose states are given: one block."""
+
+    def __init__(self, hidden, head, token_ids, block_size):
+        super().__init__()
+        self.hidden, self.head, self.token_ids = hidden, head, token_ids
+        self.config = SimpleNamespace(block_size=block_size)
+
+    def forward(self, *_):
+        return self.hidden
+
+
+@pytest.mark.parametrize("position_weights", ["decay", "dpace"])
+def test_labels_outside_a_reduced_head_get_no_weight_and_are_counted(rows, position_weights):
+    hidden, head, _, (logits, ids) = rows
+    labels = torch.tensor([[5, 3, 9, 1, 0, 2]])  # 3 and 0 are not kept
+    ids[4] = torch.tensor([0, 3, 4, 7])
+    hidden.requires_grad_()
+    options = TrainConfig("", Path(), Path(), position_weights=position_weights)
+    labelled = torch.ones(1, 6, dtype=torch.bool)
+    batch = Batch(*(torch.zeros(1),) * 4, labels, labelled, logits, ids)
+    ce, kl, sums = BlockLoss(Fixed(hidden, head[KEPT], KEPT, 7), options)(batch)
+    inside = [0, 2, 3, 5]
+    each = [
+        naive_ce(h, head[KEPT], KEPT.tolist().index(token)) if token in KEPT.tolist() else math.inf
+        for h, token in zip(hidden, labels[0].tolist(), strict=True)
+    ]
+    weights = decay_weights(6, 3.5)
+    if position_weights == "dpace":
+        weights = dpace_weights(torch.tensor([each]), labelled, options.dpace_alpha)[0]
+    assert float(ce.detach()) == pytest.approx(sum(float(weights[i]) * each[i] for i in inside), rel=1e-5)
+    taught = [i for i in range(6) if set(ids[i].tolist()) & set(KEPT.tolist())]
+    assert 4 not in taught
+    assert sums[:2].tolist() == pytest.approx([float(weights[at].sum()) for at in (inside, taught)])
+    assert sums[2:4].tolist() == pytest.approx([float(ce.detach()), float(kl.detach())])
+    assert int(sums[4]) == 2
+    (gradient,) = torch.autograd.grad(ce, hidden)
+    assert [i for i in range(6) if bool(gradient[i].any())] == inside

@@ -30,7 +30,8 @@ class DistillData:
     Attributes:
         folder: where it lies.
         manifest: taps, context_len, top_k, hidden_size, vocab_size, num_target_layers, dtype, the settings
-            and the counts, as in `distill.json`.
+            and the counts, as in `distill.json`; `token_counts` where the set is new enough to have them
+            (`counts.training_counts` counts in any case).
         samples: one entry a response: rank by rank, in the order written.
     """
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpamayo_dflash.artefacts import atomic_file, file_hash, read_json, write_json
+from alpamayo_dflash.distill.counts import merged_record
 from alpamayo_dflash.layers.ranks import require_same
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ def merge(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shards = [shard for content in manifests for shard in content["shards"]]
     failures = [failure for shard in shards for failure in shard["failures"]]
     done = sum(len(shard["clips"]) for shard in shards)
+    counts = merged_record(manifests)
     return {
         "format": FORMAT,
         "taps": settings["taps"],
@@ -215,6 +217,7 @@ def merge(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "bytes": sum(shard["bytes"] for shard in shards),
         "clips": {"attempted": done + len(failures), "done": done, "failed": len(failures)},
         "complete": complete,
+        **({} if counts is None else {"token_counts": counts}),
         "settings": settings,
         "shards": shards,
         "provenance": {str(content["rank"]): content["provenance"] for content in manifests},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpamayo_dflash.artefacts import write_json
+from alpamayo_dflash.distill import counts
 from alpamayo_dflash.distill.shards import (
     FORMAT,
     DistillSample,
@@ -180,6 +181,7 @@ class RankWriter:
     def _write_manifest(self) -> None:
         """Write the rank's manifest and failures, and merge the ranks' manifests into `distill.json`."""
         self._manifest["complete"] = self.complete
+        self._manifest["token_counts"] = counts.record(self._samples)
         self._manifest["provenance"]["wall_s"] = round(time.time() - self._started, 3)
         failures = [failure for shard in self._manifest["shards"] for failure in shard["failures"]]
         write_json(

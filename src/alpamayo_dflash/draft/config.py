@@ -30,6 +30,9 @@ class DraftConfig:
         rms_norm_eps: of every RMS norm.
         rope_theta: base of the plain 1-D rotary positions.
         trained_embeddings: the draft holds its own embedding and head and uses them in place of the target's.
+        draft_vocab_size: Vd, rows of the target's head that the draft uses, its `draft_token_ids`; None for
+            all. Tokens outside are never proposed; the target writes them all the same. The embedding is
+            whole in any case.
     """
 
     hidden_size: int
@@ -47,6 +50,7 @@ class DraftConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     trained_embeddings: bool = False
+    draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check every value against the others."""
@@ -67,7 +71,23 @@ class DraftConfig:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
         if self.mask_token_id < 0:
             raise ValueError(f"mask_token_id is {self.mask_token_id}; it must be 0 or more")
+        self._check_head()
         self._check_taps()
+
+    def _check_head(self) -> None:
+        size = self.draft_vocab_size
+        if size is None:
+            return
+        if not 0 < size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size is {size}; it must be 1 to the vocabulary's {self.vocab_size}, "
+                "or left out for all"
+            )
+        if self.trained_embeddings:
+            raise ValueError(
+                f"draft_vocab_size is {size}, rows of the target's head; a draft with trained_embeddings has "
+                "a whole head of its own"
+            )
 
     def _check_taps(self) -> None:
         taps = self.target_layer_ids

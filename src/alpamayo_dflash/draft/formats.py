@@ -4,7 +4,9 @@ Our layout is z-lab's: their tensor names, and a `config.json` of Qwen3 keys wit
 ["DFlashDraftModel"]`, `num_target_layers` and `dflash_config {target_layer_ids, mask_token_id, block_size}`.
 Ours adds the tensor `mask_embedding` [C], the key `context_len` (null: every state), the keys of
 `dflash_config` again at top level (where FlashDrive's files have them), `tap_convention: "layer_output"`,
-and, with `trained_embeddings`, the tensors `embed_tokens.weight` and `lm_head.weight` [V, C].
+and, with `trained_embeddings`, the tensors `embed_tokens.weight` and `lm_head.weight` [V, C]. A reduced head
+is the key `draft_vocab_size` and the tensor `draft_token_ids` int64 [Vd], the ascending target ids of its
+columns; only our layout has it.
 
 FlashDrive's published Alpamayo drafts are known by `context_len` and the keys of the draft at top level with
 `mask_embedding.pt` beside them; then `architectures` and `num_target_layers` may be absent. Their taps are
@@ -36,6 +38,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 MASK_FILE = "mask_embedding.pt"
 PROVENANCE = "provenance.json"
+KEPT_IDS = "draft_token_ids"
 
 ARCHITECTURE = "DFlashDraftModel"
 TAP_CONVENTION = "layer_output"
@@ -89,6 +92,7 @@ _OWN = {
     *("architectures", "context_len", "dflash_config", "rms_norm_eps", "rope_parameters", "rope_theta"),
     "trained_embeddings",
 }
+_REDUCED = "draft_vocab_size"  # ours alone
 _KNOWN = _IGNORED | _OWN | set(_FIXED) | set(_SHAPE_KEYS.values()) | set(_DRAFT_KEYS)
 
 
@@ -119,6 +123,8 @@ def tensor_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"layers.{index}.{name}.weight": shape for name, shape in layer.items()}
     if config.trained_embeddings:
         shapes |= {"embed_tokens.weight": (config.vocab_size, c), "lm_head.weight": (config.vocab_size, c)}
+    if config.draft_vocab_size is not None:
+        shapes[KEPT_IDS] = (config.draft_vocab_size,)
     return shapes
 
 
@@ -143,6 +149,7 @@ def to_json(config: DraftConfig) -> dict[str, Any]:
         "context_len": None if config.context_len == FULL_CONTEXT else config.context_len,
         "tap_convention": TAP_CONVENTION,
         "trained_embeddings": config.trained_embeddings,
+        **({} if config.draft_vocab_size is None else {_REDUCED: config.draft_vocab_size}),
     }
 
 
@@ -192,6 +199,7 @@ def from_json(
             rms_norm_eps=float(_required(values, "rms_norm_eps", where)),
             rope_theta=_rope_theta(values, where),
             trained_embeddings=bool(values.get("trained_embeddings", False)),
+            draft_vocab_size=None if values.get(_REDUCED) is None else _number(values, _REDUCED, where),
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -215,7 +223,8 @@ def _check_keys(values: Mapping[str, Any], where: str) -> None:
     inner = values.get("dflash_config", {})
     if not isinstance(inner, dict):
         raise ValueError(f"{where}: dflash_config is {inner!r}; it must be an object")
-    unknown = sorted(set(values) - _KNOWN)
+    known = _KNOWN | {_REDUCED} if "tap_convention" in values else _KNOWN
+    unknown = sorted(set(values) - known)
     unknown += [f"dflash_config.{key}" for key in inner if key not in _DRAFT_KEYS]
     if unknown:
         raise ValueError(f"{where}: unknown keys {unknown}; they may change what the draft computes")
@@ -297,6 +306,7 @@ def read_draft(
             )
         del expected["mask_embedding"]
     check_tensors(tensors, expected, str(folder))
+    check_token_ids(tensors, config, str(folder))
     return config, tensors
 
 
@@ -311,6 +321,28 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[in
     ]
     if faults:
         raise ValueError(f"{where}: " + "; ".join(faults[:8]) + ("; …" if len(faults) > 8 else ""))
+
+
+def check_token_ids(tensors: Mapping[str, Tensor], config: DraftConfig, where: str) -> None:
+    """Raise ValueError unless the ids of a reduced head are ascending ids of the target; nothing if whole."""
+    if config.draft_vocab_size is None:
+        return
+    ids = tensors[KEPT_IDS]
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{where}: {KEPT_IDS} is {ids.dtype}; it must be int64")
+    if len(ids) != config.draft_vocab_size:
+        raise ValueError(f"{where}: {KEPT_IDS} has {len(ids)} ids, {_REDUCED} is {config.draft_vocab_size}")
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)].tolist()
+    if outside:
+        raise ValueError(
+            f"{where}: {KEPT_IDS} {outside[:4]} out of range; the target's ids are 0 to "
+            f"{config.vocab_size - 1}"
+        )
+    steps = ids.diff()
+    if bool((steps < 0).any()):
+        raise ValueError(f"{where}: {KEPT_IDS} must ascend; {int(ids[1:][steps < 0][0])} stands too late")
+    if bool((steps == 0).any()):
+        raise ValueError(f"{where}: {KEPT_IDS} holds {int(ids[1:][steps == 0][0])} twice")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -367,6 +399,7 @@ def write_draft(
     """
     folder = Path(folder)
     check_tensors(tensors, tensor_shapes(config), str(folder))
+    check_token_ids(tensors, config, str(folder))
     draft_files = {CONFIG, WEIGHTS, INDEX, MASK_FILE, PROVENANCE}
     inside = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     others = sorted(inside - draft_files)

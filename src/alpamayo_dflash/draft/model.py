@@ -9,7 +9,7 @@ the block always stands at positions X … X+b−1. Rotary scores depend on dist
 as good as absolute ones. Empty slots at the left, where fewer than X states exist, are masked.
 
 Shapes: S blocks, X context, b block size, U states, F taps·C, C hidden, H heads, K KV heads, D head dim,
-V vocabulary.
+V vocabulary, Vd draft vocabulary (V where the head is whole).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Proposal:
     """What the draft predicts for a block's masks.
 
     Attributes:
-        logits: [S, b−1, V].
-        token_ids: int64 [V] where the head covers only some of the target's tokens; None where it covers all.
+        logits: [S, b−1, Vd].
+        token_ids: int64 [Vd], the target's id of each column of a reduced head; None where it is whole.
     """
 
     logits: Tensor
@@ -172,7 +172,8 @@ class DFlashDraft(nn.Module):
     """A DFlash draft, which the decoder drives as its `Proposer`.
 
     The embedding and the head are the target's: `bind` hands them in, nothing stores them. A draft with
-    `trained_embeddings` holds its own and only lets `bind` check the target.
+    `trained_embeddings` holds its own and only lets `bind` check the target. A draft with a reduced head
+    copies the rows `draft_token_ids` of the target's head when it is bound.
     """
 
     def __init__(self, config: DraftConfig) -> None:
@@ -187,9 +188,9 @@ class DFlashDraft(nn.Module):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.draft_vocab_size is not None:
+            self.draft_token_ids: Tensor
             self.register_buffer("draft_token_ids", torch.arange(config.draft_vocab_size))
         self._bound: tuple[Tensor, Tensor] | None = None
-        self._reduced_head: Tensor | None = None
         # Whether the mask embedding is to be a copy of a row of the target's table, which `bind` takes.
         self._mask_from_target = False
         self._tables: tuple[Tensor, Tensor] | None = None
@@ -261,26 +262,18 @@ class DFlashDraft(nn.Module):
         return self.config.block_size
 
     @property
-    def token_ids(self) -> Tensor | None:
-        """int64 [Vd], the target's id of each column of a reduced head; None where the head is whole."""
-        if self.config.draft_vocab_size is None:
-            return None
-        ids: Tensor = self.draft_token_ids
-        return ids
-
-    @property
     def embedding(self) -> Tensor:
         """[V, C], the target's, or the draft's own."""
         return self.embed_tokens.weight if self.config.trained_embeddings else self._target()[0]
 
     @property
-    def head(self) -> Tensor:
-        """[Vd, C], the rows of the head that proposals are made with."""
-        return self.whole_head if self._reduced_head is None else self._reduced_head
+    def token_ids(self) -> Tensor | None:
+        """int64 [Vd], the target's id of each row of a reduced head; None where the head is whole."""
+        return None if self.config.draft_vocab_size is None else self.draft_token_ids
 
     @property
-    def whole_head(self) -> Tensor:
-        """[V, C], the target's, or the draft's own; losses are taken over it."""
+    def head(self) -> Tensor:
+        """[Vd, C], the target's or its rows `token_ids`, or the draft's own."""
         return self.lm_head.weight if self.config.trained_embeddings else self._target()[1]
 
     def _target(self) -> tuple[Tensor, Tensor]:
@@ -323,8 +316,8 @@ class DFlashDraft(nn.Module):
         if embedding.is_cuda:
             share_groups(self)  # so that the fast form can run them as one product
         self.config = replace(config, num_target_layers=num_layers)
-        self._bound = (embedding.detach(), head.detach())
-        self._reduced_head = None if self.token_ids is None else self._bound[1][self.token_ids]
+        ids = self.token_ids
+        self._bound = (embedding.detach(), head.detach() if ids is None else head.detach()[ids])
         if self._mask_from_target:
             self.mask_embedding = nn.Parameter(embedding.detach()[config.mask_token_id].clone())
             self._mask_from_target = False

@@ -6,7 +6,7 @@ be accepted, the token after them is the target's own, and the walk goes on k + 
 is one verify pass. The acceptance length is tokens after the first over passes, pooled over responses; rules
 that add the tokens of a CoC's end to a proposal can only better it.
 
-Shapes: S responses still walking, B masks of a block, V vocabulary.
+Shapes: S responses still walking, B masks of a block, V vocabulary of the draft.
 """
 
 from __future__ import annotations
@@ -79,14 +79,16 @@ def simulate(
     """
     if responses is None:
         responses = torch.arange(len(data))
-    masked = slice(masked_ids.start, masked_ids.stop)
+    ids = draft.token_ids
+    columns = torch.arange(len(draft.head), device=draft.head.device) if ids is None else ids
+    masked_V = (columns >= masked_ids.start) & (columns < masked_ids.stop)
 
     def accepted(blocks: Blocks) -> Tensor:
         batch = data.batch(Blocks(responses[blocks.responses], blocks.positions)).to(draft.fc.weight.device)
         hidden = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries)
         logits = torch.nn.functional.linear(hidden, draft.head)
-        logits[..., masked] = -torch.inf
-        return accepted_prefix(logits.argmax(-1), batch.labels, batch.labelled).cpu()
+        predicted = columns[logits.masked_fill(masked_V, -torch.inf).argmax(-1)]
+        return accepted_prefix(predicted, batch.labels, batch.labelled).cpu()
 
     was_training = draft.training
     draft.eval()

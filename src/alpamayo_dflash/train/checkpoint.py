@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alpamayo_dflash.artefacts import atomic_folder, read_json, write_json
 from alpamayo_dflash.draft import DFlashDraft, read_draft
-from alpamayo_dflash.draft.formats import read_tensors, write_files
+from alpamayo_dflash.draft.formats import KEPT_IDS, read_tensors, write_files
 
 STATE = "trainer.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -64,6 +64,8 @@ def load_checkpoint(folder: Path, draft: DFlashDraft, optimizer: torch.optim.Opt
     config, weights = read_draft(folder)
     if config != draft.config:
         raise ValueError(f"{folder}: the checkpoint's draft is {config}, this run's {draft.config}")
+    if draft.token_ids is not None and not torch.equal(weights[KEPT_IDS], draft.token_ids.cpu()):
+        raise ValueError(f"{folder}: the checkpoint's head keeps other tokens than this run's")
     draft.load_state_dict(weights)
     tensors = read_tensors(folder / OPTIMIZER)
     try:

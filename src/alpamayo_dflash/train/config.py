@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from alpamayo_dflash.distill.counts import DEFAULT_HELD_OUT
 from alpamayo_dflash.layers.config import parse_layers
 
 DEFAULT_BLOCK_SIZE = 8
@@ -37,6 +38,8 @@ class TrainConfig:
         num_draft_layers: layers of a new draft (5 where it is left out); init_from's otherwise.
         context_len: states before the anchor that the draft sees; init_from's or the data's if left out.
         target_layers: layers to tap among the data's, such as 1,9,17; init_from's, or all, if left out.
+        draft_vocab_size: tokens of a reduced head, the commonest of the training responses and the end marks;
+            0 for the whole head; init_from's, or the whole, if left out.
         init_from: start from this draft (folder) in place of random weights.
         full_vocab: with init_from: resize the draft to the target's vocabulary.
         train_embeddings: train copies of the target's embedding and head, kept in the draft.
@@ -80,6 +83,7 @@ class TrainConfig:
     num_draft_layers: int | None = None
     context_len: int | None = None
     target_layers: str | None = None
+    draft_vocab_size: int | None = None
     init_from: Path | None = None
     full_vocab: bool = False
     train_embeddings: bool = False
@@ -93,7 +97,7 @@ class TrainConfig:
     dpace_alpha: float = 0.5
     trajectory_labels: bool = False
     stride: int = 1
-    held_out: float = 0.1
+    held_out: float = DEFAULT_HELD_OUT
     held_out_chunks: str | None = None
     save_every: int = 0
     log_interval: int = 20
@@ -113,7 +117,10 @@ class TrainConfig:
         for name in ("max_steps", "num_draft_layers", "context_len"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "weight_decay", "save_every", "num_workers", "cache_gib"):
+        for name in (
+            *("warmup_steps", "weight_decay", "save_every", "num_workers", "cache_gib"),
+            "draft_vocab_size",
+        ):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 0)
         for name in ("learning_rate", "embed_lr_scale", "kl_temperature", "prefix_weight_gamma"):
@@ -128,8 +135,13 @@ class TrainConfig:
         if self.held_out_chunks is None and not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it must be above 0 and below 1")
         parse_layers(self.target_layers)
+        self._check_together()
+
+    def _check_together(self) -> None:
         if self.full_vocab and self.init_from is None:
             raise ValueError("full_vocab resizes an existing draft; give init_from too")
+        if self.draft_vocab_size and self.train_embeddings:
+            raise ValueError("draft_vocab_size takes rows of the target's head; train_embeddings has its own")
 
 
 def _at_least(name: str, value: float, least: int) -> None:

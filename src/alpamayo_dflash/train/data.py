@@ -10,7 +10,6 @@ N all blocks.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.distill import DistillData, DistillSample
+from alpamayo_dflash.distill.counts import is_held_out
 from alpamayo_dflash.draft import DraftConfig
 from alpamayo_dflash.draft.masks import anchors, context_slots, label_positions
 
@@ -104,12 +104,6 @@ class Blocks:
     def __getitem__(self, part: slice) -> Blocks:
         """A run of them."""
         return Blocks(self.responses[part], self.positions[part])
-
-
-def is_held_out(clip_id: str, share: float) -> bool:
-    """Whether a clip is held out: by a hash of its id, so always the same way, whatever else there is."""
-    number = int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8], "big")
-    return number < share * 2**64
 
 
 def split_samples(

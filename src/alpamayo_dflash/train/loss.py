@@ -1,7 +1,7 @@
 """Losses over the masks of blocks: cross-entropy, KL to stored logits, and the weights of positions.
 
 Shapes: S blocks, B masks of a block (b−1), R label rows (the masks that have a label, block by block),
-V vocabulary, k stored logits, C hidden.
+V vocabulary (rows of the draft's head), k stored logits, C hidden.
 """
 
 from __future__ import annotations
@@ -35,6 +35,38 @@ def dpace_weights(ce_SB: Tensor, labelled_SB: Tensor, alpha: float) -> Tensor:
     return prefix_SB.flip(1).cumsum(1).flip(1) * labelled_SB
 
 
+def head_rows(token_ids: Tensor, kept_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Where tokens stand in a reduced head.
+
+    Args:
+        token_ids: the target's ids, of any shape.
+        kept_V: ascending ids that the head keeps.
+
+    Returns:
+        the head's rows, 0 for a token that has none, and whether it has one; both of `token_ids`' shape.
+    """
+    rows = torch.searchsorted(kept_V, token_ids).clamp_max(len(kept_V) - 1)
+    inside = kept_V[rows] == token_ids
+    return rows * inside, inside
+
+
+def reduced_teacher(teacher: tuple[Tensor, Tensor], kept_V: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The target's stored logits over a reduced head: tokens outside it are left out of their distribution.
+
+    Args:
+        teacher: the target's logits [R, k] and their ids [R, k].
+        kept_V: ascending ids that the head keeps.
+
+    Returns:
+        logits [R, k] and rows of the head [R, k], and bool [R]: whether any of the k is kept. Rows of which
+        none is hold numbers that mean nothing and must get no weight.
+    """
+    rows_Rk, inside_Rk = head_rows(teacher[1], kept_V)
+    logits_Rk = teacher[0].masked_fill(~inside_Rk, -torch.inf)
+    some_R = (logits_Rk > -torch.inf).any(-1)
+    return (logits_Rk.masked_fill(~some_R[:, None], 0.0), rows_Rk), some_R
+
+
 def row_losses(
     hidden_RC: Tensor,
     head_VC: Tensor,
@@ -56,8 +88,8 @@ def row_losses(
     Args:
         hidden_RC: draft states after its final norm.
         head_VC: the head.
-        labels_R: token ids.
-        teacher: the target's logits [R, k] (−inf leaves a token out) and their ids [R, k].
+        labels_R: rows of the head: token ids where it is whole.
+        teacher: the target's logits [R, k] (−inf leaves a token out) and their rows of the head [R, k].
         temperature: of KL.
         chunk_elements: see above.
 

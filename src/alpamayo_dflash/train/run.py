@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from torch import Tensor
+
 from alpamayo_dflash.artefacts import file_hash, folder_hash, provenance, read_json, to_plain, write_json
 from alpamayo_dflash.distill import DistillData, DistillSample
+from alpamayo_dflash.distill.counts import training_counts
 from alpamayo_dflash.distill.shards import MANIFEST_FILE
 from alpamayo_dflash.draft import DFlashDraft
 from alpamayo_dflash.train.checkpoint import read_state
@@ -19,6 +24,7 @@ from alpamayo_dflash.train.processes import Processes, join
 from alpamayo_dflash.train.progress import Live, Silent
 from alpamayo_dflash.train.start import first_draft
 from alpamayo_dflash.train.trainer import Progress, Trainer
+from alpamayo_dflash.train.vocabulary import Vocabulary, choose_tokens, end_token_ids
 
 SUMMARY = "train.json"
 
@@ -120,7 +126,8 @@ def _trainer(
     held_out = [sample for sample in rest if sample.temperature == 0] or rest
     if all(len(sample.token_ids) < 2 for sample in held_out):
         raise ValueError(f"{config.data_dir}: no held-out response has a second token to predict")
-    draft = first_draft(config, data.manifest, target)
+    vocabulary = _vocabulary(config, data, train, target)
+    draft = first_draft(config, data.manifest, target, None if vocabulary is None else vocabulary.token_ids)
     draft.bind(target.embedding.to(processes.device), target.head.to(processes.device), target.num_layers)
     unlabelled = range(0) if config.trajectory_labels else target.traj_ids
     blocks = BlockData(
@@ -158,10 +165,48 @@ def _trainer(
     )
     counts = {
         "parents": parents,
-        "train": _counts(train) | {"blocks": trainer.num_blocks},
-        "held_out": _counts(held_out) | {"greedy": all(sample.temperature == 0 for sample in held_out)},
+        "train": _counts(train)
+        | {"blocks": trainer.num_blocks}
+        | _outside(train, draft.token_ids, unlabelled),
+        "held_out": _counts(held_out)
+        | {"greedy": all(sample.temperature == 0 for sample in held_out)}
+        | _outside(held_out, draft.token_ids, range(0)),
     }
+    if vocabulary is not None:
+        size, filled = len(vocabulary.token_ids), vocabulary.filled
+        counts["draft_vocab"] = {"size": size, "counted": vocabulary.counted, "filled": filled}
+        if filled and processes.first:
+            Console(stderr=True).print(
+                f"draft_vocab_size {size}: the training responses have only {vocabulary.counted} different "
+                f"tokens; {filled} others fill up"
+            )
     return trainer, counts
+
+
+def _vocabulary(
+    config: TrainConfig, data: DistillData, train: Sequence[DistillSample], target: FrozenTarget
+) -> Vocabulary | None:
+    """The tokens that a reduced head keeps; None where the options choose none."""
+    if not config.draft_vocab_size:
+        return None
+    share = config.held_out if config.held_out_chunks is None else None
+    return choose_tokens(
+        training_counts(data.manifest, train, held_out=share),
+        config.draft_vocab_size,
+        vocab_size=len(target.head),
+        always=end_token_ids(target.folder, local_files_only=config.local_files_only),
+        masked=target.traj_ids,
+    )
+
+
+def _outside(samples: Sequence[DistillSample], token_ids: Tensor | None, unlabelled: range) -> dict[str, int]:
+    """How many labels (each response token after the first, once) a reduced head has no row for."""
+    if token_ids is None:
+        return {}
+    kept = {*token_ids.tolist(), *unlabelled}
+    return {
+        "labels_outside_vocab": sum(token not in kept for sample in samples for token in sample.token_ids[1:])
+    }
 
 
 def _held_out_chunks(config: TrainConfig) -> list[int] | None:
@@ -214,6 +259,7 @@ def _result(trainer: Trainer, counts: dict[str, Any], started: float) -> dict[st
         "draft_config": to_plain(trainer.draft.config),
         "train": counts["train"],
         "held_out": counts["held_out"],
+        **({"draft_vocab": counts["draft_vocab"]} if "draft_vocab" in counts else {}),
         "evaluations": progress.evaluations,
         "losses": progress.losses,
         "provenance": provenance(

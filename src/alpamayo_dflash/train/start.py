@@ -8,28 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alpamayo_dflash.draft import DFlashDraft, DraftConfig, read_draft
-from alpamayo_dflash.draft.formats import resize_vocabulary
+from alpamayo_dflash.draft.formats import KEPT_IDS, check_token_ids, resize_vocabulary
 from alpamayo_dflash.layers.config import parse_layers
 from alpamayo_dflash.train.config import DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS, TrainConfig
 from alpamayo_dflash.train.frozen import FrozenTarget
 
 
-def first_draft(config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTarget) -> DFlashDraft:
+def first_draft(
+    config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTarget, token_ids: Tensor | None = None
+) -> DFlashDraft:
     """Build the draft in float32 and bind it to the target.
 
     Args:
         config: the options.
         manifest: of the distillation data.
         target: the target's shared parts.
+        token_ids: int64 [Vd] that a reduced head keeps; None where the options ask for no such choice.
 
     Raises:
         ValueError: the existing draft does not fit the target or the options.
     """
-    draft = (
-        _new(config, manifest, target) if config.init_from is None else _existing(config, manifest, target)
-    )
+    make = _new if config.init_from is None else _existing
+    draft = make(config, manifest, target, token_ids)
     if config.train_embeddings and not draft.config.trained_embeddings:
         draft = _with_embeddings(draft, target)
     draft.bind(target.embedding, target.head, target.num_layers)
@@ -39,7 +42,9 @@ def first_draft(config: TrainConfig, manifest: Mapping[str, Any], target: Frozen
     return draft
 
 
-def _new(config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTarget) -> DFlashDraft:
+def _new(
+    config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTarget, token_ids: Tensor | None
+) -> DFlashDraft:
     """A draft of the target's layer shape with random weights.
 
     Its last norm starts as the target's, for the head that follows is the target's too; its mask embedding
@@ -60,17 +65,22 @@ def _new(config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTarget)
             target_layer_ids=parse_layers(config.target_layers) or tuple(manifest["taps"]),
             num_target_layers=target.num_layers,
             mask_token_id=vocab_size,
+            draft_vocab_size=None if token_ids is None else len(token_ids),
         ),
         config.seed,
     )
     with torch.no_grad():
         draft.norm.weight.copy_(target.final_norm)
         draft.mask_embedding.copy_(target.embedding.mean(0))
+        if token_ids is not None:
+            draft.draft_token_ids.copy_(token_ids)
     return draft
 
 
-def _existing(config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTarget) -> DFlashDraft:
-    """The draft of `init_from`, with the options' block size, context length and taps, in float32."""
+def _existing(
+    config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTarget, token_ids: Tensor | None
+) -> DFlashDraft:
+    """The draft of `init_from`, with the options' block size, context, taps and head, in float32."""
     folder = Path(str(config.init_from))
     context_len = config.context_len or manifest["context_len"]
     shape, tensors = read_draft(folder, context_len=context_len, own_mask=False)
@@ -88,14 +98,23 @@ def _existing(config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTa
     tensors.setdefault("mask_embedding", target.embedding.mean(0))
     if config.full_vocab:
         shape, tensors = resize_vocabulary(shape, tensors, target.embedding, target.head)
+    # The head is the target's, so another choice of its rows changes no weight of the draft.
+    if token_ids is not None:
+        tensors[KEPT_IDS] = token_ids
+    elif config.draft_vocab_size == 0:
+        tensors.pop(KEPT_IDS, None)
     shape = replace(
         shape,
         block_size=config.block_size or shape.block_size,
         context_len=config.context_len or shape.context_len,
         mask_token_id=shape.vocab_size,
+        draft_vocab_size=len(tensors[KEPT_IDS]) if KEPT_IDS in tensors else None,
     )
+    check_token_ids(tensors, shape, str(folder))
     draft = DFlashDraft(shape)
-    draft.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    draft.load_state_dict(
+        {name: tensor if name == KEPT_IDS else tensor.float() for name, tensor in tensors.items()}
+    )
     return draft
 
 

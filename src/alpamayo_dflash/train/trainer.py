@@ -20,7 +20,9 @@ from alpamayo_dflash.train.loss import (
     ce_weight,
     decay_weights,
     dpace_weights,
+    head_rows,
     learning_rate_factor,
+    reduced_teacher,
     row_losses,
 )
 from alpamayo_dflash.train.processes import Processes
@@ -39,7 +41,8 @@ class Progress:
         best_length: simulated acceptance length of the best draft so far.
         best_step: the step it was found at; −1 before the first evaluation.
         evaluations: step, epoch and counts of every evaluation.
-        losses: step, loss, its parts and the learning rate at every log entry.
+        losses: step, loss, its parts and the learning rate at every log entry; with a reduced head also how
+            many of the step's labels it has no row for.
     """
 
     step: int = 0
@@ -60,41 +63,45 @@ class BlockLoss(nn.Module):
         gamma = decay_gamma(block_size, config.prefix_weight_gamma)
         self._decay_B = decay_weights(block_size - 1, gamma)
 
-    def forward(self, batch: Batch, ce_share: float) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted sums over the batch's label rows.
 
-        Args:
-            batch: the blocks.
-            ce_share: weight of cross-entropy; KL has the rest.
+        Labels that a reduced head has no row for get no weight in CE, and rows of which it keeps none of the
+        target's stored logits none in KL; so the two have sums of weights of their own.
 
         Returns:
-            the weighted sum of the loss, with gradient, and detached (sum of weights, weighted sum of CE,
-            weighted sum of KL) [3].
+            weighted sums of CE and of KL, with gradient, and detached (sum of CE's weights, sum of KL's
+            weights, CE, KL, labels without a row of the head) [5].
         """
-        draft, options = self.draft, self.options
+        draft = self.draft
         labelled_SB = batch.labelled
         hidden_RC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries, labelled_SB)
         teacher = None
         if batch.teacher_logits is not None and batch.teacher_ids is not None:
             teacher = (batch.teacher_logits, batch.teacher_ids)
+        labels_R = batch.labels[labelled_SB]
+        has_label_R = has_teacher_R = torch.ones_like(labels_R, dtype=torch.bool)
+        if draft.token_ids is not None:
+            labels_R, has_label_R = head_rows(labels_R, draft.token_ids)
+            if teacher is not None:
+                teacher, has_teacher_R = reduced_teacher(teacher, draft.token_ids)
         ce_R, kl_R = row_losses(
-            hidden_RC,
-            draft.head,
-            batch.labels[labelled_SB],
-            teacher,
-            temperature=options.kl_temperature,
+            hidden_RC, draft.head, labels_R, teacher, temperature=self.options.kl_temperature
         )
-        weight_R = self._weights(ce_R, labelled_SB)
-        ce = (weight_R * ce_R).sum()
-        kl = torch.zeros_like(ce) if kl_R is None else (weight_R * kl_R).sum()
-        total = ce if ce_share == 1 else kl if ce_share == 0 else ce_share * ce + (1 - ce_share) * kl
-        return total, torch.stack((weight_R.sum(), ce.detach(), kl.detach()))
+        # A token that the draft cannot propose has an infinite cross-entropy, and D-PACE is to know that.
+        weight_R = self._weights(ce_R.detach().masked_fill(~has_label_R, torch.inf), labelled_SB)
+        ce_weight_R, kl_weight_R = weight_R * has_label_R, weight_R * has_teacher_R
+        ce = (ce_weight_R * ce_R).sum()
+        kl = torch.zeros_like(ce) if kl_R is None else (kl_weight_R * kl_R).sum()
+        outside = (~has_label_R).sum().to(ce)
+        sums = (ce_weight_R.sum(), kl_weight_R.sum(), ce.detach(), kl.detach(), outside)
+        return ce, kl, torch.stack(sums)
 
     def _weights(self, ce_R: Tensor, labelled_SB: Tensor) -> Tensor:
         if self.options.position_weights == "decay":
             return self._decay_B.to(ce_R.device).expand(labelled_SB.shape)[labelled_SB]
         ce_SB = torch.zeros(labelled_SB.shape, device=ce_R.device)
-        ce_SB[labelled_SB] = ce_R.detach()
+        ce_SB[labelled_SB] = ce_R
         return dpace_weights(ce_SB, labelled_SB, self.options.dpace_alpha)[labelled_SB]
 
 
@@ -170,8 +177,9 @@ class Trainer:
             step = self.progress.step
             if not bool(torch.isfinite(report).all()):
                 raise ValueError(
-                    f"the loss or its gradient is not finite at step {step}: (weights, ce, kl, gradient "
-                    f"norm) = {report.tolist()}; the last checkpoint is whole"
+                    f"the loss or its gradient is not finite at step {step}: (weights of ce and "
+                    "kl, ce, kl, labels outside the draft's vocabulary, gradient norm) = "
+                    f"{report.tolist()}; the last checkpoint is whole"
                 )
             if step % self.config.log_interval == 0 or step == self.total_steps:
                 self.progress.losses.append(self._totals(report))
@@ -209,12 +217,12 @@ class Trainer:
     def _step(self, batch: Batch) -> Tensor:
         """One step of the optimizer.
 
-        The loss is the weighted mean over the label rows of *all* processes: each divides its own sum by the
+        CE and KL are weighted means over the label rows of *all* processes: each divides its own sum by the
         mean weight of a process, and DDP averages the gradients. So more processes with smaller batches take
         the same step as one with a larger batch.
 
         Returns:
-            sums over this process: weights, CE, KL, the gradient's norm.
+            sums over this process, as `BlockLoss` gives them, and the gradient's norm.
         """
         config, progress = self.config, self.progress
         factor = learning_rate_factor(progress.step, self.total_steps, self.warmup_steps)
@@ -223,10 +231,16 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         device_type = self.processes.device.partition(":")[0]
         with torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            total, sums = self.loss(batch, self.ce_share)
-        world_size = self.processes.world_size
-        mean_weight = self.processes.add(sums[0].clone()) / world_size
-        (total / mean_weight.clamp_min(1e-12)).backward()
+            ce, kl, sums = self.loss(batch)
+        mean_weights = self.processes.add(sums[:2].clone()) / self.processes.world_size
+        ce_mass, kl_mass = mean_weights.clamp_min(1e-12)
+        share = self.ce_share
+        if share == 1:
+            (ce / ce_mass).backward()
+        elif share == 0:
+            (kl / kl_mass).backward()
+        else:
+            (share * ce / ce_mass + (1 - share) * kl / kl_mass).backward()
         norm = nn.utils.clip_grad_norm_(self.draft.parameters(), MAX_GRADIENT_NORM)
         self.optimizer.step()
         progress.step += 1
@@ -242,12 +256,14 @@ class Trainer:
 
     def _totals(self, report: Tensor) -> dict[str, Any]:
         """A log entry of the step just done, over all processes."""
-        weight, ce, kl = self.processes.add(report[:3].clone()).tolist()
-        entry = {"step": self.progress.step, "ce": ce / max(weight, 1e-12)}
+        ce_mass, kl_mass, ce, kl, outside = self.processes.add(report[:5].clone()).tolist()
+        entry = {"step": self.progress.step, "ce": ce / max(ce_mass, 1e-12)}
         if self.config.loss_type != "ce":
-            entry["kl"] = kl / max(weight, 1e-12)
+            entry["kl"] = kl / max(kl_mass, 1e-12)
+        if self.draft.token_ids is not None:
+            entry["labels_outside_vocab"] = int(outside)
         return entry | {
-            "gradient_norm": float(report[3]),
+            "gradient_norm": float(report[5]),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
