@@ -134,3 +134,28 @@ def test_bfloat16_loops_agree_at_one_row_width(views, temperature):
         oracle = Oracle(expected.token_ids, 8, target.vocab_size, 4)
         found = SpeculativeDecoder(target, oracle, config).generate(view, temperature=temperature, seed=2)
         assert found.token_ids == expected.token_ids
+
+
+@torch.inference_mode()
+def test_the_fused_model_is_the_plain_one_within_rounding(tmp_path):
+    """Prompt and rows in bfloat16, against the same arithmetic in float32."""
+    from alpamayo_dflash.decode import verify
+    from alpamayo_dflash.decode.passes import FusedModel, PlainModel
+    from alpamayo_dflash.evaluate.target_size import noise_window
+    from alpamayo_dflash.target.random_checkpoint import random_target
+    from alpamayo_dflash.target.random_config import RandomCheckpointConfig
+
+    target = random_target(RandomCheckpointConfig("medium", 0, "cuda"), tmp_path)
+    prompt = target.prompt(noise_window(0)).to(target.device)
+    found = {}
+    for name, model in (("fused", FusedModel), ("plain", PlainModel)):
+        verifier = verify.Verifier(target, taps=(0, 2), context_len=16, prompt_capacity=4096)
+        verifier._model = model(target, verifier.cache)
+        read = verifier.prefill(prompt)
+        verifier.begin(read, 64)
+        at = torch.arange(40, device="cuda")
+        seen = torch.ones(40, 64, device="cuda").tril().to(torch.uint8)
+        logits = verifier.run(at + 100, at, at, seen)[:, : target.vocab_size].float()
+        found[name] = (read.logits_V, logits, verifier.cache.taps[: 16 + 40].float())
+    for fused, plain in zip(found["fused"], found["plain"], strict=True):
+        assert float((fused - plain).norm() / plain.norm()) < 0.03
