@@ -303,6 +303,34 @@ def test_a_failing_draft_is_counted_and_the_target_goes_on(target, prompts, trut
     assert got.drafted == 0
 
 
+class Raising(Random):
+    """Fails in every other round."""
+
+    def propose(self, context, context_lengths, anchors):
+        proposal = super().propose(context, context_lengths, anchors)
+        if len(self.calls) % 2:
+            raise RuntimeError("the draft's device is gone")
+        return proposal
+
+
+@LOOPS
+def test_a_draft_that_raises_is_dropped_for_the_round_and_counted(target, prompts, truth, loop):
+    decoder = SpeculativeDecoder(target, Raising(target.vocab_size, 8), DecodeConfig(loop=loop))
+    with pytest.warns(UserWarning, match="device is gone"):
+        got = decoder.generate(prompts[1], max_new_tokens=LIMIT, trajectories=False)
+    assert got.token_ids == truth[1, 0.6, 1].token_ids
+    assert 0 < got.draft_failures <= got.rounds
+
+
+@LOOPS
+def test_not_finite_logits_are_counted_on_either_loop(target, prompts, truth, loop):
+    decoder = SpeculativeDecoder(target, NotANumber(target.vocab_size, 8), DecodeConfig(loop=loop))
+    got = decoder.generate(prompts[1], max_new_tokens=LIMIT, trajectories=False)
+    assert got.token_ids == truth[1, 0.6, 1].token_ids
+    assert got.draft_failures > 0
+    assert got.drafted == 0
+
+
 def test_a_reduced_head_maps_to_target_ids(target, prompts, truth):
     expected = truth[1, 0.6, 6]
     used = {token for text in expected.token_ids for token in text}

@@ -7,6 +7,7 @@ import pytest
 
 from alpamayo_dflash.artefacts import folder_hash, read_json
 from alpamayo_dflash.cli.main import main
+from alpamayo_dflash.evaluate.bench import figures
 from alpamayo_dflash.tiny import checkpoint_path, world_figures_path
 from alpamayo_dflash.world.measure import violations
 
@@ -142,3 +143,46 @@ def test_the_worlds_figures_hold_loosely_on_few_clips(tmp_path, command):
     assert 0.5 <= found["figures"]["period"] <= 0.87
     assert found["figures"]["differ"] >= 0.5
     assert 0.25 <= found["figures"]["top_ten"] <= 0.6
+
+
+ENGINE_TARGETS = {
+    "verify_8_over_floor": 1.4,
+    "verify_64_over_floor": 1.65,
+    "verify_256_over_floor": 2.8,
+    "draft_over_verify": 0.08,
+    "round_overhead": 0.04,
+    "round_six_over_one": 1.3,
+    "decode_six_over_one": 1.7,
+}
+ENGINE_SPEEDUPS = {
+    "decode_vs_transformers": 25,
+    "decode_vs_autoregressive": 4.2,
+    "prefill_vs_transformers": 1.3,
+}
+
+
+def test_the_engines_figures_follow_from_their_raw_timings():
+    shipped = read_json(RESULTS / "engine_h200.json")
+    found = figures(shipped["raw"])
+    assert found == shipped["figures"]
+    assert all(found[key] <= most for key, most in ENGINE_TARGETS.items())
+    assert all(found[key] >= least for key, least in ENGINE_SPEEDUPS.items())
+    assert set(shipped["replayed"]) <= set(found)
+    replay = shipped["raw"]["replay"]
+    assert replay["emitted_1"] / replay["passes_1"] == pytest.approx(6.25, rel=0.05)
+    assert "H200" in shipped["gpu"]["name"]
+
+
+def test_the_engine_was_lossless_and_its_rounds_allocate_and_wait_for_nothing():
+    shipped = read_json(RESULTS / "engine_h200.json")
+    same, other = shipped["lossless"]["one_row_width"], shipped["lossless"]["different_widths"]
+    assert same["prompts"] == 200 and same["equal"] == same["texts"] == 400
+    assert other["equal"] + other["near_ties"] == other["texts"] and not other["not_near_ties"]
+    profile = shipped["profile"]
+    assert profile["allocations"] == 0
+    calls = profile["host_calls"]
+    # One launch and one wait a round; the profiler itself waits once for the device.
+    assert calls["cudaGraphLaunch"] == calls["cudaStreamSynchronize"] == profile["rounds"]
+    assert not [name for name in calls if "Malloc" in name or "Memcpy" in name]
+    copies = [row for row in profile["device_per_round"] if row["name"].startswith("Memcpy DtoH")]
+    assert [row["launches"] for row in copies] == [1.0]

@@ -41,6 +41,7 @@ REQUIRED = {
     "evaluate": ["--draft-model", "d", "--cache-dir", "c"],
     "lossless": ["--draft-models", "a", "b", "--cache-dir", "c", "--alpamayo-model", "m"],
     "distribution": ["--draft-model", "d", "--cache-dir", "c", "--alpamayo-model", "m"],
+    "bench": [],
     "report": ["--evaluation", "e.json"],
     "demo": ["--out", "o"],
 }

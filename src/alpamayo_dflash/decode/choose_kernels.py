@@ -81,7 +81,7 @@ def candidates_kernel(
     CANDIDATES: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Program (r, m): of a chunk of row r, the largest score, the sum of exp, and the best perturbed scores."""
+    """Program (r, m): of a chunk of row r, the largest score, the sum of exp, the best perturbed scores."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     column = chunk * BLOCK_V + tl.arange(0, BLOCK_V)

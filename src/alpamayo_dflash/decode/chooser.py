@@ -1,4 +1,4 @@
-"""`sampling.choose` for a loop that never looks at the host: noise by key and position, no sort, fixed buffers.
+"""`sampling.choose` for a loop that never looks at the host: noise by place, no sort, fixed buffers.
 
 Shapes: R rows, V columns (of the target's head or a draft's reduced one), M chunks, N candidates.
 """

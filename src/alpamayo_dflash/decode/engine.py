@@ -1,10 +1,11 @@
 """The loops of `decode.loop` as one round on the device: draft, proposal, verify pass, choice, walk.
 
-A round reads and writes tensors that never move, so on a GPU it is captured once as a CUDA graph and replayed;
-the host reads one small report a round. The words are those of `decode.loop`, its plain form. Differences that
-show only in the counts: each sample has its own rows (they are nearly free), so samples with equal texts do
-not share rows or profit from each other's proposals, and a proposal never has more than b − 1 tokens, end
-marks included. `sentence_end=force` and drafts that see every state of a prompt run in the plain loop.
+A round reads and writes tensors that never move, so on a GPU it is captured once as a CUDA graph and
+replayed; the host reads one small report a round. The words are those of `decode.loop`, its plain form.
+Differences that show only in the counts: each sample has its own rows (they are nearly free), so samples with
+equal texts do not share rows or profit from each other's proposals, and a proposal never has more than b − 1
+tokens, end marks included. `sentence_end=force` and drafts that see every state of a prompt run in the plain
+loop.
 
 Shapes: S sample, R rows, b block, X context, V vocabulary, E slots of the tail.
 """
@@ -22,7 +23,7 @@ from alpamayo_dflash.decode import steps
 from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.decode.chooser import Chooser
 from alpamayo_dflash.decode.config import Sampling
-from alpamayo_dflash.decode.loop import Sample
+from alpamayo_dflash.decode.loop import Sample, failed
 from alpamayo_dflash.decode.noise import stream_keys
 from alpamayo_dflash.decode.observer import Observer, RoundTrace, SampleTrace
 from alpamayo_dflash.decode.proposer import ProposalLike, Proposer, StaticBlock, StaticProposer
@@ -143,6 +144,7 @@ class Round:
         self._logits: Tensor | None = None
         self._report = torch.empty_like(self.state.report, device="cpu", pin_memory=device.type == "cuda")
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._capturing = False
         if device.type == "cuda":
             from alpamayo_dflash.decode import step_kernels
 
@@ -222,16 +224,7 @@ class Round:
         state = self.state
         columns = finite = None
         if self._draft is not None:
-            proposal = self._draft(state)
-            logits = proposal.logits.flatten(0, 1)
-            if self._choose_draft is None:
-                self._draft_ids = proposal.token_ids
-                self._choose_draft = self._chooser(len(logits), self._draft_vocab(proposal), self._draft_ids)
-                count = self.block - 1
-                self._draft_steps = torch.arange(count, device=logits.device)
-            places = (state.lengths[:, None] + self._draft_steps).flatten()
-            picked = self._choose_draft(logits, self._draft_keys, places)
-            columns, finite = picked.columns, picked.finite
+            columns, finite = self._picks(self._draft)
         ids = self._draft_ids
         if self._replay is not None:
             columns, ids = self._replay(state), None
@@ -240,6 +233,26 @@ class Round:
         choice = self._choose(self._logits, self._keys, state.next_positions)
         self._accept(state, self.marks, choice.columns, choice.settled)
         self._report.copy_(state.report, non_blocking=True)
+
+    def _picks(self, draft: StaticBlock) -> tuple[Tensor, Tensor]:
+        """The draft's tokens as columns of its logits [S·(b − 1)], and whether the logits were finite."""
+        state, count = self.state, self.block - 1
+        try:
+            proposal = draft(state)
+        except (RuntimeError, ArithmeticError) as error:
+            if self._capturing:
+                raise
+            failed(error)
+            nothing = torch.zeros(state.samples * count, dtype=torch.int64, device=state.tokens.device)
+            return nothing, nothing.bool()
+        logits = proposal.logits.flatten(0, 1)
+        if self._choose_draft is None:
+            self._draft_ids = proposal.token_ids
+            self._choose_draft = self._chooser(len(logits), self._draft_vocab(proposal), self._draft_ids)
+            self._draft_steps = torch.arange(count, device=logits.device)
+        places = (state.lengths[:, None] + self._draft_steps).flatten()
+        picked = self._choose_draft(logits, self._draft_keys, places)
+        return picked.columns, picked.finite
 
     def _verify(self) -> Tensor:
         """The target's logits behind every row."""
@@ -266,6 +279,7 @@ class Round:
     def _capture(self) -> None:
         """Run once, which compiles what is compiled, and capture. Nothing is emitted: no sample is live."""
         self.state.done.fill_(1)
+        self._capturing = True
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -284,6 +298,8 @@ class Round:
                 stacklevel=2,
             )
             return
+        finally:
+            self._capturing = False
         self._graph = graph
 
 

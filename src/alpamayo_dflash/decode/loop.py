@@ -9,6 +9,7 @@ Shapes: S sample, R rows, V vocabulary, b block size.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -249,6 +250,17 @@ class Decode:
         self.verifier.cache.tail.keep(slot for sample in self.samples for slot in sample.path)
 
 
+def failed(error: Exception) -> None:
+    """Say that a draft raised an error, and that this round goes without it.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: the error is that: the target would not go on either.
+    """
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        raise error
+    warnings.warn(f"the draft failed, and this round goes on without it: {error}", stacklevel=3)
+
+
 class Drafter:
     """Asks a draft for blocks and picks the proposed tokens out of its logits.
 
@@ -268,8 +280,8 @@ class Drafter:
         """Propose for every sample of these texts.
 
         Returns:
-            Proposals by sample index, and the number of texts for which the draft's logits were not finite:
-            the target goes on without a proposal there.
+            Proposals by sample index, and the number of texts for which the draft failed or its logits were
+            not finite: the target goes on without a proposal there.
         """
         rules = decode.rules
         proposals: dict[int, Proposal] = {}
@@ -285,7 +297,11 @@ class Drafter:
         cache = decode.verifier.cache
         context, lengths = cache.context([members[0].path for members in asked])
         anchors = torch.tensor([members[0].anchor for members in asked], device=context.device)
-        block = self.proposer.propose(context, lengths, anchors)
+        try:
+            block = self.proposer.propose(context, lengths, anchors)
+        except (RuntimeError, ArithmeticError) as error:
+            failed(error)
+            return proposals, len(asked)
         finite = torch.isfinite(block.logits).flatten(1).all(-1).tolist()
         sound = [index for index, good in enumerate(finite) if good]
         for sample, picks in self._pick(decode, block, [(index, s) for index in sound for s in asked[index]]):

@@ -1,8 +1,8 @@
 """The target's text model over a cache, in its plain form and in its fast one.
 
 Both take device tensors only and read nothing back, so that a pass can be captured in a CUDA graph. Attention
-of rows is (prompt part, unmasked) and (tail part, masked): the plain form makes one mask of both, the fast one
-merges the two by log-sum-exp.
+of rows is (prompt part, unmasked) and (tail part, masked): the plain form makes one mask of both, the fast
+one merges the two by log-sum-exp.
 
 Shapes: P prompt tokens, R rows, H heads, K KV heads, D head dim, C hidden, V vocabulary, T tail slots,
 J parts, N fused columns.

@@ -1,7 +1,7 @@
 """Proposals with a given distribution of acceptance lengths, where weights are random and accept nothing.
 
-The draft runs its real forward, and then the target's own continuation is proposed, right up to a drawn number
-of tokens and wrong behind it. What is measured so is labelled "replayed".
+The draft runs its real forward, and then the target's own continuation is proposed, right up to a drawn
+number of tokens and wrong behind it. What is measured so is labelled "replayed".
 
 Shapes: S sample, T tokens, b block.
 """

@@ -188,7 +188,12 @@ class SpeculativeDecoder:
         driver = self._driver(prefilled.prompt, trajectories)
         with torch.inference_mode():
             decode = self._write(
-                prefilled, sampling, seed, num_traj_samples, max_new_tokens, observer or Observer()
+                prefilled,
+                sampling=sampling,
+                seed=seed,
+                num_samples=num_traj_samples,
+                max_new_tokens=max_new_tokens,
+                observer=observer or Observer(),
             )
         written = self._now_ms()
         self._finished = (prefilled, decode)
@@ -202,6 +207,7 @@ class SpeculativeDecoder:
     def _write(
         self,
         prefilled: Prefilled,
+        *,
         sampling: Sampling,
         seed: int,
         num_samples: int,

@@ -336,7 +336,7 @@ class _Bench:
         """Bytes that any pass reads: the text decoder's and the head's."""
         text = self.target.vlm.model.language_model
         decoder = sum(p.numel() * p.element_size() for p in (*text.layers.parameters(), text.norm.weight))
-        return decoder + self.target.head.numel() * self.target.head.element_size()
+        return int(decoder + self.target.head.numel() * self.target.head.element_size())
 
     def _ceilings(self) -> dict[str, Any]:
         """The rate of reading, and of a large product, on this device now."""
@@ -451,7 +451,12 @@ class _Bench:
             for index, expected in enumerate(own):
                 options = self._options(samples, index, config.coc_tokens)
                 got = self._replayed(
-                    fast, replay, read["fast"], expected.token_ids, options, clock if index else None
+                    fast,
+                    replay,
+                    read["fast"],
+                    expected.token_ids,
+                    options=options,
+                    observer=clock if index else None,
                 )
                 if index:
                     times.append(got.timings.decode_ms)
@@ -472,6 +477,7 @@ class _Bench:
         replay: Any,
         read: Prefilled,
         known: list[list[int]],
+        *,
         options: dict[str, Any],
         observer: Any = None,
     ) -> Result:
@@ -525,7 +531,7 @@ class _Bench:
             for index in range(9):
                 options = self._options(1, index, tokens + 2)  # and the two end marks
                 own = plain.generate(read["plain"], **options)
-                got = self._replayed(fast, replay, read["fast"], own.token_ids, options)
+                got = self._replayed(fast, replay, read["fast"], own.token_ids, options=options)
                 if index:
                     times["autoregressive"].append(round(own.timings.decode_ms, 4))
                     times["speculative"].append(round(got.timings.decode_ms, 4))
@@ -562,7 +568,12 @@ class _Bench:
                 wide["texts"] += 1
                 wide["equal"] += narrow == got
                 if narrow != got or index < _NOT_CAPTURED:
-                    tie = _tie(same, one, read[0], read[2], got[0], narrow[0], temperature, index)
+                    tie = _tie(
+                        (same, read[0], got[0]),
+                        (one, read[2], narrow[0]),
+                        temperature=temperature,
+                        seed=index,
+                    )
                     largest = max(largest, tie["largest_difference"])
                     if narrow != got:
                         wide["near_ties" if tie["near"] else "not_near_ties"] += 1
@@ -611,7 +622,7 @@ class _Bench:
         host: dict[str, int] = {}
         device: dict[str, list[float]] = {}
         for event in recorded.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
+            if event.device_type.name == "CUDA":
                 device.setdefault(_short(event.name), []).append(event.device_time)
             elif event.name.startswith("cuda") or event.name.startswith("cu"):
                 host[event.name] = host.get(event.name, 0) + 1
@@ -677,21 +688,19 @@ def _short(name: str) -> str:
 
 
 def _tie(
-    wide: SpeculativeDecoder,
-    narrow: SpeculativeDecoder,
-    wide_read: Prefilled,
-    narrow_read: Prefilled,
-    wide_text: Sequence[int],
-    narrow_text: Sequence[int],
+    wide_arm: tuple[SpeculativeDecoder, Prefilled, Sequence[int]],
+    narrow_arm: tuple[SpeculativeDecoder, Prefilled, Sequence[int]],
+    *,
     temperature: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Where two texts part, and whether that is a near-tie by the rule of the design (invariant 1)."""
+    """Where the texts of two arms part, and whether that is a near-tie by the design's rule (invariant 1)."""
     import torch
 
     from alpamayo_dflash.decode.noise import row_noise, stream_keys
     from alpamayo_dflash.decode.sampling import mask_bias, nucleus
 
+    (wide, wide_read, wide_text), (narrow, narrow_read, narrow_text) = wide_arm, narrow_arm
     part = next((i for i, (a, b) in enumerate(zip(wide_text, narrow_text, strict=False)) if a != b), None)
     shared = list(wide_text[: part or len(wide_text) - 1]) if part != 0 else []
     a = _forced_logits(wide, wide_read, shared)
@@ -718,7 +727,7 @@ def _tie(
 
 
 def _forced_logits(decoder: SpeculativeDecoder, read: Prefilled, text: Sequence[int]) -> torch.Tensor:
-    """Logits [len(text) + 1, V] that predict each token of a text and the one behind it, at the decoder's width."""
+    """Logits [len(text) + 1, V] of a text's tokens and the one behind it, at the decoder's width."""
     import torch
 
     from alpamayo_dflash.decode.tail import ROOT
@@ -726,12 +735,10 @@ def _forced_logits(decoder: SpeculativeDecoder, read: Prefilled, text: Sequence[
 
     verifier = decoder.verifier
     verifier.begin(read, 64)
-    logits = [read.logits_V[None]]
     step = verifier.row_width or 1
     slots = Tree(verifier.cache.tail).add_chain(text, ROOT)
-    for start in range(0, len(slots), step):
-        logits.append(verifier.rows(slots[start : start + step]))
-    return torch.cat(logits)
+    parts = [verifier.rows(slots[start : start + step]) for start in range(0, len(slots), step)]
+    return torch.cat([read.logits_V[None], *parts])
 
 
 def _load(config: BenchConfig) -> Alpamayo:

@@ -121,7 +121,7 @@ def merge_kernel(
     DIM: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Merged [R, H, D] = the stretches' outputs, weighed by exp2(top − largest top), over the sum of masses."""
+    """Merged [R, H, D] = the stretches' outputs, weighed by exp2(top − largest), over the sum of masses."""
     place = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
     j = tl.arange(0, BLOCK_J)
     d = tl.arange(0, DIM)

@@ -1,7 +1,7 @@
 """The kernels as functions of tensors: what block sizes to take, and when cuBLAS is better.
 
 The numbers come from the sweep in docs/results/kernels_h200.json. Every function is the fast form of plain
-operations: `Linear` in `target/linear.py`, `rms_norm` and `rotate` in `target/layers.py`, PyTorch's attention.
+operations: linear layers, `rms_norm` and `rotate` of `target/layers.py`, PyTorch's attention.
 
 Shapes: R rows, N output columns, K inner dimension, J parts, C hidden, H query heads, K KV heads, D head dim,
 E cache entries, T tail slots.
@@ -45,7 +45,7 @@ _WIDE_GATED = _Blocks(swap=True, columns=64, inner=64, stages=4, warps=4)
 
 
 def product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
-    """X @ weight.T as parts [J, R, N] that are still to be summed; J is 1 where one program takes all of K."""
+    """X @ weight.T as parts [J, R, N] that are still to be summed; J is 1 where one program takes all."""
     rows, inner = x_RK.shape
     columns = len(weight_NK)
     if rows > FEW_ROWS or inner % _INNER_BLOCK:
@@ -200,7 +200,7 @@ def rotate_store(
 
 @dataclass(frozen=True)
 class _Plan:
-    """How attention is cut: folded rows and keys of a tile, stretches, warps, stages, slots of a tail's stretch."""
+    """How attention is cut: rows and keys of a tile, the prompt's stretches, a tail stretch's slots."""
 
     rows: int
     keys: int

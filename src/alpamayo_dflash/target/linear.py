@@ -1,4 +1,4 @@
-"""The linear layers of the fast decoder go through here, so that other weight formats need change nothing else.
+"""The linear layers of the fast decoder go through here, so that other formats need change nothing else.
 
 Shapes: R rows, N output columns, K inner dimension, J parts.
 """
@@ -6,6 +6,7 @@ Shapes: R rows, N output columns, K inner dimension, J parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,6 @@ class Linear:
         return launch.gate(self(x_RK))
 
 
-def fused_linear(parts: Sequence[torch.nn.Module]) -> Linear:
+def fused_linear(parts: Sequence[Any]) -> Linear:
     """The product of several linear modules that read one input."""
-    return Linear(*(part.weight.detach() for part in parts))  # type: ignore[misc]
+    return Linear(*(part.weight.detach() for part in parts))
