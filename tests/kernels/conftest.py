@@ -1,12 +1,8 @@
-"""Kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+"""Kernels run in Triton's interpreter, which `tests/conftest.py` chooses."""
 
 import os
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
