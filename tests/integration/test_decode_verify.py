@@ -14,6 +14,7 @@ from alpamayo_dflash.decode import (
     teacher_forced,
     teacher_forced_all,
 )
+from alpamayo_dflash.decode.passes import PlainModel
 from alpamayo_dflash.decode.sampling import distribution, mask_bias
 from alpamayo_dflash.decode.tail import ROOT
 from alpamayo_dflash.decode.walk import Tree
@@ -67,6 +68,22 @@ def verifier_of(target, prompt, slots=64, **options):
 def close(a, b, tolerance=TOLERANCE):
     assert a.shape == b.shape
     assert float((a - b).abs().max()) <= tolerance
+
+
+@torch.inference_mode()
+def test_a_pass_for_prompts_of_any_length_reads_the_length_on_the_device(target):
+    """As a captured pass must: what the host says of the prompt is what it was at capture."""
+    verifier = Verifier(target, prompt_capacity=64)
+    verifier._model = PlainModel(target, verifier.cache, any_length=True)
+    tokens = [5, 100, 7, 263]
+    for length, images in ((33, 2), (50, 2), (21, 1)):
+        prompt = random_prompt(target, length=length, images=images)
+        expected, _ = full_forward(target, prompt, tokens)
+        verifier.begin(verifier.prefill(prompt), 16)
+        slots = Tree(verifier.cache.tail).add_chain(tokens, ROOT)
+        verifier.cache.prompt_length = 1
+        close(verifier.rows(slots), expected[len(prompt) :])
+        verifier.cache.prompt_length = len(prompt)
 
 
 def test_a_chain_is_the_full_forward(target, prompt):

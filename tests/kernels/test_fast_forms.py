@@ -10,6 +10,7 @@ from alpamayo_dflash.decode import DecodeConfig, SpeculativeDecoder
 from alpamayo_dflash.decode import verify as verify_module
 from alpamayo_dflash.decode.passes import FusedModel
 from alpamayo_dflash.draft import DFlashDraft, DraftConfig
+from alpamayo_dflash.draft.config import FULL_CONTEXT
 
 pytest.importorskip("triton")
 
@@ -32,11 +33,13 @@ def draft_of(target=None, *, hidden=128, vocab=90, block=4, context=6, heads=4, 
     return DFlashDraft.random(config, seed=1).eval()
 
 
+@pytest.mark.parametrize("window", [6, FULL_CONTEXT])
 @torch.inference_mode()
-def test_the_fast_draft_says_what_the_plain_one_says():
+def test_the_fast_draft_says_what_the_plain_one_says(window):
     from alpamayo_dflash.draft.fast import FastDraft, places
 
-    draft, samples, per_sample, prompt = draft_of(), 2, 24, 4  # a prompt shorter than the context
+    # A prompt shorter than the context; a draft that sees every state has room for the longest prompt.
+    draft, samples, per_sample, prompt = draft_of(context=window), 2, 24, 4
     generator = torch.Generator().manual_seed(0)
     draft.bind(torch.randn(90, 128, generator=generator), torch.randn(90, 128, generator=generator), 4)
     block, context, slots = 4, 6, samples * per_sample
@@ -54,7 +57,7 @@ def test_the_fast_draft_says_what_the_plain_one_says():
     )
     for step in range(5):
         placed = fast._placed(state)
-        wanted = places(state, fast._first, block=block, context=context, slots=slots)
+        wanted = places(state, fast._first, block=block, context=context, window=window, slots=slots)
         for name, value in vars(wanted).items():
             assert torch.equal(value, getattr(placed, name)), name
         got = fast(state).logits
@@ -62,9 +65,9 @@ def test_the_fast_draft_says_what_the_plain_one_says():
         for s in range(samples):
             anchor = int(state.lengths[s]) - 1
             states = torch.cat((taps[context - prompt : context], taps[context + int(bases[s]) :][:anchor]))
-            states = states[-context:]
+            states = states[-window:]
             lengths.append(len(states))
-            contexts.append(functional.pad(states, (0, 0, context - len(states), 0)))
+            contexts.append(functional.pad(states, (0, 0, context + per_sample - len(states), 0)))
         anchors = tokens.gather(1, state.lengths[:, None] - 1)[:, 0]
         expected = draft.propose(torch.stack(contexts), torch.tensor(lengths), anchors).logits
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -68,7 +68,9 @@ def test_add_norm(parts, residual):
     torch.testing.assert_close(normed, rms_norm(expected, weight, 1e-6))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 32), (4, 4, 16), (8, 1, 16)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(6, 2, 32), (4, 4, 16), (8, 1, 16), (6, 3, 16), (24, 12, 16)]
+)
 def test_rotate_store(heads, kv_heads, dim):
     rows, entries = 4, torch.tensor([7, 2, 3, 9])
     parts = normal(2, rows, (heads + 2 * kv_heads) * dim)

@@ -4,8 +4,8 @@ A round reads and writes tensors that never move, so on a GPU it is captured onc
 replayed; the host reads one small report a round. The words are those of `decode.loop`, its plain form.
 Differences that show only in the counts: each sample has its own rows (they are nearly free), so samples with
 equal texts do not share rows or profit from each other's proposals, and a proposal never has more than b − 1
-tokens, end marks included. `sentence_end=force` and drafts that see every state of a prompt run in the plain
-loop.
+tokens, end marks included. `sentence_end=force`, and drafts that see every state of a prompt and have no fast
+form here, run in the plain loop.
 
 Shapes: S sample, R rows, b block, X context, V vocabulary, E slots of the tail.
 """
@@ -84,10 +84,9 @@ class _GatheredBlock:
 
 def block_of(draft: Proposer, cache: Cache, *, samples: int, per_sample: int, slots: int) -> StaticBlock:
     """The draft in its fast form where it has one that runs here, else with its context gathered."""
-    static = None
-    if isinstance(draft, StaticProposer):
-        static = draft.static_block(cache.taps, samples, per_sample, slots)
-    return static or _GatheredBlock(draft, cache)
+    if isinstance(draft, StaticProposer) and draft.has_static_block:
+        return draft.static_block(cache.taps, samples, per_sample, slots)
+    return _GatheredBlock(draft, cache)
 
 
 class Round:
@@ -328,10 +327,16 @@ class Engine:
         return 1 if self._draft is None else self._draft.block_size
 
     @property
-    def suits(self) -> bool:
-        """Whether the device can run the rounds (see the module's text); else the host does."""
-        context = self._verifier.cache.context_len
-        return self._rules.mode != "force" and (self._draft is None or self._draft.context_len == context)
+    def unsuited(self) -> str | None:
+        """Why the device cannot run the rounds, so that the host does; None where it can."""
+        draft, context = self._draft, self._verifier.cache.context_len
+        if self._rules.mode == "force":
+            return "sentence_end=force is not the target's own text"
+        if draft is None or draft.context_len == context:
+            return None
+        if isinstance(draft, StaticProposer) and draft.has_static_block:
+            return None
+        return "the draft sees every state of the prompt and has no fast form here"
 
     def release(self) -> None:
         """Let go of all buffers and graphs."""

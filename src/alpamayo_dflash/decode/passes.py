@@ -5,11 +5,12 @@ of rows is (prompt part, unmasked) and (tail part, masked): the plain form makes
 one merges the two by log-sum-exp.
 
 Shapes: P prompt tokens, R rows, H heads, K KV heads, D head dim, C hidden, V vocabulary, T tail slots,
-J parts, N fused columns.
+E cache entries, J parts, N fused columns.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from alpamayo_dflash.decode.cache import Cache
-from alpamayo_dflash.target.fused import FusedDecoder, FusedLayer, fast
+from alpamayo_dflash.target.fused import FusedDecoder, FusedLayer, why_plain
 from alpamayo_dflash.target.layers import AfterLayer, run_layers
 from alpamayo_dflash.target.linear import Linear
 from alpamayo_dflash.target.storage import padded
@@ -65,15 +66,28 @@ class TextModel(Protocol):
 
 
 def text_model(target: Qwen3VLTarget, cache: Cache) -> TextModel:
-    """The fast form where it runs, else the plain one."""
-    return FusedModel(target, cache) if fast(target.embedding) else PlainModel(target, cache)
+    """The fast form where it runs, else the plain one; on a GPU that is said, with its reason."""
+    reason = why_plain(target.text_layers, target.embedding)
+    if reason is None:
+        return FusedModel(target, cache)
+    cuda = target.device.type == "cuda"
+    if cuda:
+        warnings.warn(f"the target runs in its plain, slower form: {reason}", stacklevel=2)
+    return PlainModel(target, cache, any_length=cuda)
 
 
 class PlainModel:
-    """One masked attention over prompt and tail, PyTorch's operations, the modules' own weights."""
+    """One masked attention over prompt and tail, PyTorch's operations, the modules' own weights.
 
-    def __init__(self, target: Qwen3VLTarget, cache: Cache) -> None:
-        self._target, self._cache = target, cache
+    Args:
+        target: the model.
+        cache: of its prompt and rows.
+        any_length: read the prompt's length on the device, so that one captured pass serves every prompt;
+            attention then runs over the whole capacity. Otherwise over the prompt's entries alone.
+    """
+
+    def __init__(self, target: Qwen3VLTarget, cache: Cache, *, any_length: bool = False) -> None:
+        self._target, self._cache, self._any_length = target, cache, any_length
 
     def prompt(self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer) -> Tensor:
         """See TextModel."""
@@ -96,16 +110,20 @@ class PlainModel:
         after_layer: AfterLayer | None,
     ) -> Tensor:
         """See TextModel."""
-        keys, values, prompt = self._cache.layer_keys, self._cache.layer_values, self._cache.prompt_length
-        length = prompt + seen_RT.shape[1]
-        entries_R = slots_R + prompt
-        tail = torch.zeros(seen_RT.shape, dtype=keys[0].dtype, device=seen_RT.device)
-        mask_RT = functional.pad(tail.masked_fill_(seen_RT == 0, float("-inf")), (prompt, 0))
+        cache, slots = self._cache, seen_RT.shape[1]
+        keys, values = cache.layer_keys, cache.layer_values
+        entries_R = slots_R + cache.length_1
+        length = (cache.prompt_capacity if self._any_length else cache.prompt_length) + slots
+        # The slot of each entry; the prompt's are below 0.
+        slot_E = torch.arange(length, device=seen_RT.device) - cache.length_1
+        seen_RE = (seen_RT != 0).index_select(1, slot_E.clamp(0, slots - 1)) & (slot_E < slots)
+        mask_RE = torch.zeros(seen_RE.shape, dtype=keys[0].dtype, device=seen_RT.device)
+        mask_RE.masked_fill_(~(seen_RE | (slot_E < 0)), float("-inf"))
 
         def attend(layer: int, q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor) -> Tensor:
             keys[layer].index_copy_(0, entries_R, k_RKD)
             values[layer].index_copy_(0, entries_R, v_RKD)
-            return _attention(q_RHD, keys[layer][:length], values[layer][:length], mask_RT)
+            return _attention(q_RHD, keys[layer][:length], values[layer][:length], mask_RE)
 
         hidden = functional.embedding(tokens_R, self._target.embedding)
         hidden = run_layers(self._target.text_layers, hidden, rotary, attend, after_layer)

@@ -86,12 +86,18 @@ class StaticBlock(Protocol):
 class StaticProposer(Proposer, Protocol):
     """A block draft that has a fast form."""
 
-    def static_block(self, taps: Tensor, samples: int, per_sample: int, slots: int, /) -> StaticBlock | None:
-        """The fast form for one shape, or None where it does not run.
+    @property
+    def has_static_block(self) -> bool:
+        """Whether it runs on the draft's device, in its dtype, for its shape."""
+        ...
+
+    def static_block(self, taps: Tensor, samples: int, per_sample: int, slots: int, /) -> StaticBlock:
+        """The fast form for one shape.
 
         Args:
             taps: [X + slots + 1, F], the cache's tapped states: the prompt's last X, right-aligned, then the
-                slots. Sample i's text starts at slot `state.bases[i]`.
+                slots. Sample i's text starts at slot `state.bases[i]`. X is `context_len`, or the longest
+                prompt where the draft sees more than that.
             samples: S.
             per_sample: slots of one sample.
             slots: of all.

@@ -6,6 +6,7 @@ Shapes: S sample, N way-points, V vocabulary, C hidden.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -249,7 +250,12 @@ class SpeculativeDecoder:
         wanted = self.config.loop
         if wanted == "auto":
             wanted = "device" if self.target.device.type == "cuda" else "host"
-        return wanted == "device" and self.engine.suits
+        if wanted == "host":
+            return False
+        reason = self.engine.unsuited
+        if reason is not None:
+            warnings.warn(f"decoding runs in the plain, slower loop on the host: {reason}", stacklevel=4)
+        return reason is None
 
     def _prefix(self, prefilled: Prefilled, samples: Sequence[Sample]) -> ActionPrefix:
         return self.verifier.cache.prefix(

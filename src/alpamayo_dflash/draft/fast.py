@@ -54,7 +54,7 @@ class Places:
     seen: Tensor
 
 
-def places(state: Texts, first_1: Tensor, *, block: int, context: int, slots: int) -> Places:
+def places(state: Texts, first_1: Tensor, *, block: int, context: int, window: int, slots: int) -> Places:
     """The plain form of what a round begins with.
 
     Args:
@@ -63,6 +63,7 @@ def places(state: Texts, first_1: Tensor, *, block: int, context: int, slots: in
             token on, and the prompt's have negative numbers.
         block: b.
         context: X.
+        window: how many states before the anchor the draft sees; X, or more where it sees every state.
         slots: of all samples.
     """
     device = first_1.device
@@ -74,7 +75,7 @@ def places(state: Texts, first_1: Tensor, *, block: int, context: int, slots: in
     kept = torch.where(fresh < anchor, bases + fresh, context + slots)
     numbers = torch.arange(-context, slots, device=device)
     number = torch.where(numbers < 0, numbers, numbers - state.bases[:, None])
-    oldest = torch.maximum(anchor - context, first_1)
+    oldest = torch.maximum(anchor - window, first_1)
     seen = (number >= oldest) & (number < anchor + block) & ((numbers < 0) | (number >= 0))
     return Places(
         state.tokens.gather(1, anchor)[:, 0],
@@ -99,20 +100,19 @@ class FastDraft:
     def __init__(self, draft: DFlashDraft, taps: Tensor, samples: int, per_sample: int, slots: int) -> None:
         config, like = draft.config, draft.mask_embedding
         self._draft, self._taps = draft, taps
-        self._block, self._context, self._slots = config.block_size, config.context_len, slots
+        self._block, self._context, self._slots = config.block_size, len(taps) - slots - 1, slots
         self._eps = config.rms_norm_eps
         self._fc = Linear(draft.fc.weight.detach())
         self._head = Linear(padded(draft.head))
         self._layers = [FusedLayer.of(layer) for layer in draft.layers]
-        entries = config.context_len + slots + 1
-        shape = (config.num_layers, entries, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, len(taps), config.num_kv_heads, config.head_dim)
         self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)
         rows = samples * self._block
         # The new features, and behind them the block's tokens.
         self._inputs = like.new_zeros(2 * rows, config.hidden_size)
         self._tokens = like.new_zeros(samples, self._block, config.hidden_size)
         self._tokens[:, 1:] = draft.mask_embedding.detach()
-        cos, signed_sin = draft.tables(like, config.context_len + per_sample)
+        cos, signed_sin = draft.tables(like, self._context + per_sample)
         # The plain form keeps rotate-half's sign in the table, the kernel does not.
         sin = signed_sin[:, 0, config.head_dim // 2 :].repeat(1, 2)
         self._rotary = cos[:, 0].contiguous(), sin
@@ -128,7 +128,7 @@ class FastDraft:
             zeros(2 * rows),
             zeros(2 * rows),
             zeros(rows),
-            zeros(rows, config.context_len + slots, dtype=torch.uint8),
+            zeros(rows, self._context + slots, dtype=torch.uint8),
         )
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
         self._nothing = torch.zeros(1, dtype=torch.int64, device=device)
@@ -137,15 +137,14 @@ class FastDraft:
         """Compute keys and values of the prompt's last states."""
         from alpamayo_dflash.kernels import launch
 
-        context = self._context
-        self._first.fill_(-min(context, prompt_length))
-        if not context:
+        context, count = self._context, min(self._context, prompt_length)
+        self._first.fill_(-count)
+        if not count:
             return
-        _, features = launch.add_norm(
-            None, self._fc.parts(self._taps[:context]), self._draft.hidden_norm.weight.detach(), self._eps
-        )
-        entries = torch.arange(context, device=features.device)
-        rotary = self._rotary[0][:context], self._rotary[1][:context]
+        states = self._fc.parts(self._taps[context - count : context])
+        _, features = launch.add_norm(None, states, self._draft.hidden_norm.weight.detach(), self._eps)
+        entries = torch.arange(context - count, context, device=features.device)
+        rotary = self._rotary[0][context - count : context], self._rotary[1][context - count : context]
         for index, layer in enumerate(self._layers):
             self._store(index, layer, features, rotary, entries)
 
@@ -199,6 +198,7 @@ class FastDraft:
             out.seen,
             state.tokens.shape[1],
             self._context,
+            self._draft.context_len,
             self._slots,
             len(out.new),
             BLOCK=self._block,

@@ -23,12 +23,13 @@ def places_kernel(
     seen_ptr,
     per_sample,
     context,
+    window,
     slots,
     rows,
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Program s: sample s's rows, as `FastDraft._places` says."""
+    """Program s: sample s's rows, as `fast.places` says."""
     sample = tl.program_id(0)
     anchor = tl.load(lengths_ptr + sample) - 1
     previous = tl.load(previous_ptr + sample)
@@ -37,7 +38,7 @@ def places_kernel(
     e = tl.arange(0, BLOCK_E)
     generated = e >= context
     number = tl.where(generated, e - context - base, e - context)
-    oldest = tl.maximum(anchor - context, tl.load(first_ptr))
+    oldest = tl.maximum(anchor - window, tl.load(first_ptr))
     seen = (number >= oldest) & (number < anchor + BLOCK) & ((number >= 0) | (e < context))
     for step in tl.static_range(BLOCK):
         row = sample * BLOCK + step

@@ -27,7 +27,7 @@ from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.draft.fast import FastDraft
 from alpamayo_dflash.draft.formats import read_draft, write_draft
 from alpamayo_dflash.draft.masks import attention_mask
-from alpamayo_dflash.target.fused import fast
+from alpamayo_dflash.target.fused import why_plain
 from alpamayo_dflash.target.layers import rms_norm
 from alpamayo_dflash.target.storage import share_groups
 
@@ -341,10 +341,13 @@ class DFlashDraft(nn.Module):
                 tables = self._tables = (both[0][:, None].to(like.dtype), both[1][:, None].to(like.dtype))
         return tables[0][:count], tables[1][:count]
 
-    def static_block(self, taps: Tensor, samples: int, per_sample: int, slots: int) -> FastDraft | None:
-        """The fast form for one shape (`decode.proposer.StaticProposer`), or None where it does not run."""
-        if not fast(self.mask_embedding):
-            return None
+    @property
+    def has_static_block(self) -> bool:
+        """Whether the fast form runs where the draft is (`decode.proposer.StaticProposer`)."""
+        return why_plain(self.layers, self.mask_embedding) is None
+
+    def static_block(self, taps: Tensor, samples: int, per_sample: int, slots: int) -> FastDraft:
+        """The fast form for one shape."""
         return FastDraft(self, taps, samples, per_sample, slots)
 
     def features(self, states: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ E cache entries, T tail slots.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -177,7 +178,7 @@ def rotate_store(
     kv_heads, dim = keys_EKD.shape[1:]
     heads = width // dim - 2 * kv_heads
     q = torch.empty(rows, heads, dim, dtype=keys_EKD.dtype, device=keys_EKD.device)
-    block = min(8, kv_heads)
+    block = math.gcd(8, kv_heads)  # q's, k's and v's heads never share a program
     rotate_store_kernel[(rows, (heads + 2 * kv_heads) // block)](
         parts_JRN,
         *norms,

@@ -8,7 +8,8 @@ Shapes: R rows, C hidden, H query heads, K KV heads, D head dim, N fused columns
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 
 from alpamayo_dflash.target.layers import AfterLayer
 from alpamayo_dflash.target.linear import Linear, fused_linear
+from alpamayo_dflash.target.storage import not_plain
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_LEAST_HEAD = 16  # a tensor core's inner dimension
 
 
 @dataclass(frozen=True)
@@ -112,12 +118,32 @@ class FusedDecoder:
         return normed if last is None else normed[-last:]
 
 
-def fast(tensor: Tensor) -> bool:
-    """Whether the kernels can run on tensors like this one: on a GPU in bfloat16, with Triton there."""
-    if not tensor.is_cuda or tensor.dtype != torch.bfloat16:
-        return False
-    try:
-        import triton
-    except ImportError:
-        return False
-    return bool(triton.__version__)
+def why_plain(layers: Iterable[Any], like: Tensor) -> str | None:
+    """Why decoder layers cannot take their fast form; None where they can.
+
+    Args:
+        layers: transformers' decoder layers, or a draft's.
+        like: a tensor on their device, in their dtype.
+    """
+    if not like.is_cuda:
+        return f"the weights are on the {like.device.type}, not on a GPU"
+    if like.dtype != torch.bfloat16:
+        return f"the weights are {str(like.dtype).removeprefix('torch.')}, not bfloat16"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return misfit(layers)
+
+
+def misfit(layers: Iterable[Any]) -> str | None:
+    """What of decoder layers the kernels are not made for: modules that are not plain, a head width."""
+    for index, layer in enumerate(layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        for module, names in ((attention, _ATTENTION), (mlp, _MLP)):
+            for name in names:
+                found = not_plain(getattr(module, name))
+                if found is not None:
+                    return f"{name} of layer {index} is a {found}, no plain nn.Linear"
+        width = len(attention.q_norm.weight)
+        if width < _LEAST_HEAD or width & (width - 1):
+            return f"the heads are {width} wide; the kernels take powers of two from {_LEAST_HEAD} on"
+    return None

@@ -19,6 +19,14 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 HEAD_MULTIPLE = 64
 
 
+def not_plain(linear: Any) -> str | None:
+    """What a projection is, if it is more than a weight: an adapter and a quantised layer have one too."""
+    bias = getattr(linear, "bias", None) is not None
+    if type(linear) is nn.Linear and not bias:
+        return None
+    return f"{type(linear).__name__}{' with a bias' if bias else ''}"
+
+
 def fused_groups(module: nn.Module) -> list[list[Any]]:
     """The groups of a module's children that lie together."""
     children: dict[str, Any] = dict(module.named_children())
@@ -84,11 +92,11 @@ def share_storage(vlm: Any) -> None:
     groups = [group for module in text.layers.modules() for group in fused_groups(module)]
     for group in groups:
         for linear in group:
-            if type(linear) is not nn.Linear or linear.bias is not None:
+            found = not_plain(linear)
+            if found is not None:
                 raise ValueError(
-                    f"fuse=True: a projection is a {type(linear).__name__}"
-                    f"{' with a bias' if getattr(linear, 'bias', None) is not None else ''}; only plain "
-                    "nn.Linear can be moved (merge adapters first, or leave fuse off)"
+                    f"fuse=True: a projection is a {found}; only plain nn.Linear can be moved (merge "
+                    "adapters first, or leave fuse off)"
                 )
     share_groups(text.layers)
     head: Tensor = vlm.lm_head.weight
