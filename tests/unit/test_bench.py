@@ -92,7 +92,7 @@ def test_figures_are_ratios_of_medians_and_means():
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"rows": "8,x"}, "8,x"), ({"block_size": 1}, "block_size"), ({"texts": 0}, "texts")],
+    [({"rows": "8,x"}, "8,x"), ({"block_size": 1}, "block_size"), ({"texts": 1}, "texts")],
 )
 def test_options_outside_their_range(options, named):
     with pytest.raises(ValueError, match=named):

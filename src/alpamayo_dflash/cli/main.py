@@ -23,12 +23,12 @@ class Command:
     Attributes:
         config: the config's class, as module:name under `alpamayo_dflash`.
         run: the function that takes such a config and returns the JSON object, likewise.
-        tables: whether the object is an evaluation's, whose tables are shown.
+        tables: the function that makes the object's tables, which are shown; None for none.
     """
 
     config: str
     run: str
-    tables: bool = False
+    tables: str | None = None
 
 
 COMMANDS = {
@@ -40,16 +40,16 @@ COMMANDS = {
     "layers": Command("layers.config:LayersConfig", "layers.run:run"),
     "distill": Command("distill.config:DistillConfig", "distill.run:run"),
     "train": Command("train.config:TrainConfig", "train.run:run"),
-    "evaluate": Command("evaluate.config:EvaluateConfig", "evaluate.run:run", tables=True),
+    "evaluate": Command("evaluate.config:EvaluateConfig", "evaluate.run:run", tables="report:all_tables"),
     "lossless": Command("evaluate.config:LosslessConfig", "evaluate.lossless:run"),
     "distribution": Command("evaluate.config:DistributionConfig", "evaluate.distribution:run"),
     "write-random-target": Command(
         "evaluate.target_size:WriteRandomTargetConfig", "evaluate.target_size:write"
     ),
     "measure-target": Command("evaluate.target_size:MeasureTargetConfig", "evaluate.target_size:measure"),
-    "bench": Command("evaluate.bench:BenchConfig", "evaluate.bench:run"),
+    "bench": Command("evaluate.bench:BenchConfig", "evaluate.bench:run", tables="report:bench_tables"),
     "report": Command("report.config:ReportConfig", "report.run:run"),
-    "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables=True),
+    "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables="report:all_tables"),
 }
 
 
@@ -89,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"alpamayo-dflash {name}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     _remark(name, result)
-    if COMMANDS[name].tables:
-        _show(result)
+    tables = COMMANDS[name].tables
+    if tables is not None:
+        _show(_load(tables)(result))
     print(json.dumps(to_plain(result), allow_nan=False), flush=True)
     return 0 if result.get("passed", True) else 1
 
@@ -106,14 +107,12 @@ def _remark(name: str, result: dict[str, Any]) -> None:
             print(f"alpamayo-dflash {name}: {line} with the output", file=sys.stderr)
 
 
-def _show(result: dict[str, Any]) -> None:
-    """Print an evaluation's tables."""
+def _show(tables: Sequence[Any]) -> None:
+    """Print tables to standard error."""
     from rich.console import Console
 
-    from alpamayo_dflash.report import all_tables
-
     console = Console(stderr=True)
-    for table in all_tables(result):
+    for table in tables:
         console.print(table.rich())
 
 

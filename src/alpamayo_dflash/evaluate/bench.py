@@ -11,9 +11,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from alpamayo_dflash.evaluate.floors import DraftShape, TextShape, floors
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +77,9 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("block_size", "context_len", "draft_vocab", "coc_tokens", "repeats", "texts"):
+        if self.texts < 2:
+            raise ValueError(f"texts is {self.texts}; it must be at least 2: the first one is not timed")
+        for name in ("block_size", "context_len", "draft_vocab", "coc_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.block_size < 2 or self.coc_tokens < 2:
@@ -102,11 +106,15 @@ def figures(raw: dict[str, Any]) -> dict[str, float]:
     floor = raw["weight_bytes"] / median(raw["read_bytes_per_s"]) * 1e3
     verify, rounds, texts = raw["verify_ms"], raw["round_ms"], raw["text_ms"]
     keys = {f"verify_{rows}_over_floor": median(times) / floor for rows, times in verify.items()}
-    draft, eight = median(next(iter(raw["draft_ms"].values()))), median(verify[str(raw["block_size"])])
-    one, six = median(rounds["1"]), median(rounds[str(_SIX)])
+    draft, one, six = (
+        median(next(iter(raw["draft_ms"].values()))),
+        median(rounds["1"]),
+        median(rounds[str(_SIX)]),
+    )
+    if str(raw["block_size"]) in verify:
+        block = median(verify[str(raw["block_size"])])
+        keys |= {"draft_over_verify": draft / block, "round_overhead": (one - draft - block) / one}
     keys |= {
-        "draft_over_verify": draft / eight,
-        "round_overhead": (one - draft - eight) / one,
         "round_six_over_one": six / one,
         "decode_six_over_one": mean(texts["speculative_6"]) / mean(texts["speculative_1"]),
         "decode_vs_autoregressive": mean(texts["autoregressive_1"]) / mean(texts["speculative_1"]),
@@ -136,6 +144,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     result = {
         "figures": figures(raw),
         "replayed": list(REPLAYED),
+        "floors": floors(raw),
         "spread": _spread(raw),
         "lossless": lossless,
         "profile": profile,
@@ -145,7 +154,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     }
     write_json(config.out, result)
     passed = lossless is None or lossless["passed"]
-    return {key: result[key] for key in ("figures", "replayed", "lossless")} | {
+    return {key: result[key] for key in ("figures", "replayed", "floors", "lossless")} | {
         "out": str(config.out),
         "passed": passed,
     }
@@ -323,8 +332,10 @@ class _Bench:
         with torch.inference_mode():
             raw: dict[str, Any] = {
                 "block_size": config.block_size,
+                "coc_tokens": config.coc_tokens,
                 "prompt_tokens": len(self.prompt.input_ids),
                 "weight_bytes": self._weight_bytes(),
+                **self._shapes(),
                 **self._ceilings(),
                 **self._prefill(),
                 "verify_ms": self._verify(),
@@ -337,6 +348,37 @@ class _Bench:
         text = self.target.vlm.model.language_model
         decoder = sum(p.numel() * p.element_size() for p in (*text.layers.parameters(), text.norm.weight))
         return int(decoder + self.target.head.numel() * self.target.head.element_size())
+
+    def _shapes(self) -> dict[str, Any]:
+        """What `floors` counts from."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        target, draft = self.target, self.draft.config
+        shape = TextShape(
+            layers=target.num_layers,
+            hidden=target.hidden_size,
+            heads=target.num_heads,
+            kv_heads=target.num_kv_heads,
+            head_dim=target.head_dim,
+            mlp=int(target.vlm.config.text_config.intermediate_size),
+            vocab=target.vocab_size,
+            element_bytes=target.embedding.element_size(),
+        )
+        heads = DraftShape(
+            taps=len(draft.target_layer_ids),
+            block_size=draft.block_size,
+            context_len=draft.context_len,
+            vocab=draft.draft_vocab_size or draft.vocab_size,
+        )
+        visual = target.vlm.model.visual
+        with FlopCounterMode(display=False) as counter:
+            target.embed(self.prompt)
+        return {
+            "shape": asdict(shape),
+            "draft_shape": asdict(heads),
+            "vision_bytes": sum(p.numel() * p.element_size() for p in visual.parameters()),
+            "vision_operations": counter.get_total_flops(),
+        }
 
     def _ceilings(self) -> dict[str, Any]:
         """The rate of reading, and of a large product, on this device now."""
@@ -433,40 +475,38 @@ class _Bench:
         return self._captured(lambda: block(state))
 
     def _texts(self) -> dict[str, Any]:
-        """Whole texts: rounds and decode times of every arm."""
+        """Whole texts: decode times of every arm, the passes behind the first token, and single rounds."""
         config = self.config
         plain = self._decoder(None)
         fast, replay = self._replaying()
         read = {"plain": plain.prefill(self.prompt), "fast": fast.prefill(self.prompt)}
-        texts: dict[str, list[float]] = {}
-        rounds: dict[str, list[float]] = {}
+        times: dict[str, list[float]] = {}
+        passes: dict[str, list[int]] = {}
+        clocks: dict[str, list[float]] = {}
         counts: dict[str, int] = {}
         for samples in (1, _SIX):
-            own, times, clock = [], [], _RoundClock()
-            for index in range(config.texts):
-                options = self._options(samples, index, config.coc_tokens)
-                own.append(plain.generate(read["plain"], **options))
-            texts[f"autoregressive_{samples}"] = [r.timings.decode_ms for r in own[1:]]
-            emitted = passes = 0
-            for index, expected in enumerate(own):
-                options = self._options(samples, index, config.coc_tokens)
-                got = self._replayed(
-                    fast,
-                    replay,
-                    read["fast"],
-                    expected.token_ids,
-                    options=options,
-                    observer=clock if index else None,
-                )
-                if index:
-                    times.append(got.timings.decode_ms)
-                    emitted, passes = emitted + got.emitted, passes + got.passes
-            texts[f"speculative_{samples}"], rounds[str(samples)] = times, clock.times_ms
-            counts |= {f"emitted_{samples}": emitted, f"passes_{samples}": passes}
-        if config.transformers:
-            texts["transformers_1"] = self._transformers()
-        rounded = {name: [round(t, 4) for t in times] for name, times in texts.items()}
-        out = {"text_ms": rounded, "round_ms": rounds, "replay": counts | {"rate": round(self.rate, 6)}}
+            options = [self._options(samples, index, config.coc_tokens) for index in range(config.texts)]
+            own = [plain.generate(read["plain"], **each) for each in options]
+            clock, got = _RoundClock(), []
+            for index, (each, expected) in enumerate(zip(options, own, strict=True)):
+                observer = clock if index else None
+                known = expected.token_ids
+                got.append(self._replayed(fast, replay, read["fast"], known, options=each, observer=observer))
+            for arm, results in (("autoregressive", own[1:]), ("speculative", got[1:])):
+                times[f"{arm}_{samples}"] = [round(result.timings.decode_ms, 4) for result in results]
+                passes[f"{arm}_{samples}"] = [result.rounds for result in results]
+            clocks[str(samples)] = clock.times_ms
+            counts[f"emitted_{samples}"] = sum(result.emitted for result in got[1:])
+            counts[f"passes_{samples}"] = sum(result.passes for result in got[1:])
+            if config.transformers:
+                name = f"transformers_{samples}"
+                times[name], passes[name] = self._transformers(samples)
+        out = {
+            "text_ms": times,
+            "text_rounds": passes,
+            "round_ms": clocks,
+            "replay": counts | {"rate": round(self.rate, 6)},
+        }
         if config.coc_counts:
             out["coc"] = self._lengths(plain, fast, replay, read)
         return out
@@ -503,23 +543,25 @@ class _Bench:
             "trajectories": False,
         }
 
-    def _transformers(self) -> list[float]:
+    def _transformers(self, samples: int) -> tuple[list[float], list[int]]:
+        """Decode times of `generate`, and its passes behind the first token."""
         from alpamayo_dflash.evaluate.reference import generate
 
-        config, times = self.config, []
-        for index in range(max(3, config.texts // 8)):
+        config, times, passes = self.config, [], []
+        for index in range(max(4, config.texts // 8 // samples)):
             given = generate(
                 self.target,
                 self.prompt,
                 temperature=config.temperature,
                 top_p=0.98,
-                num_traj_samples=1,
+                num_traj_samples=samples,
                 max_new_tokens=config.coc_tokens,
                 seed=index,
             )
             if index:
-                times.append(given.decode_ms)
-        return times
+                times.append(round(given.decode_ms, 4))
+                passes.append(max(map(len, given.token_ids)) - 1)
+        return times, passes
 
     def _lengths(
         self, plain: SpeculativeDecoder, fast: SpeculativeDecoder, replay: Any, read: dict[str, Prefilled]

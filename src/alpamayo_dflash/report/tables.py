@@ -156,6 +156,35 @@ def failures(result: Mapping[str, Any]) -> Table | None:
     )
 
 
+def bench_tables(result: Mapping[str, Any]) -> list[Table]:
+    """A benchmark's timings beside their floors, and its figures."""
+    found = result["floors"]
+    read, product = found["read_bytes_per_s"] / 1e9, found["product_flop_per_s"] / 1e9
+    timings = tuple(
+        (
+            row["what"],
+            row["arm"],
+            _number(row["measured_ms"], 2),
+            _number(row["floor_ms"], 2),
+            row["bound"],
+            _times(row["over_floor"]),
+        )
+        for row in found["rows"]
+    )
+    figures = tuple(
+        (name, _number(value, 3), "replayed" if name in result["replayed"] else "")
+        for name, value in result["figures"].items()
+    )
+    return [
+        Table(
+            f"Times (ms) over their floors, at {read:,.0f} GB/s and {product:,.0f} GFLOP/s, measured too",
+            ("what", "arm", "time", "floor", "bound by", "over floor"),
+            timings,
+        ),
+        Table("Figures", ("figure", "value", ""), figures),
+    ]
+
+
 def all_tables(result: Mapping[str, Any]) -> list[Table]:
     """Every table that the JSON object has the numbers for."""
     optional = (parts(result), world(result), failures(result))

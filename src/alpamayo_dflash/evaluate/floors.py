@@ -1,0 +1,191 @@
+"""What bounds each timing of the benchmark: the bytes it must read and the operations it must do.
+
+Bytes over the rate of reading, operations over the rate of a large product; the larger of the two is the
+floor. Small terms are left out: norms, rotary tables, the tail's keys, activations.
+
+Shapes: R rows, P prompt tokens, L layers, C hidden, H query heads, K KV heads, D head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Work:
+    """What must be read and done.
+
+    Attributes:
+        bytes: read once.
+        operations: multiplications and additions, each counted.
+    """
+
+    bytes: float
+    operations: float
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """The sizes of a target's text model.
+
+    Attributes:
+        layers: L.
+        hidden: C.
+        heads: H.
+        kv_heads: K.
+        head_dim: D.
+        mlp: width of the gated MLP.
+        vocab: V.
+        element_bytes: of a weight.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    element_bytes: int
+
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in one layer's products."""
+        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+        return self.hidden * (attention + 3 * self.mlp)
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one cache entry's keys and values, in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.element_bytes
+
+    def attention_operations(self, queries: float, keys: float) -> float:
+        """Scores and sums of one layer, every query over every key."""
+        return 4 * queries * keys * self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class DraftShape:
+    """The sizes of a draft whose layers are as wide as the target's.
+
+    Attributes:
+        taps: how many tapped layers feed it.
+        block_size: b.
+        context_len: X.
+        vocab: rows of its head.
+    """
+
+    taps: int
+    block_size: int
+    context_len: int
+    vocab: int
+
+
+def prefill_work(shape: TextShape, prompt: int) -> Work:
+    """A prompt's causal pass, one row of logits."""
+    decoder, head = shape.layers * shape.layer_weights, shape.vocab * shape.hidden
+    seen = shape.layers * shape.attention_operations(prompt, prompt) / 2
+    return Work((decoder + head) * shape.element_bytes, 2 * decoder * prompt + 2 * head + seen)
+
+
+def pass_work(shape: TextShape, prompt: int, rows: int) -> Work:
+    """A verify pass of so many rows, all with logits, behind a prompt."""
+    weights = shape.layers * shape.layer_weights + shape.vocab * shape.hidden
+    seen = shape.layers * shape.attention_operations(rows, prompt)
+    cached = shape.layers * prompt * shape.entry_bytes
+    return Work(weights * shape.element_bytes + cached, 2 * weights * rows + seen)
+
+
+def draft_work(shape: TextShape, draft: DraftShape, layers: int, samples: int) -> Work:
+    """A draft's block for each sample, and the features of as many new states."""
+    rows, c = samples * draft.block_size, shape.hidden
+    features, head = draft.taps * c * c, draft.vocab * c
+    weights = features + layers * shape.layer_weights + head
+    new_keys = layers * 2 * shape.kv_heads * shape.head_dim * c
+    seen = layers * shape.attention_operations(rows, draft.context_len + draft.block_size)
+    return Work(weights * shape.element_bytes, 2 * rows * (weights + new_keys) + seen)
+
+
+def floors(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Every timing beside its floor, from the raw timings of one run.
+
+    Args:
+        raw: of `bench`: `shape`, `draft_shape`, the rates, and the timings.
+
+    Returns:
+        the two rates (medians), and rows of `what`, `arm`, `measured_ms` (median, of texts the mean),
+        `floor_ms`, `bound` ("bytes" or "operations": which is larger) and `over_floor`.
+    """
+    read, product = (statistics.median(raw[key]) for key in ("read_bytes_per_s", "product_flop_per_s"))
+
+    def row(what: str, arm: str, measured: float, *works: tuple[float, Work]) -> dict[str, Any]:
+        """A row whose work is done so many times."""
+        by_bytes = sum(times * work.bytes for times, work in works) / read * 1e3
+        by_operations = sum(times * work.operations for times, work in works) / product * 1e3
+        floor = sum(times * max(w.bytes / read, w.operations / product) for times, w in works) * 1e3
+        return {
+            "what": what,
+            "arm": arm,
+            "measured_ms": round(measured, 4),
+            "floor_ms": round(floor, 4),
+            "bound": "bytes" if by_bytes >= by_operations else "operations",
+            "over_floor": round(measured / floor, 4),
+        }
+
+    return {
+        "read_bytes_per_s": read,
+        "product_flop_per_s": product,
+        "rows": [row(*line) for line in _lines(raw)],
+    }
+
+
+def _lines(raw: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """What was timed, by which arm, how long it took, and its work."""
+    shape, draft = TextShape(**raw["shape"]), DraftShape(**raw["draft_shape"])
+    prompt, block = raw["prompt_tokens"], draft.block_size
+    median, mean = statistics.median, statistics.fmean
+    vision = Work(raw["vision_bytes"], raw["vision_operations"])
+    for arm, times in raw["vision_ms"].items():
+        yield "vision", arm, median(times), (1, vision)
+    for arm, times in raw["prefill_ms"].items():
+        yield "prefill without vision", arm, median(times), (1, prefill_work(shape, prompt))
+    for rows, times in raw["verify_ms"].items():
+        yield f"pass, {rows} rows", "project", median(times), (1, pass_work(shape, prompt, int(rows)))
+    for name, times in raw["draft_ms"].items():
+        layers, samples = draft_of(name)
+        yield f"draft, {name}", "project", median(times), (1, draft_work(shape, draft, layers, samples))
+    first, _ = draft_of(next(iter(raw["draft_ms"])))
+
+    def round_work(samples: int) -> tuple[Work, Work]:
+        return draft_work(shape, draft, first, samples), pass_work(shape, prompt, samples * block)
+
+    for samples, times in raw["round_ms"].items():
+        yield (
+            _of("round", int(samples)),
+            "speculative",
+            median(times),
+            *((1, w) for w in round_work(int(samples))),
+        )
+    for name, times in raw["text_ms"].items():
+        arm, _, number = name.rpartition("_")
+        samples, passes = int(number), mean(raw["text_rounds"][name])
+        what = _of(f"CoC of up to {raw['coc_tokens']} tokens", samples)
+        if arm == "speculative":
+            yield what, f"{arm}, replayed", mean(times), *((passes, work) for work in round_work(samples))
+            continue
+        one = pass_work(shape, prompt, samples)
+        yield what, arm, mean(times), (passes, one)
+        yield _of("one token", samples), arm, mean(times) / passes, (1, one)
+
+
+def draft_of(name: str) -> tuple[int, int]:
+    """Layers and samples of a key of `draft_ms`, "2 layers" or "2 layers, 6 samples"."""
+    layers, _, samples = name.partition(",")
+    return int(layers.split()[0]), int(samples.split()[0]) if samples else 1
+
+
+def _of(what: str, samples: int) -> str:
+    return what if samples == 1 else f"{what}, {samples} samples"
