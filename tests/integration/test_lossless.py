@@ -20,10 +20,14 @@ from alpamayo_dflash.decode import (
     StopReason,
     chi_square,
     count_texts,
+    engine,
     joint_distribution,
     teacher_forced,
 )
+from alpamayo_dflash.decode.chooser import Chooser
+from alpamayo_dflash.decode.config import Request
 from alpamayo_dflash.decode.observer import SPANS
+from alpamayo_dflash.draft.config import FULL_CONTEXT
 
 LIMIT = 20
 PROMPT_SEEDS = (0, 1, 3, 5)
@@ -306,16 +310,21 @@ def test_a_failing_draft_is_counted_and_the_target_goes_on(target, prompts, trut
 class Raising(Random):
     """Fails in every other round."""
 
+    error = RuntimeError
+
     def propose(self, context, context_lengths, anchors):
         proposal = super().propose(context, context_lengths, anchors)
         if len(self.calls) % 2:
-            raise RuntimeError("the draft's device is gone")
+            raise self.error("the draft's device is gone")
         return proposal
 
 
 @LOOPS
-def test_a_draft_that_raises_is_dropped_for_the_round_and_counted(target, prompts, truth, loop):
-    decoder = SpeculativeDecoder(target, Raising(target.vocab_size, 8), DecodeConfig(loop=loop))
+@pytest.mark.parametrize("error", [RuntimeError, IndexError, ZeroDivisionError])
+def test_a_draft_that_raises_is_dropped_for_the_round_and_counted(target, prompts, truth, loop, error):
+    draft = Raising(target.vocab_size, 8)
+    draft.error = error
+    decoder = SpeculativeDecoder(target, draft, DecodeConfig(loop=loop))
     with pytest.warns(UserWarning, match="device is gone"):
         got = decoder.generate(prompts[1], max_new_tokens=LIMIT, trajectories=False)
     assert got.token_ids == truth[1, 0.6, 1].token_ids
@@ -329,6 +338,109 @@ def test_not_finite_logits_are_counted_on_either_loop(target, prompts, truth, lo
     assert got.token_ids == truth[1, 0.6, 1].token_ids
     assert got.draft_failures > 0
     assert got.drafted == 0
+
+
+@LOOPS
+def test_a_target_that_is_not_finite_is_an_error(tmp_path, loop):
+    target = random_target(tmp_path, push=1.5, sharpness=4.0)
+    prompt = random_prompt(target, seed=3)
+    decoder = SpeculativeDecoder(target, Random(target.vocab_size, 8), DecodeConfig(loop=loop))
+    read = decoder.prefill(prompt)
+    with torch.no_grad():
+        target.head[7] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite behind token"):
+        decoder.generate(read, max_new_tokens=LIMIT, trajectories=False)
+    with pytest.raises(ValueError, match="logits are not finite behind the prompt"):
+        decoder.generate(prompt, max_new_tokens=LIMIT, trajectories=False)
+
+
+@pytest.mark.parametrize("samples", [1, 6])
+def test_choices_that_no_candidate_settles_are_made_again_by_the_host(
+    monkeypatch, target, prompts, truth, samples
+):
+    plain, settles = Chooser.__call__, []
+
+    def forgetful(self, logits, keys, positions):
+        choice = plain(self, logits, keys, positions)
+        settled = torch.rand(len(logits)) > 0.3
+        wrong = torch.where(settled, choice.columns, 11)
+        settles.append(bool((~settled).any()))
+        return dataclasses.replace(choice, settled=settled, columns=wrong)
+
+    monkeypatch.setattr(Chooser, "__call__", forgetful)
+    for index, prompt in enumerate(prompts):
+        expected = truth[index, 0.6, samples]
+        draft = draft_of("oracle", target, prompt, 8, expected.token_ids)
+        got = SpeculativeDecoder(target, draft, DecodeConfig(loop="device")).generate(
+            prompt, num_traj_samples=samples, max_new_tokens=LIMIT, trajectories=False
+        )
+        assert got.token_ids == expected.token_ids
+        assert got.stops == expected.stops
+    assert sum(settles) > 10
+
+
+def test_a_draft_that_the_device_cannot_run_runs_on_the_host_and_that_is_said(target, prompts, truth):
+    draft = Random(target.vocab_size, 8, context_len=FULL_CONTEXT)
+    decoder = SpeculativeDecoder(target, draft, DecodeConfig(loop="device"))
+    with pytest.warns(UserWarning, match="loop on the host: the draft sees every state"):
+        got = decoder.generate(prompts[1], max_new_tokens=LIMIT, trajectories=False)
+    assert got.token_ids == truth[1, 0.6, 1].token_ids
+    assert not decoder.engine.rounds
+
+
+@pytest.mark.parametrize("error", [RuntimeError, IndexError])
+def test_a_round_that_cannot_be_captured_runs_all_the_same_and_that_is_said(
+    monkeypatch, target, prompts, truth, error
+):
+    def refuse(call):
+        call()
+        raise error("not while capturing")
+
+    monkeypatch.setattr(engine, "CapturedCall", refuse)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    make = engine.Round.__init__
+    monkeypatch.setattr(
+        engine.Round, "__init__", lambda *args, graph, **options: make(*args, graph=True, **options)
+    )
+    decoder = SpeculativeDecoder(target, Random(target.vocab_size, 8), DecodeConfig(loop="device"))
+    with pytest.warns(UserWarning, match="could not be captured .*: .*not while capturing"):
+        got = decoder.generate(prompts[1], max_new_tokens=LIMIT, trajectories=False)
+    assert got.token_ids == truth[1, 0.6, 1].token_ids
+
+
+def test_rounds_are_kept_for_their_shapes_but_not_without_end(target, prompts):
+    decoder = SpeculativeDecoder(target, Random(target.vocab_size, 8), DecodeConfig(loop="device"))
+    options = {"max_new_tokens": 3, "trajectories": False}
+    decoder.generate(prompts[0], temperature=0.5, **options)
+    [kept] = decoder.engine.rounds.values()
+    for temperature in (0.6, 0.5):
+        decoder.generate(prompts[0], temperature=temperature, **options)
+    assert list(decoder.engine.rounds.values())[-1] is kept
+    for step in range(20):
+        decoder.generate(prompts[0], temperature=1 + step / 100, **options)
+    assert len(decoder.engine.rounds) == 8
+    assert kept not in decoder.engine.rounds.values()
+
+
+@LOOPS
+def test_one_row_width_tells_of_every_first_token(target, prompts, truth, loop):
+    recorder = Recorder()
+    decoder = SpeculativeDecoder(target, None, DecodeConfig(loop=loop, row_width=4))
+    got = decoder.generate(
+        prompts[1], num_traj_samples=6, max_new_tokens=LIMIT, trajectories=False, observer=recorder
+    )
+    assert recorder.first_tokens == tuple(text[0] for text in got.token_ids)
+    assert got.token_ids == truth[1, 0.6, 6].token_ids
+
+
+@pytest.mark.parametrize("limit", range(56, 66))
+def test_at_one_row_width_both_loops_lay_their_tails_alike(target, limit):
+    request = Request(Sampling(), 0, 2, limit)
+    shapes = [
+        SpeculativeDecoder(target, draft, DecodeConfig(loop="device", row_width=8)).engine.shape(request)
+        for draft in (None, Random(target.vocab_size, 8), Random(target.vocab_size, 16))
+    ]
+    assert len({(shape.per_sample, shape.slots, shape.pass_rows) for shape in shapes}) == 1
 
 
 def test_a_reduced_head_maps_to_target_ids(target, prompts, truth):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from alpamayo_dflash.decode import DecodeConfig, SpeculativeDecoder
+from alpamayo_dflash.decode import DecodeConfig, Recorder, SpeculativeDecoder
 from alpamayo_dflash.decode import verify as verify_module
 from alpamayo_dflash.decode.passes import FusedModel
 from alpamayo_dflash.draft import DFlashDraft, DraftConfig
@@ -45,7 +45,7 @@ def test_the_fast_draft_says_what_the_plain_one_says(window):
     block, context, slots = 4, 6, samples * per_sample
     taps = torch.zeros(context + slots + 1, 256)
     taps[context - prompt : context] = torch.randn(prompt, 256, generator=generator)
-    fast = FastDraft(draft, taps, samples, per_sample, slots)
+    fast = FastDraft(draft, taps, context=context, samples=samples, per_sample=per_sample, slots=slots)
     fast.begin(prompt)
     bases = torch.tensor([0, per_sample])
     tokens = torch.randint(0, 90, (samples, per_sample), generator=generator)
@@ -104,3 +104,55 @@ def test_the_fused_model_writes_what_the_plain_one_writes(monkeypatch, tmp_path,
         torch.testing.assert_close(
             a.taps[: a.context_len + 1], b.taps[: a.context_len + 1], rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("context", [8, FULL_CONTEXT])
+def test_both_forms_of_a_draft_propose_the_same_in_a_decoder(monkeypatch, tmp_path, context):
+    """The plain form asked by the host's loop, the fast one in the device's rounds."""
+    from random_target import random_prompt, random_target
+
+    target = random_target(tmp_path, push=1.5, sharpness=4.0)
+    draft = draft_of(
+        target, context=context, heads=target.num_heads, kv_heads=target.num_kv_heads, dim=target.head_dim
+    )
+    options = {"max_new_tokens": 9, "trajectories": False, "temperature": 0.0}
+    rounds = {}
+    for loop, static in (("host", False), ("device", True)):
+        monkeypatch.setattr(DFlashDraft, "has_static_block", static)
+        decoder = SpeculativeDecoder(target, draft, DecodeConfig(loop=loop, sentence_end="off"))
+        rounds[loop] = []
+        for seed in (3, 5):  # the second behind a shorter prompt, by the same round
+            recorder = Recorder()
+            prompt = random_prompt(target, seed=seed, length=40 - seed)
+            decoder.generate(prompt, observer=recorder, **options)
+            rounds[loop] += [trace.samples[0] for trace in recorder.rounds]
+        assert bool(decoder.engine.rounds) == static
+    assert [trace.emitted for trace in rounds["host"]] == [trace.emitted for trace in rounds["device"]]
+    for plain, fast in zip(rounds["host"], rounds["device"], strict=True):
+        # The device never proposes beyond the block; the limit cuts both.
+        assert fast.proposed == plain.proposed[: len(fast.proposed)] and fast.proposed
+
+
+@torch.inference_mode()
+def test_a_text_that_went_wrong_leaves_nothing_behind():
+    from alpamayo_dflash.draft.fast import FastDraft
+
+    draft, per_sample = draft_of(), 64
+    generator = torch.Generator().manual_seed(0)
+    draft.bind(torch.randn(90, 128, generator=generator), torch.randn(90, 128, generator=generator), 4)
+    taps = torch.randn(6 + per_sample + 1, 256, generator=generator)
+    fast = FastDraft(draft, taps, context=6, samples=1, per_sample=per_sample, slots=per_sample)
+    state = SimpleNamespace(
+        tokens=torch.ones(1, per_sample, dtype=torch.int64),
+        lengths=torch.tensor([40]),
+        previous=torch.tensor([38]),
+        bases=torch.zeros(1, dtype=torch.int64),
+    )
+    fast.begin(6)
+    good = taps[6 + 38].clone()
+    taps[6 + 38] = float("nan")
+    assert not torch.isfinite(fast(state).logits).any()
+    taps[6 + 38] = good
+    fast.begin(6)
+    state.lengths, state.previous = torch.tensor([4]), torch.tensor([2])
+    assert torch.isfinite(fast(state).logits).all()

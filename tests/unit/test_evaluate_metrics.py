@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from alpamayo_dflash.evaluate import metrics
@@ -76,3 +78,16 @@ def test_summary_has_the_keys_that_the_issue_names() -> None:
 def test_no_clip_done_is_an_error_with_the_first_reason() -> None:
     with pytest.raises(ValueError, match=r"none of 1 clips .* b: no frames"):
         metrics.summarise([], [{"clip_id": "b", "error": "no frames"}], attempted=1)
+
+
+def test_parts_that_a_loop_does_not_tell_apart_are_left_out() -> None:
+    rows: Any = [
+        {"parts_ms": {"draft": 0.0, "verify": 0.0, "sampling": 0.0, "cache": 0.0, "round": 9.0, "other": 1.0}}
+    ]
+    assert metrics.parts_summary(rows) == {
+        "round": {"ms": 9.0, "share": 0.9},
+        "other": {"ms": 1.0, "share": 0.1},
+    }
+    # Rows of an earlier run, continued.
+    rows = [{"parts_ms": {"draft": 1.0, "verify": 3.0, "sampling": 0.0, "cache": 0.0, "other": 0.0}}]
+    assert list(metrics.parts_summary(rows) or ()) == ["draft", "verify"]

@@ -47,7 +47,10 @@ COMMANDS = {
         "evaluate.target_size:WriteRandomTargetConfig", "evaluate.target_size:write"
     ),
     "measure-target": Command("evaluate.target_size:MeasureTargetConfig", "evaluate.target_size:measure"),
-    "bench": Command("evaluate.bench:BenchConfig", "evaluate.bench:run", tables="report:bench_tables"),
+    "bench": Command(
+        "evaluate.bench.config:BenchConfig", "evaluate.bench.run:run", tables="report:bench_tables"
+    ),
+    "bench-kernels": Command("evaluate.bench.config:BenchKernelsConfig", "evaluate.bench.kernels:run"),
     "report": Command("report.config:ReportConfig", "report.run:run"),
     "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables="report:all_tables"),
 }

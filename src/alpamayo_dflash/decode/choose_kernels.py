@@ -50,12 +50,15 @@ def _gumbel(position, ids, key0, key1):
 def _scores(
     logits_ptr, ids_ptr, column, inside, inverse_temperature, mask_start, mask_stop, REDUCED: tl.constexpr
 ):
-    """Tempered, masked logits of some columns, with their target ids and whether all logits are finite."""
+    """Tempered, masked logits of some columns, with their target ids and whether all logits are finite.
+
+    One that is not finite is never the best: a NaN has no place in a comparison.
+    """
     logits = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
     ids = tl.load(ids_ptr + column, mask=inside, other=0) if REDUCED else column.to(tl.int64)
     finite = (logits == logits) & (tl.abs(logits) < float("inf"))
     hidden = (ids >= mask_start) & (ids < mask_stop)
-    scores = tl.where(hidden | ~inside, -float("inf"), logits * inverse_temperature)
+    scores = tl.where(hidden | ~inside | ~finite, -float("inf"), logits * inverse_temperature)
     return scores, ids, tl.min(finite.to(tl.int32), axis=0)
 
 
@@ -111,12 +114,13 @@ def candidates_kernel(
     for rank in tl.static_range(CANDIDATES):
         value, best = tl.max(perturbed, axis=0, return_indices=True, return_indices_tie_break_left=True)
         tl.store(values_ptr + at * CANDIDATES + rank, value)
-        tl.store(columns_ptr + at * CANDIDATES + rank, chunk * BLOCK_V + best)
+        # Where all is -inf any place may be the best one; no column beyond the last is ever named.
+        tl.store(columns_ptr + at * CANDIDATES + rank, tl.minimum(chunk * BLOCK_V + best, vocab - 1))
         perturbed = tl.where(tl.arange(0, BLOCK_V) == best, -float("inf"), perturbed)
 
 
-@triton.jit(do_not_specialize=["mask_start", "mask_stop"])
-def merge_kernel(
+@triton.jit
+def rank_kernel(
     logits_ptr,
     stride,
     tops_ptr,
@@ -153,6 +157,7 @@ def merge_kernel(
         tl.store(normaliser_ptr + row, top + tl.log(total))
     for rank in tl.static_range(1 if FIRST else CANDIDATES):
         _, best = tl.max(values, axis=0, return_indices=True, return_indices_tie_break_left=True)
+        best = tl.minimum(best, chunks * CANDIDATES - 1)
         column = tl.load(columns_ptr + row * chunks * CANDIDATES + best)
         if FIRST:
             tl.store(chosen_ptr + row, column.to(tl.int64))

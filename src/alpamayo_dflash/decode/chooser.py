@@ -84,7 +84,7 @@ class Chooser:
     @property
     def _candidates(self) -> int:
         """How many perturbed logits are tested; each lies outside the nucleus with the mass outside it."""
-        outside = max(1 - self._sampling.top_p, 1e-9)
+        outside = min(max(1 - self._sampling.top_p, 1e-9), 1 - 1e-9)
         wanted = math.log(_MISSED) / math.log(outside)
         return next((count for count in (2, 4, 8) if count >= wanted), 16)
 
@@ -116,22 +116,27 @@ class Chooser:
         return choose(logits_RV[:, : self._vocab].float(), self._bias, self._sampling, noise)
 
     def _run(self, logits: Tensor, keys: Tensor, positions: Tensor) -> Choice:
-        import triton
+        assert logits.stride(1) == 1 and len(logits) == self._rows
+        self._find(logits, keys, positions)
+        if not self._first:
+            self._settle(logits)
+        return self._choice
 
+    @property
+    def _scaled(self) -> tuple[float, int, int]:
+        """What logits are multiplied by, and the masked ids, as the kernels take them."""
+        inverse = 1.0 if self._sampling.greedy else 1 / self._sampling.temperature
+        return inverse, self._masked.start, self._masked.stop
+
+    def _find(self, logits: Tensor, keys: Tensor, positions: Tensor) -> None:
+        """The best perturbed logits in order; where the best is the answer, that is all."""
         from alpamayo_dflash.decode import choose_kernels as kernels
 
-        assert logits.stride(1) == 1 and len(logits) == self._rows
-        sampling, choice = self._sampling, self._choice
-        places = 1 if self._first else self._candidates
-        block_m = max(2, triton.next_power_of_2(self._chunks))
-        inverse = 1.0 if sampling.greedy else 1 / sampling.temperature
-        ids = logits if self._ids is None else self._ids
-        mask = self._masked.start, self._masked.stop
-        grid = (self._rows, self._chunks)
-        kernels.candidates_kernel[grid](
+        choice, places = self._choice, 1 if self._first else self._candidates
+        kernels.candidates_kernel[(self._rows, self._chunks)](
             logits,
             logits.stride(0),
-            ids,
+            logits if self._ids is None else self._ids,
             keys,
             positions,
             self._tops,
@@ -141,15 +146,14 @@ class Chooser:
             self._columns,
             self._vocab,
             self._chunks,
-            inverse,
-            *mask,
-            GREEDY=sampling.greedy,
+            *self._scaled,
+            GREEDY=self._sampling.greedy,
             REDUCED=self._ids is not None,
             CANDIDATES=places,
             BLOCK_V=_BLOCK_V,
             num_warps=8,
         )
-        kernels.merge_kernel[(self._rows,)](
+        kernels.rank_kernel[(self._rows,)](
             logits,
             logits.stride(0),
             self._tops,
@@ -164,27 +168,29 @@ class Chooser:
             choice.settled,
             choice.finite,
             self._chunks,
-            inverse,
+            self._scaled[0],
             FIRST=self._first,
             CANDIDATES=places,
-            BLOCK_M=block_m,
+            BLOCK_M=self._block_m,
             num_warps=4,
         )
-        if self._first:
-            return choice
-        kernels.mass_kernel[grid](
+
+    def _settle(self, logits: Tensor) -> None:
+        """Of the candidates the first that lies in the nucleus."""
+        from alpamayo_dflash.decode import choose_kernels as kernels
+
+        kernels.mass_kernel[(self._rows, self._chunks)](
             logits,
             logits.stride(0),
-            ids,
+            logits if self._ids is None else self._ids,
             self._best_scores,
             self._normaliser,
             self._above,
             self._vocab,
             self._chunks,
-            inverse,
-            *mask,
+            *self._scaled,
             REDUCED=self._ids is not None,
-            CANDIDATES=places,
+            CANDIDATES=self._candidates,
             BLOCK_V=_BLOCK_V,
             num_warps=8,
         )
@@ -192,12 +198,16 @@ class Chooser:
             self._best_columns,
             self._best_scores,
             self._above,
-            choice.columns,
-            choice.settled,
+            self._choice.columns,
+            self._choice.settled,
             self._chunks,
-            sampling.top_p,
-            CANDIDATES=places,
-            BLOCK_M=block_m,
+            self._sampling.top_p,
+            CANDIDATES=self._candidates,
+            BLOCK_M=self._block_m,
             num_warps=4,
         )
-        return choice
+
+    @property
+    def _block_m(self) -> int:
+        """A power of two from 2 on that holds a row's chunks."""
+        return max(2, 1 << (self._chunks - 1).bit_length())

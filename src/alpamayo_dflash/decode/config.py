@@ -8,6 +8,9 @@ from typing import Literal
 LoopKind = Literal["auto", "host", "device"]
 SentenceEnd = Literal["hint", "force", "off"]
 
+MOST_BLOCK = 64
+"""The widest block that a draft may propose."""
+
 # Below this temperature a token is the arg max of its logits (design, invariant 2).
 GREEDY_BELOW = 1e-5
 
@@ -38,6 +41,23 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether a token is simply the arg max."""
         return self.temperature < GREEDY_BELOW
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of one prompt.
+
+    Attributes:
+        sampling: temperature and top_p.
+        seed: with the prompt's key and a sample's index, fixes the noise.
+        num_samples: S.
+        max_new_tokens: the most tokens that a sample may emit.
+    """
+
+    sampling: Sampling
+    seed: int = 0
+    num_samples: int = 1
+    max_new_tokens: int = 128
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from torch import Tensor
 from alpamayo_dflash.decode import steps
 from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.decode.chooser import Chooser
-from alpamayo_dflash.decode.config import Sampling
-from alpamayo_dflash.decode.loop import Sample, failed
+from alpamayo_dflash.decode.config import MOST_BLOCK, Request, Sampling
+from alpamayo_dflash.decode.graph import CapturedCall
+from alpamayo_dflash.decode.loop import DRAFT_ERRORS, Sample, failed, not_finite
 from alpamayo_dflash.decode.noise import stream_keys
 from alpamayo_dflash.decode.observer import Observer, RoundTrace, SampleTrace
 from alpamayo_dflash.decode.proposer import ProposalLike, Proposer, StaticBlock, StaticProposer
@@ -31,7 +32,12 @@ from alpamayo_dflash.decode.replay import Replay
 from alpamayo_dflash.decode.stops import StopReason, StopRules
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
 
+_FAILED, _UNSETTLED, _BROKEN, _ANCHOR = (
+    steps.FIELDS.index(name) for name in ("failed", "unsettled", "broken", "anchor")
+)
 _SLOTS_MULTIPLE = 64
+_KEPT = 8
+"""Rounds that are kept for their shapes to come again; each holds its buffers and its graph's memory."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,9 @@ class _GatheredBlock:
 def block_of(draft: Proposer, cache: Cache, *, samples: int, per_sample: int, slots: int) -> StaticBlock:
     """The draft in its fast form where it has one that runs here, else with its context gathered."""
     if isinstance(draft, StaticProposer) and draft.has_static_block:
-        return draft.static_block(cache.taps, samples, per_sample, slots)
+        return draft.static_block(
+            cache.taps, context=cache.context_len, samples=samples, per_sample=per_sample, slots=slots
+        )
     return _GatheredBlock(draft, cache)
 
 
@@ -138,20 +146,21 @@ class Round:
                 per_sample=shape.per_sample,
                 slots=shape.slots,
             )
+        # Made when the draft's first word tells the columns of its logits.
         self._choose_draft: Chooser | None = None
         self._draft_ids: Tensor | None = None
+        self._draft_steps = torch.arange(block - 1, device=device)
         self._logits: Tensor | None = None
+        self._finite: Tensor | None = None
         self._report = torch.empty_like(self.state.report, device="cpu", pin_memory=device.type == "cuda")
-        self._graph: torch.cuda.CUDAGraph | None = None
         self._capturing = False
         if device.type == "cuda":
-            from alpamayo_dflash.decode import step_kernels
+            from alpamayo_dflash.decode import step_launch
 
-            self._propose, self._accept = step_kernels.propose, step_kernels.accept
+            self._propose, self._accept = step_launch.propose, step_launch.accept
         else:
             self._propose, self._accept = steps.propose, steps.accept
-        if graph:
-            self._capture()
+        self._graph = self._capture() if graph else None
 
     def _chooser(self, rows: int, vocab: int, ids: Tensor | None) -> Chooser:
         target = self._verifier.target
@@ -164,42 +173,64 @@ class Round:
             device=target.device,
         )
 
-    def begin(self, prefilled: Prefilled, seed: int, samples: Sequence[int], limit: int) -> list[int]:
-        """Start texts behind a prompt, and return their first tokens.
+    def first(self, prefilled: Prefilled, seed: int, samples: Sequence[int]) -> Tensor:
+        """The first tokens of samples, int64 [S]: the prompt's own logits choose them.
 
         Args:
-            prefilled: the prompt, whose tail the verifier has begun.
+            prefilled: the prompt.
             seed: with the prompt's key and a sample's index, fixes the noise.
+            samples: their indices.
+
+        Raises:
+            ValueError: the target's logits are not finite.
+        """
+        keys = stream_keys(seed, prefilled.prompt.key, samples, self.state.tokens.device)
+        logits = prefilled.logits_V.expand(len(samples), -1)
+        start = torch.zeros(len(samples), dtype=torch.int64, device=keys.device)
+        choice = self._choose_first(logits, keys, start)
+        if not bool(choice.finite.all()):
+            raise not_finite("the prompt")
+        if bool(choice.settled.all()):
+            return choice.columns.clone()
+        return self._choose_first.exactly(logits, keys, start)
+
+    def begin(
+        self, prefilled: Prefilled, seed: int, samples: Sequence[int], first: Tensor, limit: int
+    ) -> None:
+        """Start texts behind a prompt, whose tail the verifier has begun.
+
+        Args:
+            prefilled: the prompt.
+            seed: as in `first`.
             samples: their indices; sample i's slots start at i · per_sample.
+            first: int64 [S], from `first`.
             limit: the most tokens.
         """
-        state, device = self.state, self.state.tokens.device
-        keys = stream_keys(seed, prefilled.prompt.key, samples, "cpu")
-        self._keys[: len(samples) * self.block] = keys.repeat_interleave(self.block, 0).to(device)
+        keys = stream_keys(seed, prefilled.prompt.key, samples, first.device)
+        self._keys[: len(samples) * self.block] = keys.repeat_interleave(self.block, 0)
         self._draft_keys.copy_(keys.repeat_interleave(self.block - 1, 0))
-        logits = prefilled.logits_V.expand(len(samples), -1)
-        start = torch.zeros(len(samples), dtype=torch.int64, device=device)
-        choice = self._choose_first(logits, keys.to(device), start)
-        first = choice.columns
-        if not bool(choice.settled.all()):
-            first = self._choose_first.exactly(logits, keys.to(device), start)
-        bases = torch.tensor([index * self.shape.per_sample for index in samples], device=device)
-        state.begin(first, bases, limit, self.marks)
+        bases = torch.tensor([index * self.shape.per_sample for index in samples], device=first.device)
+        self.state.begin(first, bases, limit, self.marks)
         if self._draft is not None:
             self._draft.begin(self._verifier.cache.prompt_length)
-        tokens: list[int] = first.tolist()
-        return tokens
 
     @torch.inference_mode()
     def __call__(self) -> list[list[int]]:
-        """Run a round and read its report, one row a sample (`steps.FIELDS`)."""
+        """Run a round and read its report, one row a sample (`steps.FIELDS`).
+
+        Raises:
+            ValueError: the target's logits are not finite.
+        """
         if self._graph is not None:
             self._graph.replay()
         else:
             self._run()
         rows = self._read()
-        if any(row[steps.FIELDS.index("unsettled")] for row in rows):
+        if any(row[_UNSETTLED] for row in rows):
             rows = self._settle(rows)
+        if any(row[_BROKEN] for row in rows):
+            sample = next(index for index, row in enumerate(rows) if row[_BROKEN])
+            raise not_finite(f"token {rows[sample][_ANCHOR]} of sample {sample}")
         return rows
 
     def _read(self) -> list[list[int]]:
@@ -210,14 +241,13 @@ class Round:
 
     def _settle(self, rows: list[list[int]]) -> list[list[int]]:
         """Choose again with a sort, for samples with a choice that no candidate settled."""
-        assert self._logits is not None
+        assert self._logits is not None and self._finite is not None
         state = self.state
         columns = self._choose.exactly(self._logits, self._keys, state.next_positions)
-        self._accept(state, self.marks, columns, torch.ones_like(columns, dtype=torch.bool))
+        self._accept(state, self.marks, columns, torch.ones_like(columns, dtype=torch.bool), self._finite)
         self._report.copy_(state.report)
         again = self._read()
-        at = steps.FIELDS.index("unsettled")
-        return [new if old[at] else old for old, new in zip(rows, again, strict=True)]
+        return [new if old[_UNSETTLED] else old for old, new in zip(rows, again, strict=True)]
 
     def _run(self) -> None:
         state = self.state
@@ -230,7 +260,8 @@ class Round:
         self._propose(state, self.marks, columns, finite, ids)
         self._logits = self._verify()
         choice = self._choose(self._logits, self._keys, state.next_positions)
-        self._accept(state, self.marks, choice.columns, choice.settled)
+        self._finite = choice.finite
+        self._accept(state, self.marks, choice.columns, choice.settled, choice.finite)
         self._report.copy_(state.report, non_blocking=True)
 
     def _picks(self, draft: StaticBlock) -> tuple[Tensor, Tensor]:
@@ -238,17 +269,16 @@ class Round:
         state, count = self.state, self.block - 1
         try:
             proposal = draft(state)
-        except (RuntimeError, ArithmeticError) as error:
+        except DRAFT_ERRORS as error:
             if self._capturing:
                 raise
             failed(error)
             nothing = torch.zeros(state.samples * count, dtype=torch.int64, device=state.tokens.device)
             return nothing, nothing.bool()
-        logits = proposal.logits.flatten(0, 1)
+        logits = proposal.logits.flatten(0, 1).contiguous()
         if self._choose_draft is None:
             self._draft_ids = proposal.token_ids
             self._choose_draft = self._chooser(len(logits), self._draft_vocab(proposal), self._draft_ids)
-            self._draft_steps = torch.arange(count, device=logits.device)
         places = (state.lengths[:, None] + self._draft_steps).flatten()
         picked = self._choose_draft(logits, self._draft_keys, places)
         return picked.columns, picked.finite
@@ -275,20 +305,13 @@ class Round:
         return wanted
 
     @torch.inference_mode()
-    def _capture(self) -> None:
-        """Run once, which compiles what is compiled, and capture. Nothing is emitted: no sample is live."""
+    def _capture(self) -> CapturedCall | None:
+        """The round as a graph, or None where it cannot be one. Nothing is emitted: no sample is live."""
         self.state.done.fill_(1)
         self._capturing = True
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):
-                self._run()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._run()
-        except RuntimeError as error:
+            return CapturedCall(self._run)
+        except DRAFT_ERRORS as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
             torch.cuda.synchronize()
@@ -296,10 +319,9 @@ class Round:
                 f"this round could not be captured and runs uncaptured, with the same results: {error}",
                 stacklevel=2,
             )
-            return
+            return None
         finally:
             self._capturing = False
-        self._graph = graph
 
 
 class Engine:
@@ -311,7 +333,7 @@ class Engine:
         draft: proposes, or None.
 
     Attributes:
-        rounds: by shape.
+        rounds: by shape, the last used behind.
         replay: set before the first text, it proposes in the draft's place (see `decode.replay`).
     """
 
@@ -342,72 +364,84 @@ class Engine:
         """Let go of all buffers and graphs."""
         self.rounds.clear()
 
-    def write(
-        self,
-        prefilled: Prefilled,
-        *,
-        sampling: Sampling,
-        seed: int,
-        num_samples: int,
-        max_new_tokens: int,
-        observer: Observer,
-    ) -> Written:
-        """Decode samples behind a prompt; arguments as for `SpeculativeDecoder.generate`."""
-        verifier, row_width = self._verifier, self._verifier.row_width
-        per_sample = per_sample_slots(max_new_tokens, self.block)
-        verifier.begin(prefilled, num_samples * per_sample)
-        together = [list(range(num_samples))] if row_width is None else [[i] for i in range(num_samples)]
-        wanted = len(together[0]) * self.block
-        pass_rows = row_width or wanted
-        shape = Shape(
-            len(together[0]),
-            -(-wanted // pass_rows) * pass_rows,
-            pass_rows,
-            per_sample,
-            num_samples * per_sample,
-            sampling,
-        )
+    def write(self, prefilled: Prefilled, request: Request, observer: Observer) -> Written:
+        """Decode samples behind a prompt.
+
+        Args:
+            prefilled: the prompt, which the verifier has read.
+            request: what is asked.
+            observer: is told of the first tokens and of every round.
+        """
+        verifier, count = self._verifier, request.num_samples
+        shape = self.shape(request)
+        verifier.begin(prefilled, shape.slots)
         round_ = self._round(shape)
-        written = Written([])
-        for indices in together:
-            first = round_.begin(prefilled, seed, indices, max_new_tokens)
-            samples = [
-                _first(index, token, self._rules, max_new_tokens)
-                for index, token in zip(indices, first, strict=True)
-            ]
-            written.samples += samples
-            if indices[0] == 0:
-                observer.on_prefill(len(prefilled.prompt.input_ids), tuple(first))
-            while any(sample.stop is None for sample in samples):
-                with observer.span("round"):
-                    rows = round_()
-                traces = [_take(sample, row, self.block) for sample, row in zip(samples, rows, strict=True)]
-                live = tuple(trace for trace in traces if trace is not None)
-                failures = sum(row[steps.FIELDS.index("failed")] for row in rows)
-                observer.on_round(RoundTrace(written.rounds, len(samples) * self.block, live, failures))
-                written.rounds += 1
-                written.draft_failures += failures
-            # A last token that the expert reads, and that no pass has written: the round writes every
-            # finished sample's last row again, and emits nothing.
-            if any(s.stop is StopReason.TRAJ_FUTURE_START and len(s.path) < len(s.tokens) for s in samples):
-                round_()
-            for sample in samples:
-                whole = sample.stop is StopReason.TRAJ_FUTURE_START
-                cached = len(sample.tokens) - (0 if whole else 1)
-                start = sample.index * per_sample
-                sample.path = list(range(start, start + cached))
+        # All samples together, or at one row width one after another (see `SpeculativeDecoder`).
+        together = [range(count)] if verifier.row_width is None else [range(i, i + 1) for i in range(count)]
+        firsts = [round_.first(prefilled, request.seed, samples) for samples in together]
+        tokens: list[int] = torch.cat(firsts).tolist()
+        observer.on_prefill(len(prefilled.prompt.input_ids), tuple(tokens))
+        written = Written(
+            [_first(i, token, self._rules, request.max_new_tokens) for i, token in enumerate(tokens)]
+        )
+        for indices, first in zip(together, firsts, strict=True):
+            round_.begin(prefilled, request.seed, indices, first, request.max_new_tokens)
+            self._write_together(round_, [written.samples[i] for i in indices], written, observer)
         return written
+
+    def _write_together(
+        self, round_: Round, samples: Sequence[Sample], written: Written, observer: Observer
+    ) -> None:
+        """Run rounds until these samples have ended, and their cache is what the expert reads."""
+        while any(sample.stop is None for sample in samples):
+            with observer.span("round"):
+                rows = round_()
+            traces = [_take(sample, row, self.block) for sample, row in zip(samples, rows, strict=True)]
+            live = tuple(trace for trace in traces if trace is not None)
+            failures = sum(row[_FAILED] for row in rows)
+            observer.on_round(RoundTrace(written.rounds, len(samples) * self.block, live, failures))
+            written.rounds += 1
+            written.draft_failures += failures
+        # A last token that the expert reads, and that no pass has written: the round writes every finished
+        # sample's last row again, and emits nothing.
+        if any(s.stop is StopReason.TRAJ_FUTURE_START and len(s.path) < len(s.tokens) for s in samples):
+            round_()
+        for sample in samples:
+            whole = sample.stop is StopReason.TRAJ_FUTURE_START
+            cached = len(sample.tokens) - (0 if whole else 1)
+            start = sample.index * round_.shape.per_sample
+            sample.path = list(range(start, start + cached))
+
+    def shape(self, request: Request) -> Shape:
+        """The shape of the round that serves a request."""
+        row_width, count = self._verifier.row_width, request.num_samples
+        samples = count if row_width is None else 1
+        rows = samples * self.block
+        pass_rows = row_width or rows
+        # At one row width both loops see keys of one length, whatever the block.
+        room = self.block if row_width is None else MOST_BLOCK
+        per_sample = per_sample_slots(request.max_new_tokens, room)
+        return Shape(
+            samples=samples,
+            rows=-(-rows // pass_rows) * pass_rows,
+            pass_rows=pass_rows,
+            per_sample=per_sample,
+            slots=count * per_sample,
+            sampling=request.sampling,
+        )
 
     def _round(self, shape: Shape) -> Round:
         if self._generation != self._verifier.cache.generation:
             self.release()
             self._generation = self._verifier.cache.generation
-        if shape not in self.rounds:
+        round_ = self.rounds.pop(shape, None)
+        if round_ is None:
+            while len(self.rounds) >= _KEPT:
+                del self.rounds[next(iter(self.rounds))]
             graph = self._verifier.target.device.type == "cuda"
-            self.rounds[shape] = Round(
-                self._verifier, self._rules, self._draft, shape, graph=graph, replay=self.replay
-            )
-        return self.rounds[shape]
+            round_ = Round(self._verifier, self._rules, self._draft, shape, graph=graph, replay=self.replay)
+        self.rounds[shape] = round_
+        return round_
 
 
 @dataclass

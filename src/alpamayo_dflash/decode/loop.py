@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.config import Request
 from alpamayo_dflash.decode.noise import TokenNoise
 from alpamayo_dflash.decode.observer import Observer, RoundTrace, SampleTrace
 from alpamayo_dflash.decode.proposer import ProposalLike, Proposer
@@ -82,11 +82,8 @@ class Decode:
     Args:
         verifier: has read the prompt; its tail is empty.
         prefilled: the prompt.
-        sampling: temperature and top_p.
+        request: what is asked.
         rules: where texts end.
-        seed: with the prompt's key and a sample's index, fixes the noise.
-        num_samples: S.
-        max_new_tokens: the most tokens a sample may emit.
         observer: is told of the first tokens and of every round.
     """
 
@@ -94,24 +91,23 @@ class Decode:
         self,
         verifier: Verifier,
         prefilled: Prefilled,
+        request: Request,
         *,
-        sampling: Sampling,
         rules: StopRules,
-        seed: int,
-        num_samples: int,
-        max_new_tokens: int,
         observer: Observer,
     ) -> None:
-        target = verifier.target
+        target, num_samples = verifier.target, request.num_samples
         self.verifier = verifier
-        self.sampling = sampling
+        self.sampling = request.sampling
         self.rules = rules
-        self.limit = max_new_tokens
+        self.limit = request.max_new_tokens
         self.observer = observer
         self.rounds = 0
         self.draft_failures = 0
         self.bias_V = mask_bias(target.traj_ids, target.vocab_size).to(target.device)
-        self.noise = TokenNoise(seed, prefilled.prompt.key, num_samples, target.vocab_size, target.device)
+        self.noise = TokenNoise(
+            request.seed, prefilled.prompt.key, num_samples, target.vocab_size, target.device
+        )
         everyone = list(range(num_samples))
         with observer.span("sampling"):
             first = self.choose(prefilled.logits_V.expand(num_samples, -1), everyone, [0] * num_samples)
@@ -123,7 +119,11 @@ class Decode:
     def choose(self, logits_RV: torch.Tensor, samples: Sequence[int], positions: Sequence[int]) -> list[int]:
         """Choose for each row the token of samples[r] at positions[r]. This is the round's one read."""
         noise = None if self.sampling.greedy else self.noise.rows(samples, positions)
-        chosen: list[int] = choose(logits_RV, self.bias_V, self.sampling, noise).tolist()
+        finite = torch.isfinite(logits_RV).all().long()[None]
+        chosen: list[int]
+        *chosen, sound = torch.cat((choose(logits_RV, self.bias_V, self.sampling, noise), finite)).tolist()
+        if not sound:
+            raise not_finite(f"tokens up to {max(positions)}" if max(positions) else "the prompt")
         return chosen
 
     def texts(self, samples: Sequence[Sample]) -> Texts:
@@ -250,6 +250,17 @@ class Decode:
         self.verifier.cache.tail.keep(slot for sample in self.samples for slot in sample.path)
 
 
+def not_finite(where: str) -> ValueError:
+    """The error for a target that has no word to say."""
+    return ValueError(
+        f"the target's logits are not finite behind {where}: weights, images or dtype are at fault"
+    )
+
+
+DRAFT_ERRORS = (RuntimeError, ArithmeticError, LookupError)
+"""What a draft may raise without ending the decode; `Proposer.propose` says so."""
+
+
 def failed(error: Exception) -> None:
     """Say that a draft raised an error, and that this round goes without it.
 
@@ -299,7 +310,7 @@ class Drafter:
         anchors = torch.tensor([members[0].anchor for members in asked], device=context.device)
         try:
             block = self.proposer.propose(context, lengths, anchors)
-        except (RuntimeError, ArithmeticError) as error:
+        except DRAFT_ERRORS as error:
             failed(error)
             return proposals, len(asked)
         finite = torch.isfinite(block.logits).flatten(1).all(-1).tolist()

@@ -5,7 +5,7 @@ of rows is (prompt part, unmasked) and (tail part, masked): the plain form makes
 one merges the two by log-sum-exp.
 
 Shapes: P prompt tokens, R rows, H heads, K KV heads, D head dim, C hidden, V vocabulary, T tail slots,
-E cache entries, J parts, N fused columns.
+E cache entries.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class TextModel(Protocol):
 
 def text_model(target: Qwen3VLTarget, cache: Cache) -> TextModel:
     """The fast form where it runs, else the plain one; on a GPU that is said, with its reason."""
-    reason = why_plain(target.text_layers, target.embedding)
+    reason = why_plain(target.text_layers, target.embedding, target.vlm.lm_head)
     if reason is None:
         return FusedModel(target, cache)
     cuda = target.device.type == "cuda"
@@ -148,8 +148,8 @@ class FusedModel:
         cache, length = self._cache, len(hidden_PC)
         entries_P = torch.arange(length, device=hidden_PC.device)
 
-        def attend(index: int, layer: FusedLayer, parts_JPN: Tensor) -> Tensor:
-            q_PHD = self._store(index, layer, parts_JPN, rotary, entries_P)
+        def attend(index: int, layer: FusedLayer, normed_PC: Tensor) -> Tensor:
+            q_PHD = self._store(index, layer, normed_PC, rotary, entries_P)
             keys, values = cache.layer_keys[index][:length], cache.layer_values[index][:length]
             return _attention(q_PHD, keys, values, None).flatten(-2)
 
@@ -169,8 +169,8 @@ class FusedModel:
         cache = self._cache
         entries_R = slots_R + cache.length_1
 
-        def attend(index: int, layer: FusedLayer, parts_JRN: Tensor) -> Tensor:
-            q_RHD = self._store(index, layer, parts_JRN, rotary, entries_R)
+        def attend(index: int, layer: FusedLayer, normed_RC: Tensor) -> Tensor:
+            q_RHD = self._store(index, layer, normed_RC, rotary, entries_R)
             return launch.attend(
                 q_RHD, cache.layer_keys[index], cache.layer_values[index], cache.length_1, seen_RT
             )
@@ -183,12 +183,11 @@ class FusedModel:
         return self._head(normed_RC)
 
     def _store(
-        self, index: int, layer: FusedLayer, parts_JRN: Tensor, rotary: Rotary, entries_R: Tensor
+        self, index: int, layer: FusedLayer, normed_RC: Tensor, rotary: Rotary, entries_R: Tensor
     ) -> Tensor:
-        from alpamayo_dflash.kernels import launch
-
+        """Keys and values of rows to the cache; their queries [R, H, D]."""
         keys, values = self._cache.layer_keys[index], self._cache.layer_values[index]
-        return launch.rotate_store(parts_JRN, layer.qk_norms, layer.eps, rotary, keys, values, entries_R)
+        return layer.queries(normed_RC, rotary, keys, values, entries_R)
 
 
 def _attention(q_RHD: Tensor, k_TKD: Tensor, v_TKD: Tensor, mask_RT: Tensor | None) -> Tensor:

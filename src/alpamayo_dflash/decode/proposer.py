@@ -29,7 +29,11 @@ class ProposalLike(Protocol):
 
 
 class Proposer(Protocol):
-    """A block draft."""
+    """A block draft.
+
+    On a GPU its `propose` is captured in a CUDA graph if it lets itself be: then only its work on the device
+    is done again, and nothing that it keeps on the host changes from round to round.
+    """
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -61,6 +65,10 @@ class Proposer(Protocol):
             context: [S, X, F], right-aligned, its left part zero where there is less context than X.
             context_lengths: int64 [S], how many of the X are real.
             anchors: int64 [S], the last known token.
+
+        Raises:
+            RuntimeError, ArithmeticError, LookupError: the draft fails on these texts. That is counted, and
+                the round goes on without it. Any other error ends the decode.
         """
         ...
 
@@ -91,13 +99,15 @@ class StaticProposer(Proposer, Protocol):
         """Whether it runs on the draft's device, in its dtype, for its shape."""
         ...
 
-    def static_block(self, taps: Tensor, samples: int, per_sample: int, slots: int, /) -> StaticBlock:
+    def static_block(
+        self, taps: Tensor, *, context: int, samples: int, per_sample: int, slots: int
+    ) -> StaticBlock:
         """The fast form for one shape.
 
         Args:
-            taps: [X + slots + 1, F], the cache's tapped states: the prompt's last X, right-aligned, then the
-                slots. Sample i's text starts at slot `state.bases[i]`. X is `context_len`, or the longest
-                prompt where the draft sees more than that.
+            taps: [X + slots or more, F], the cache's tapped states: the prompt's last X, right-aligned, then
+                the slots. Sample i's text starts at slot `state.bases[i]`.
+            context: X, `context_len`, or the longest prompt where the draft sees more than that.
             samples: S.
             per_sample: slots of one sample.
             slots: of all.

@@ -64,9 +64,20 @@ class Replay:
         self._proposals = torch.zeros(samples, length + block, block - 1, dtype=torch.int64, device=device)
 
     def load(self, texts: Sequence[Sequence[int]], seed: int) -> None:
-        """Take the texts to propose, and draw how many tokens are right behind each position."""
+        """Take the texts to propose, and draw how many tokens are right behind each position.
+
+        Args:
+            texts: token ids, a text a sample.
+            seed: of the draws.
+
+        Raises:
+            ValueError: a text is longer than there is room for.
+        """
         random = np.random.default_rng(seed)
         samples, length, count = self._proposals.shape
+        longest = max(map(len, texts))
+        if longest > length:
+            raise ValueError(f"a text to replay has {longest} tokens; there is room for {length}")
         wrong = random.random((samples, length, count)) >= self._rate
         right = np.where(wrong.any(-1), wrong.argmax(-1), count)
         tokens = np.zeros((samples, length + self._block), dtype=np.int64)

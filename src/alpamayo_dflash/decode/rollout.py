@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.decode.config import DecodeConfig, Sampling
+from alpamayo_dflash.decode.config import MOST_BLOCK, DecodeConfig, Request, Sampling
 from alpamayo_dflash.decode.engine import Engine, Written
 from alpamayo_dflash.decode.handover import Handover, hand_over
 from alpamayo_dflash.decode.loop import Decode, Drafter, Sample, autoregressive, speculative
@@ -23,13 +23,11 @@ from alpamayo_dflash.decode.observer import Observer
 from alpamayo_dflash.decode.proposer import Proposer
 from alpamayo_dflash.decode.stops import StopReason, StopRules
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
+from alpamayo_dflash.target.device import current
 from alpamayo_dflash.target.expert import ActionPrefix
 from alpamayo_dflash.target.model import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
-
-# Slots of the tail a sample beside its tokens: the widest block that a draft may propose.
-_BLOCK_ROOM = 64
 
 
 @dataclass(frozen=True)
@@ -118,9 +116,9 @@ class SpeculativeDecoder:
         self.draft = draft
         self.config = config or DecodeConfig()
         if draft is not None:
-            if not 2 <= draft.block_size <= _BLOCK_ROOM:
+            if not 2 <= draft.block_size <= MOST_BLOCK:
                 raise ValueError(
-                    f"the draft's block_size is {draft.block_size}; it must be 2 to {_BLOCK_ROOM}"
+                    f"the draft's block_size is {draft.block_size}; it must be 2 to {MOST_BLOCK}"
                 )
             draft.bind(target.embedding, target.head, target.num_layers)
         self._drafter = Drafter(draft) if draft is not None else None
@@ -173,9 +171,10 @@ class SpeculativeDecoder:
             action_noise: float32 [S, N, 2], where flow matching starts; None draws it from the seed.
 
         Raises:
-            ValueError: an option outside its range, or a prompt longer than the cache.
+            ValueError: an option outside its range, a prompt longer than the cache, or a target whose logits
+                are not finite.
         """
-        sampling = Sampling(temperature, top_p)
+        request = Request(Sampling(temperature, top_p), seed, num_traj_samples, max_new_tokens)
         _check_positive(num_traj_samples=num_traj_samples, max_new_tokens=max_new_tokens)
         start = before = read = self._now_ms()
         self._finished = None
@@ -187,15 +186,8 @@ class SpeculativeDecoder:
             prefilled = self.prefill(prompt)
             read = self._now_ms()
         driver = self._driver(prefilled.prompt, trajectories)
-        with torch.inference_mode():
-            decode = self._write(
-                prefilled,
-                sampling=sampling,
-                seed=seed,
-                num_samples=num_traj_samples,
-                max_new_tokens=max_new_tokens,
-                observer=observer or Observer(),
-            )
+        with torch.inference_mode(), current(self.target.device):
+            decode = self._write(prefilled, request, observer or Observer())
         written = self._now_ms()
         self._finished = (prefilled, decode)
         xyz = rot = None
@@ -205,37 +197,12 @@ class SpeculativeDecoder:
         timings = Timings(read - before, written - read, end - written, end - start)
         return self._result(decode, xyz, rot, timings)
 
-    def _write(
-        self,
-        prefilled: Prefilled,
-        *,
-        sampling: Sampling,
-        seed: int,
-        num_samples: int,
-        max_new_tokens: int,
-        observer: Observer,
-    ) -> Decode | Written:
+    def _write(self, prefilled: Prefilled, request: Request, observer: Observer) -> Decode | Written:
         """Write the texts, on the device or from the host."""
         if self._on_device():
-            return self.engine.write(
-                prefilled,
-                sampling=sampling,
-                seed=seed,
-                num_samples=num_samples,
-                max_new_tokens=max_new_tokens,
-                observer=observer,
-            )
-        self.verifier.begin(prefilled, num_samples * (max_new_tokens + _BLOCK_ROOM))
-        decode = Decode(
-            self.verifier,
-            prefilled,
-            sampling=sampling,
-            rules=self.rules,
-            seed=seed,
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            observer=observer,
-        )
+            return self.engine.write(prefilled, request, observer)
+        self.verifier.begin(prefilled, request.num_samples * (request.max_new_tokens + MOST_BLOCK))
+        decode = Decode(self.verifier, prefilled, request, rules=self.rules, observer=observer)
         # All samples together, or at one row width one after another: there, sharing rows would order the
         # cache's slots differently in the two loops, and so the roundings.
         together = [decode.samples] if self.config.row_width is None else [[s] for s in decode.samples]

@@ -1,24 +1,30 @@
-"""The steps of `decode.steps` as kernels: one launch each, a program a sample (and a few for the mask).
+"""The steps of `decode.steps` as kernels, a program a sample; `decode.step_launch` launches them.
 
 Shapes: S sample, b block, R rows, T slots a sample, E slots of the tail.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 
-from alpamayo_dflash.decode.steps import FIELDS
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from alpamayo_dflash.decode.steps import Marks, State
+from alpamayo_dflash.decode.steps import FIELDS, NONE, REASONS
+from alpamayo_dflash.decode.stops import StopReason
 
 _FIELDS = tl.constexpr(len(FIELDS))
-_NONE = tl.constexpr(-1)
+_EMITTED = tl.constexpr(FIELDS.index("emitted"))
+_ACCEPTED = tl.constexpr(FIELDS.index("accepted"))
+_DRAFTED = tl.constexpr(FIELDS.index("drafted"))
+_PROPOSED = tl.constexpr(FIELDS.index("proposed"))
+_REASON = tl.constexpr(FIELDS.index("reason"))
+_FAILED = tl.constexpr(FIELDS.index("failed"))
+_UNSETTLED = tl.constexpr(FIELDS.index("unsettled"))
+_BROKEN = tl.constexpr(FIELDS.index("broken"))
+_ANCHOR = tl.constexpr(FIELDS.index("anchor"))
+_AT_TRAJ = tl.constexpr(REASONS.index(StopReason.TRAJ_FUTURE_START))
+_AT_EOS = tl.constexpr(REASONS.index(StopReason.EOS))
+_AT_LIMIT = tl.constexpr(REASONS.index(StopReason.LIMIT))
+_NONE = tl.constexpr(NONE)
 
 
 @triton.jit
@@ -73,7 +79,7 @@ def propose_kernel(
         for step in tl.static_range(BLOCK - 1):
             pick = tl.load(columns_ptr + sample * (BLOCK - 1) + step)
             if REDUCED:
-                pick = tl.load(ids_ptr + pick)
+                pick = tl.load(ids_ptr + pick, mask=sound, other=0)
             after_end = (previous == cot_end) & (cot_end != _NONE)
             after_period = (previous == period) & (period != _NONE)
             is_forced = after_end | after_period
@@ -113,6 +119,7 @@ def accept_kernel(
     row_tokens_ptr,
     columns_ptr,
     settled_ptr,
+    finite_ptr,
     proposed_ptr,
     drafted_ptr,
     failed_ptr,
@@ -131,7 +138,8 @@ def accept_kernel(
     pending = tl.load(pending_ptr + sample) != 0
     row = sample * BLOCK
     walking = pending
-    unsettled = pending & (limit < 0)
+    unsettled = pending & (limit < 0)  # false, as a value of the loop's type
+    broken = unsettled
     emitted = 0
     accepted = 0
     reason = done
@@ -139,10 +147,11 @@ def accept_kernel(
     for step in tl.static_range(BLOCK):
         token = tl.load(columns_ptr + row + step)
         unsettled = unsettled | (walking & (tl.load(settled_ptr + row + step).to(tl.int32) == 0))
+        broken = broken | (walking & (tl.load(finite_ptr + row + step).to(tl.int32) == 0))
         emitted += walking.to(tl.int32)
-        after = tl.where(length + emitted >= limit, 3, 0)
-        after = tl.where(token == eos, 2, after)
-        after = tl.where(token == traj_future_start, 1, after)
+        after = tl.where(length + emitted >= limit, _AT_LIMIT, 0)
+        after = tl.where(token == eos, _AT_EOS, after)
+        after = tl.where(token == traj_future_start, _AT_TRAJ, after)
         reason = tl.where(walking, after, reason)
         tl.store(report + _FIELDS + step, token)
         if step < BLOCK - 1:
@@ -159,77 +168,17 @@ def accept_kernel(
         tl.store(previous_ptr + sample, length - 1)
         tl.store(lengths_ptr + sample, length + emitted)
         tl.store(done_ptr + sample, reason.to(tl.int64))
-        tl.store(pending_ptr + sample, length * 0)
+        tl.store(pending_ptr + sample, tl.zeros((), tl.int64))
     else:
         emitted = 0
         accepted = 0
         reason = done
-    tl.store(report, emitted.to(tl.int64))
-    tl.store(report + 1, accepted.to(tl.int64))
-    tl.store(report + 2, tl.load(drafted_ptr + sample))
-    tl.store(report + 3, proposed)
-    tl.store(report + 4, reason.to(tl.int64))
-    tl.store(report + 5, tl.load(failed_ptr + sample))
-    tl.store(report + 6, unsettled.to(tl.int64))
-    tl.store(report + 7, length - 1)
-
-
-def propose(
-    state: State, marks: Marks, columns: Tensor | None, finite: Tensor | None, token_ids: Tensor | None
-) -> None:
-    """As `steps.propose`."""
-    nothing = state.tokens
-    propose_kernel[(state.samples,)](
-        state.tokens,
-        state.lengths,
-        state.done,
-        state.pending,
-        state.limit,
-        state.bases,
-        nothing if columns is None else columns,
-        nothing if finite is None else finite,
-        nothing if token_ids is None else token_ids,
-        state.row_tokens,
-        state.row_positions,
-        state.next_positions,
-        state.row_slots,
-        state.seen,
-        state.proposed,
-        state.drafted,
-        state.failed,
-        state.per_sample,
-        state.slots,
-        marks.cot_end,
-        marks.traj_future_start,
-        marks.eos,
-        marks.period,
-        DRAFT=columns is not None,
-        REDUCED=token_ids is not None,
-        BLOCK=state.block,
-        BLOCK_E=triton.next_power_of_2(state.slots),
-        num_warps=4,
-    )
-
-
-def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor) -> None:
-    """As `steps.accept`."""
-    accept_kernel[(state.samples,)](
-        state.tokens,
-        state.lengths,
-        state.previous,
-        state.done,
-        state.pending,
-        state.limit,
-        state.row_tokens,
-        columns,
-        settled,
-        state.proposed,
-        state.drafted,
-        state.failed,
-        state.report,
-        state.per_sample,
-        marks.traj_future_start,
-        marks.eos,
-        BLOCK=state.block,
-        num_warps=1,
-    )
+    tl.store(report + _EMITTED, emitted.to(tl.int64))
+    tl.store(report + _ACCEPTED, accepted.to(tl.int64))
+    tl.store(report + _DRAFTED, tl.load(drafted_ptr + sample))
+    tl.store(report + _PROPOSED, proposed)
+    tl.store(report + _REASON, reason.to(tl.int64))
+    tl.store(report + _FAILED, tl.load(failed_ptr + sample))
+    tl.store(report + _UNSETTLED, unsettled.to(tl.int64))
+    tl.store(report + _BROKEN, broken.to(tl.int64))
+    tl.store(report + _ANCHOR, length - 1)

@@ -1,7 +1,7 @@
 """The two steps of a round around the verify pass, on the device: what is proposed, and what is accepted.
 
-The plain form of both, in PyTorch operations that read nothing back; `decode.step_kernels` holds the same as
-kernels, one launch each. `stops` and `walk` say in Python what they do; the tests hold all three equal.
+The plain form of both, in PyTorch operations that read nothing back; `decode.step_launch` does the same
+by kernels, one launch each. `stops` and `walk` say in Python what they do; the tests hold all three equal.
 
 Shapes: S sample, b block, R rows (S·b and padding), T slots a sample, E slots of the tail.
 """
@@ -19,7 +19,8 @@ NONE = -1
 """Stands for a token that there is not."""
 REASONS = (None, StopReason.TRAJ_FUTURE_START, StopReason.EOS, StopReason.LIMIT)
 """What `State.done` and a report's `reason` mean."""
-FIELDS = ("emitted", "accepted", "drafted", "proposed", "reason", "failed", "unsettled", "anchor")
+_COUNTS = ("emitted", "accepted", "drafted", "proposed")
+FIELDS = (*_COUNTS, "reason", "failed", "unsettled", "broken", "anchor")
 """A report's columns; behind them the b emitted tokens and the b − 1 proposed ones."""
 
 
@@ -86,7 +87,7 @@ class State:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.int64, device=device)
 
-        self.samples, self.block, self.width = samples, block, width
+        self.samples, self.block = samples, block
         self.per_sample, self.slots = per_sample, slots
         self.tokens = zeros(samples, per_sample)
         self.lengths, self.previous, self.done = zeros(samples), zeros(samples), zeros(samples)
@@ -119,9 +120,10 @@ class State:
 
 def _reason(token: Tensor, length: Tensor, limit: Tensor, marks: Marks) -> Tensor:
     """Index into REASONS after `token`."""
-    reason = (length >= limit).long() * 3
-    reason = torch.where(token == marks.eos, 2, reason)
-    return torch.where(token == marks.traj_future_start, 1, reason)
+    reason = (length >= limit).long() * REASONS.index(StopReason.LIMIT)
+    reason = torch.where(token == marks.eos, REASONS.index(StopReason.EOS), reason)
+    ended = token == marks.traj_future_start
+    return torch.where(ended, REASONS.index(StopReason.TRAJ_FUTURE_START), reason)
 
 
 def propose(
@@ -185,7 +187,7 @@ def _forced(previous: Tensor, marks: Marks) -> Tensor:
     return torch.where(previous == marks.cot_end, marks.traj_future_start, after)
 
 
-def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor) -> None:
+def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor, finite: Tensor) -> None:
     """Let each pending sample walk its chain along the target's choices, and report.
 
     A sample with an unsettled choice on its way stays pending.
@@ -195,18 +197,21 @@ def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor) -> None
         marks: where texts end.
         columns: int64 [R], the target's choice behind each row.
         settled: bool [R], whether the choice is known.
+        finite: bool [R], whether the row's logits are finite; a walk over one that has others is `broken`.
     """
     samples, block = state.samples, state.block
     rows = samples * block
     choices = columns[:rows].view(samples, block)
     known = settled[:rows].view(samples, block)
+    sound = finite[:rows].view(samples, block)
     proposals = state.row_tokens[:rows].view(samples, block)[:, 1:]
     walking = state.pending != 0
     emitted, accepted = torch.zeros_like(state.lengths), torch.zeros_like(state.lengths)
-    reason, unsettled = state.done.clone(), torch.zeros_like(walking)
+    reason, unsettled, broken = state.done.clone(), torch.zeros_like(walking), torch.zeros_like(walking)
     for step in range(block):
         token = choices[:, step]
         unsettled = unsettled | (walking & ~known[:, step])
+        broken = broken | (walking & ~sound[:, step])
         emitted = emitted + walking
         after = _reason(token, state.lengths + emitted, state.limit, marks)
         reason = torch.where(walking, after, reason)
@@ -222,8 +227,10 @@ def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor) -> None
     places = (state.lengths[:, None] + steps).clamp_max(state.per_sample - 1)
     kept = torch.where(steps < emitted[:, None], choices, state.tokens.gather(1, places))
     state.tokens.scatter_(1, places, kept)
-    head = (emitted, accepted, state.drafted, state.proposed, reason, state.failed, unsettled.long())
-    state.report.copy_(torch.cat((torch.stack((*head, state.lengths - 1), dim=1), choices, proposals), dim=1))
+    counts = (emitted, accepted, state.drafted, state.proposed)
+    flags = (state.failed, unsettled.long(), broken.long())
+    head = torch.stack((*counts, reason, *flags, state.lengths - 1), dim=1)
+    state.report.copy_(torch.cat((head, choices, proposals), dim=1))
     state.previous.copy_(torch.where(stays, state.previous, state.lengths - 1))
     state.lengths.add_(emitted)
     state.done.copy_(reason)

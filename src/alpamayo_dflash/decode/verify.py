@@ -20,6 +20,7 @@ from torch import Tensor
 
 from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.decode.passes import text_model
+from alpamayo_dflash.target.device import current
 from alpamayo_dflash.target.layers import AfterLayer
 from alpamayo_dflash.target.prompt import Prompt, PromptEmbeddings
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
@@ -90,12 +91,12 @@ class Verifier:
                 f"the prompt has {length} tokens, but the cache holds at most {self.cache.prompt_capacity}"
             )
         prompt = prompt.to(self.target.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), current(self.target.device):
             return self.read(prompt, self.target.embed(prompt))
 
     @torch.inference_mode()
     def read(self, prompt: Prompt, embeddings: PromptEmbeddings) -> Prefilled:
-        """The language half of `prefill`: a prompt on the device whose images have been seen."""
+        """The language half of `prefill`: a prompt on the (current) device whose images have been seen."""
         target, cache = self.target, self.cache
         length = len(prompt.input_ids)
         tapped: dict[int, Tensor] = {}
@@ -147,13 +148,14 @@ class Verifier:
             float32 [R, V], unmasked ([0, V] if not wanted).
         """
         width = self.row_width or len(slots)
-        parts = [self._pass(slots[i : i + width], width, logits) for i in range(0, len(slots), width)]
+        with current(self.target.device):
+            parts = [self._pass(slots[i : i + width], width, logits) for i in range(0, len(slots), width)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def run(
         self, tokens_R: Tensor, positions_R: Tensor, slots_R: Tensor, seen_RT: Tensor, *, logits: bool = True
     ) -> Tensor | None:
-        """One pass, of device tensors alone: nothing is read back, so it can be captured.
+        """One pass, of tensors on the (current) device alone: nothing is read back, so it can be captured.
 
         Args:
             tokens_R: int64 ids.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alpamayo_dflash.target.fused import FusedLayer
+from alpamayo_dflash.target.fused import FusedDecoder, FusedLayer
 from alpamayo_dflash.target.linear import Linear
 from alpamayo_dflash.target.storage import padded
 
@@ -91,28 +91,31 @@ class FastDraft:
 
     Args:
         draft: bound, on a GPU.
-        taps: [X + slots + 1, F], the decoder's tapped states.
+        taps: [X + slots or more, F], the decoder's tapped states.
+        context: X.
         samples: S.
         per_sample: slots of one sample.
         slots: of all.
     """
 
-    def __init__(self, draft: DFlashDraft, taps: Tensor, samples: int, per_sample: int, slots: int) -> None:
+    def __init__(
+        self, draft: DFlashDraft, taps: Tensor, *, context: int, samples: int, per_sample: int, slots: int
+    ) -> None:
         config, like = draft.config, draft.mask_embedding
         self._draft, self._taps = draft, taps
-        self._block, self._context, self._slots = config.block_size, len(taps) - slots - 1, slots
+        self._block, self._context, self._slots = config.block_size, context, slots
         self._eps = config.rms_norm_eps
         self._fc = Linear(draft.fc.weight.detach())
         self._head = Linear(padded(draft.head))
-        self._layers = [FusedLayer.of(layer) for layer in draft.layers]
-        shape = (config.num_layers, len(taps), config.num_kv_heads, config.head_dim)
+        self._decoder = FusedDecoder(draft.layers, draft.norm)
+        shape = (config.num_layers, context + slots + 1, config.num_kv_heads, config.head_dim)
         self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)
         rows = samples * self._block
         # The new features, and behind them the block's tokens.
         self._inputs = like.new_zeros(2 * rows, config.hidden_size)
         self._tokens = like.new_zeros(samples, self._block, config.hidden_size)
         self._tokens[:, 1:] = draft.mask_embedding.detach()
-        cos, signed_sin = draft.tables(like, self._context + per_sample)
+        cos, signed_sin = draft.tables(like, context + per_sample)
         # The plain form keeps rotate-half's sign in the table, the kernel does not.
         sin = signed_sin[:, 0, config.head_dim // 2 :].repeat(1, 2)
         self._rotary = cos[:, 0].contiguous(), sin
@@ -128,7 +131,7 @@ class FastDraft:
             zeros(2 * rows),
             zeros(2 * rows),
             zeros(rows),
-            zeros(rows, self._context + slots, dtype=torch.uint8),
+            zeros(rows, context + slots, dtype=torch.uint8),
         )
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
         self._nothing = torch.zeros(1, dtype=torch.int64, device=device)
@@ -139,13 +142,16 @@ class FastDraft:
 
         context, count = self._context, min(self._context, prompt_length)
         self._first.fill_(-count)
+        # What nobody sees counts for nothing only if it is finite, and an earlier text may have left a NaN.
+        self._keys.zero_()
+        self._values.zero_()
         if not count:
             return
         states = self._fc.parts(self._taps[context - count : context])
         _, features = launch.add_norm(None, states, self._draft.hidden_norm.weight.detach(), self._eps)
         entries = torch.arange(context - count, context, device=features.device)
         rotary = self._rotary[0][context - count : context], self._rotary[1][context - count : context]
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self._decoder.layers):
             self._store(index, layer, features, rotary, entries)
 
     def __call__(self, state: Texts) -> Proposal:
@@ -155,26 +161,21 @@ class FastDraft:
 
         places = self._placed(state)
         entries, new, seen = places.entries, places.new, places.seen
-        rotary = tuple(table.index_select(0, places.positions) for table in self._rotary)
+        cos, sin = (table.index_select(0, places.positions) for table in self._rotary)
         rows = len(new)
         features = self._fc.parts(self._taps.index_select(0, new))
         launch.add_norm(
             None, features, self._draft.hidden_norm.weight.detach(), self._eps, self._inputs[:rows]
         )
         self._tokens[:, 0] = functional.embedding(places.anchors, self._draft.embedding)
-        hidden = self._tokens.flatten(0, 1)
-        first, block = self._layers[0], self._inputs[rows:]
-        launch.add_norm(hidden, None, first.input_norm, self._eps, block)
-        for index, layer in enumerate(self._layers):
-            q = self._store(index, layer, self._inputs, (rotary[0], rotary[1]), entries)
-            attended = launch.attend(
-                q[rows:], self._keys[index], self._values[index], self._nothing, seen, prompt=False
-            )
-            hidden, normed = launch.add_norm(hidden, layer.out.parts(attended), layer.mlp_norm, self._eps)
-            down = layer.down.parts(layer.gate_up.gated(normed))
-            last = index + 1 == len(self._layers)
-            weight = self._draft.norm.weight.detach() if last else self._layers[index + 1].input_norm
-            hidden, normed = launch.add_norm(hidden, down, weight, self._eps, None if last else block)
+
+        def attend(index: int, layer: FusedLayer, _: Tensor) -> Tensor:
+            q = self._store(index, layer, self._inputs, (cos, sin), entries)
+            keys, values = self._keys[index], self._values[index]
+            return launch.attend(q[rows:], keys, values, self._nothing, seen, prompt=False)
+
+        # The block's normed input lands behind the new features, and one product serves both.
+        normed = self._decoder(self._tokens.flatten(0, 1), attend, inputs_RC=self._inputs[rows:])
         logits = self._head(normed.index_select(0, self._predicting))
         return Proposal(logits.view(-1, self._block - 1, logits.shape[-1]), self._draft.token_ids)
 
@@ -211,14 +212,4 @@ class FastDraft:
         self, index: int, layer: FusedLayer, inputs: Tensor, rotary: tuple[Tensor, Tensor], entries: Tensor
     ) -> Tensor:
         """Keys and values of inputs [N, C] to the cache; their queries [N, H, D]."""
-        from alpamayo_dflash.kernels import launch
-
-        return launch.rotate_store(
-            layer.qkv.parts(inputs),
-            layer.qk_norms,
-            self._eps,
-            rotary,
-            self._keys[index],
-            self._values[index],
-            entries,
-        )
+        return layer.queries(inputs, rotary, self._keys[index], self._values[index], entries)

@@ -346,9 +346,11 @@ class DFlashDraft(nn.Module):
         """Whether the fast form runs where the draft is (`decode.proposer.StaticProposer`)."""
         return why_plain(self.layers, self.mask_embedding) is None
 
-    def static_block(self, taps: Tensor, samples: int, per_sample: int, slots: int) -> FastDraft:
+    def static_block(
+        self, taps: Tensor, *, context: int, samples: int, per_sample: int, slots: int
+    ) -> FastDraft:
         """The fast form for one shape."""
-        return FastDraft(self, taps, samples, per_sample, slots)
+        return FastDraft(self, taps, context=context, samples=samples, per_sample=per_sample, slots=slots)
 
     def features(self, states: Tensor) -> Tensor:
         """Context features [..., C] of tapped states [..., F]."""

@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from alpamayo_dflash.decode.observer import SPANS
 from alpamayo_dflash.evaluate.rows import ClipRow, Failure
 
 TIMES = ("prefill_ms", "decode_ms", "action_ms", "total_ms")
-PARTS = ("draft", "verify", "sampling", "cache", "other")
+PARTS = (*SPANS, "other")
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
@@ -138,11 +139,15 @@ def named_summary(rows: Sequence[ClipRow]) -> dict[str, Any] | None:
 
 
 def parts_summary(rows: Sequence[ClipRow]) -> dict[str, Any] | None:
-    """Decode split into its parts: mean ms a clip and share of the whole; None if it was not timed."""
+    """Decode split into its parts: mean ms a clip and share of the whole; None if it was not timed.
+
+    Parts that the loop did not tell apart are left out: on a GPU a round is one part.
+    """
     found = [row["parts_ms"] for row in rows if "parts_ms" in row]
     if not found:
         return None
-    means = {part: statistics.fmean(each[part] for each in found) for part in PARTS}
+    means = {part: statistics.fmean(each.get(part, 0.0) for each in found) for part in PARTS}
+    means = {part: ms for part, ms in means.items() if ms > 0}
     whole = sum(means.values())
     return {
         part: {"ms": round(ms, 3), "share": round(ms / whole, 4) if whole > 0 else None}

@@ -13,6 +13,16 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _weigh(scores, top, mass):
+    """Online softmax: weights of scores by the largest so far, and how far what came before shrinks by it."""
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    safe = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen nothing yet
+    shrink = tl.exp2(top - safe)
+    weights = tl.exp2(scores - safe[:, None])
+    return weights, shrink, new_top, mass * shrink + tl.sum(weights, axis=1)
+
+
 @triton.jit(do_not_specialize=["rows", "slots", "prompt_stretches", "tail_stretch"])
 def stretches_kernel(
     q_ptr,
@@ -64,26 +74,17 @@ def stretches_kernel(
         k_at = keys_ptr + at[None, :] + d[:, None]
         v_at = values_ptr + at[:, None] + d[None, :]
         for _ in range(start, whole, BLOCK_T):
-            scores = tl.dot(q, tl.load(k_at)) * scale
-            new_top = tl.maximum(top, tl.max(scores, axis=1))
-            shrink = tl.exp2(top - new_top)
-            weights = tl.exp2(scores - new_top[:, None])
-            mass = mass * shrink + tl.sum(weights, axis=1)
+            weights, shrink, top, mass = _weigh(tl.dot(q, tl.load(k_at)) * scale, top, mass)
             total = tl.dot(weights.to(q.dtype), tl.load(v_at), total * shrink[:, None])
-            top = new_top
             k_at += BLOCK_T * entry_stride
             v_at += BLOCK_T * entry_stride
         if whole < stop:
             inside = whole + t < stop
             k = tl.load(k_at, mask=inside[None, :], other=0.0)
             scores = tl.where(inside[None, :], tl.dot(q, k) * scale, -float("inf"))
-            new_top = tl.maximum(top, tl.max(scores, axis=1))
-            shrink = tl.exp2(top - new_top)
-            weights = tl.exp2(scores - new_top[:, None])
-            mass = mass * shrink + tl.sum(weights, axis=1)
+            weights, shrink, top, mass = _weigh(scores, top, mass)
             v = tl.load(v_at, mask=inside[:, None], other=0.0)
             total = tl.dot(weights.to(q.dtype), v, total * shrink[:, None])
-            top = new_top
     else:
         start = (stretch - prompt_stretches) * tail_stretch
         for first in range(start, tl.minimum(start + tail_stretch, slots), BLOCK_T):
@@ -95,14 +96,9 @@ def stretches_kernel(
                 at = (prompt + slot).to(tl.int64) * entry_stride + kv * DIM
                 k = tl.load(keys_ptr + at[None, :] + d[:, None], mask=inside[None, :], other=0.0)
                 scores = tl.where(seen, tl.dot(q, k) * scale, -float("inf"))
-                new_top = tl.maximum(top, tl.max(scores, axis=1))
-                safe = tl.where(new_top == -float("inf"), 0.0, new_top)
-                shrink = tl.exp2(top - safe)
-                weights = tl.exp2(scores - safe[:, None])
-                mass = mass * shrink + tl.sum(weights, axis=1)
+                weights, shrink, top, mass = _weigh(scores, top, mass)
                 v = tl.load(values_ptr + at[:, None] + d[None, :], mask=inside[:, None], other=0.0)
                 total = tl.dot(weights.to(v.dtype), v, total * shrink[:, None])
-                top = new_top
     flat = (stretch * rows + row).to(tl.int64) * HEADS + head
     tl.store(top_ptr + flat, top, mask=real)
     tl.store(mass_ptr + flat, mass, mask=real)

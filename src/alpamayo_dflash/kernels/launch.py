@@ -1,32 +1,35 @@
 """The kernels as functions of tensors: what block sizes to take, and when cuBLAS is better.
 
-The numbers come from the sweep in docs/results/kernels_h200.json. Every function is the fast form of plain
+The numbers come from `bench-kernels` (docs/results). Every function is the fast form of plain
 operations: linear layers, `rms_norm` and `rotate` of `target/layers.py`, PyTorch's attention.
 
-Shapes: R rows, N output columns, K inner dimension, J parts, C hidden, H query heads, K KV heads, D head dim,
+Shapes: R rows, N output columns, I inner dimension, J parts, C hidden, H query heads, K KV heads, D head dim,
 E cache entries, T tail slots.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 from torch import Tensor
 from torch.nn import functional
+from triton.runtime import driver
 
 from alpamayo_dflash.kernels.attention import merge_kernel, stretches_kernel
 from alpamayo_dflash.kernels.product import product_kernel
 from alpamayo_dflash.kernels.rows import add_norm_kernel, gate_kernel, rotate_store_kernel
 
-# Up to here our product reads the weight faster than cuBLAS does, and beyond it not.
+# Up to here our products read a layer's weights faster than cuBLAS does, and beyond it not.
 FEW_ROWS = 64
 _LOG2_E = 1.4426950408889634
 # Programs that fill the 132 multiprocessors of an H100 or H200 about once.
 _FULL = 128
 _INNER_BLOCK = 128
+_LEAST_TILE = 16
 
 
 @dataclass(frozen=True)
@@ -39,40 +42,75 @@ class _Blocks:
     stages: int
     warps: int
 
+    def staged(self, rows: int, gated: bool, available: int) -> int:
+        """The stages that fit so much shared memory, at so many rows a program."""
+        stage_bytes = 2 * self.inner * (rows + self.columns * (2 if gated else 1))
+        return max(1, fitting_stages(self.stages, stage_bytes, 0, available))
+
 
 _NARROW = _Blocks(swap=True, columns=64, inner=128, stages=5, warps=4)
 _NARROW_GATED = _Blocks(swap=False, columns=32, inner=128, stages=3, warps=4)
 _WIDE_GATED = _Blocks(swap=True, columns=64, inner=64, stages=4, warps=4)
 
 
-def product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have; unbounded in Triton's interpreter."""
+    if device.type != "cuda":
+        return 2**31
+    properties = driver.active.utils.get_device_properties(device.index)
+    return int(properties["max_shared_mem"])
+
+
+def fitting_stages(wanted: int, stage_bytes: int, fixed_bytes: int, available: int) -> int:
+    """How many stages of a loop's loads fit into shared memory, up to those wanted; 0 if not even one."""
+    return max(0, min(wanted, (available - fixed_bytes) // stage_bytes))
+
+
+def product(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
     """X @ weight.T as parts [J, R, N] that are still to be summed; J is 1 where one program takes all."""
-    rows, inner = x_RK.shape
-    columns = len(weight_NK)
-    if rows > FEW_ROWS or inner % _INNER_BLOCK:
-        return functional.linear(x_RK, weight_NK).unsqueeze(0)
+    if not _ours(x_RI):
+        return functional.linear(x_RI, weight_NI).unsqueeze(0)
+    return few_rows_product(x_RI, weight_NI)
+
+
+def few_rows_product(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
+    """`product` by the kernel, at any number of rows."""
+    rows, inner = x_RI.shape
+    columns = len(weight_NI)
     tiles, parts = triton.cdiv(columns, _NARROW.columns), 1
     while tiles * parts < _FULL and inner % (2 * parts * _INNER_BLOCK) == 0:
         parts *= 2
-    dtype = x_RK.dtype if parts == 1 else torch.float32
-    out = torch.empty(parts, rows, columns, dtype=dtype, device=x_RK.device)
-    _launch(x_RK, weight_NK, out, _NARROW, gated=False)
+    dtype = x_RI.dtype if parts == 1 else torch.float32
+    out = torch.empty(parts, rows, columns, dtype=dtype, device=x_RI.device)
+    _launch(x_RI, weight_NI, out, _NARROW, gated=False)
     return out
 
 
-def whole_product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+def _ours(x_RI: Tensor) -> bool:
+    """Whether the kernel is for these rows."""
+    rows, inner = x_RI.shape
+    return rows <= FEW_ROWS and inner % _INNER_BLOCK == 0
+
+
+def whole_product(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
     """X @ weight.T, [R, N]."""
-    parts = product(x_RK, weight_NK)
-    return parts[0] if len(parts) == 1 else parts.sum(0).to(x_RK.dtype)
+    parts = product(x_RI, weight_NI)
+    return parts[0] if len(parts) == 1 else parts.sum(0).to(x_RI.dtype)
 
 
-def gated_product(x_RK: Tensor, weight_NK: Tensor) -> Tensor:
+def gated_product(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
     """silu(x @ gate.T) · (x @ up.T), [R, N/2], of a weight that holds gate's rows, then up's."""
-    rows, inner = x_RK.shape
-    if rows > FEW_ROWS or inner % _INNER_BLOCK:
-        return gate(functional.linear(x_RK, weight_NK))
-    out = torch.empty(1, rows, len(weight_NK) // 2, dtype=x_RK.dtype, device=x_RK.device)
-    _launch(x_RK, weight_NK, out, _NARROW_GATED if rows <= 16 else _WIDE_GATED, gated=True)
+    if not _ours(x_RI):
+        return gate(functional.linear(x_RI, weight_NI))
+    return few_rows_gated_product(x_RI, weight_NI)
+
+
+def few_rows_gated_product(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
+    """`gated_product` by the kernel, at any number of rows."""
+    rows = len(x_RI)
+    out = torch.empty(1, rows, len(weight_NI) // 2, dtype=x_RI.dtype, device=x_RI.device)
+    _launch(x_RI, weight_NI, out, _NARROW_GATED if rows <= 16 else _WIDE_GATED, gated=True)
     return out[0]
 
 
@@ -85,26 +123,26 @@ def gate(both_RN: Tensor) -> Tensor:
     return out
 
 
-def _launch(x_RK: Tensor, weight_NK: Tensor, out_JRN: Tensor, blocks: _Blocks, *, gated: bool) -> None:
+def _launch(x_RI: Tensor, weight_NI: Tensor, out_JRN: Tensor, blocks: _Blocks, *, gated: bool) -> None:
     parts, rows, columns = out_JRN.shape
-    inner = x_RK.shape[1]
-    assert x_RK.stride(1) == 1 and weight_NK.is_contiguous()
-    block_rows = max(16, triton.next_power_of_2(rows))
+    inner = x_RI.shape[1]
+    assert x_RI.stride(1) == 1 and weight_NI.is_contiguous()
+    block_rows = min(FEW_ROWS, max(16, triton.next_power_of_2(rows)))
     product_kernel[(triton.cdiv(columns, blocks.columns), parts, triton.cdiv(rows, block_rows))](
-        x_RK,
-        weight_NK,
+        x_RI,
+        weight_NI,
         out_JRN,
         rows,
         columns,
         inner,
-        x_RK.stride(0),
+        x_RI.stride(0),
         inner // parts,
         GATED=gated,
         SWAP=blocks.swap,
         BLOCK_R=block_rows,
         BLOCK_N=blocks.columns,
         BLOCK_K=blocks.inner,
-        num_stages=blocks.stages,
+        num_stages=blocks.staged(block_rows, gated, shared_memory(x_RI.device)),
         num_warps=blocks.warps,
     )
 
@@ -210,6 +248,18 @@ class _Plan:
     stages: int
     tail: int = 128
 
+    def fitted(self, dim: int, available: int) -> _Plan:
+        """The plan with as many keys and stages as fit so much shared memory."""
+        plan = self
+        while True:
+            stages = fitting_stages(plan.stages, 4 * plan.keys * dim, 2 * plan.rows * dim, available)
+            if stages >= 2 or (plan.keys <= _LEAST_TILE and plan.rows <= _LEAST_TILE):
+                return replace(plan, stages=max(stages, 1))
+            if plan.keys > _LEAST_TILE:
+                plan = replace(plan, keys=plan.keys // 2)
+            else:
+                plan = replace(plan, rows=plan.rows // 2)
+
 
 _PLANS = {
     16: _Plan(16, 32, 32, 4, 3),
@@ -250,7 +300,7 @@ def attend(
     """
     rows, heads, dim = q_RHD.shape
     kv_heads = keys_EKD.shape[1]
-    plan = _plan(rows * (heads // kv_heads))
+    plan = _plan(rows * (heads // kv_heads)).fitted(dim, shared_memory(q_RHD.device))
     tiles = triton.cdiv(rows * (heads // kv_heads), plan.rows)
     stretches = plan.stretches if prompt else 0
     tail = triton.cdiv(mask_RT.shape[1], plan.tail)

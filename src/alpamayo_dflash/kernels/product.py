@@ -1,10 +1,10 @@
 """Products of a few rows with a large weight, which take as long as reading the weight.
 
-cuBLAS reaches half to three quarters of the bandwidth here (docs/log.md, 2026-11-24), so these are ours. A
+cuBLAS leaves a tenth of the time of a pass on the table here (docs/log.md, 2026-11-24), so these are ours. A
 program takes some of the weight's rows (output columns) and a part of the inner dimension; parts are summed
 in a fixed order by the kernel that reads the result, so that a row's values depend on nothing but that row.
 
-Shapes: R rows, N output columns, K inner dimension, J parts.
+Shapes: R rows, N output columns, I inner dimension, J parts.
 """
 
 from __future__ import annotations

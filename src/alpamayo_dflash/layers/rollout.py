@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.decode.config import DecodeConfig, Sampling
+from alpamayo_dflash.decode.config import DecodeConfig, Request, Sampling
 from alpamayo_dflash.decode.loop import Decode, autoregressive
 from alpamayo_dflash.decode.observer import Observer
 from alpamayo_dflash.decode.rollout import stop_rules
@@ -82,11 +82,8 @@ class Rollouts:
         decode = Decode(
             self._verifier,
             self._prefilled,
-            sampling=sampling,
+            Request(sampling, seed, num_samples, self._max_tokens),
             rules=self._rules,
-            seed=seed,
-            num_samples=num_samples,
-            max_new_tokens=self._max_tokens,
             observer=Observer(),
         )
         autoregressive(decode, decode.samples)

@@ -175,7 +175,7 @@ def bench_tables(result: Mapping[str, Any]) -> list[Table]:
         (name, _number(value, 3), "replayed" if name in result["replayed"] else "")
         for name, value in result["figures"].items()
     )
-    return [
+    tables = [
         Table(
             f"Times (ms) over their floors, at {read:,.0f} GB/s and {product:,.0f} GFLOP/s, measured too",
             ("what", "arm", "time", "floor", "bound by", "over floor"),
@@ -183,6 +183,12 @@ def bench_tables(result: Mapping[str, Any]) -> list[Table]:
         ),
         Table("Figures", ("figure", "value", ""), figures),
     ]
+    lengths = result["coc_lengths"]
+    if lengths:
+        header = tuple(lengths[0])
+        rows = tuple(tuple(str(cell) for cell in row.values()) for row in lengths)
+        tables.append(Table("Decode (ms, means) of CoCs of the lengths of real ones", header, rows))
+    return tables
 
 
 def all_tables(result: Mapping[str, Any]) -> list[Table]:

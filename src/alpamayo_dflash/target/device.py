@@ -1,6 +1,9 @@
-"""Devices by name."""
+"""Devices by name, and which of several is the current one."""
 
 from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -18,3 +21,8 @@ def check_device(name: torch.device | str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(name)!r} cannot be used here: {reason}") from None
     return device
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one: kernels, streams and graphs belong to that, wherever the tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

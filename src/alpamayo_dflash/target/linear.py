@@ -1,6 +1,6 @@
 """The linear layers of the fast decoder go through here, so that other formats need change nothing else.
 
-Shapes: R rows, N output columns, K inner dimension, J parts.
+Shapes: R rows, N output columns, I inner dimension, J parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Linear:
     """A weight without bias, and how it is multiplied on a GPU.
 
     Args:
-        weights: one, or several [N_i, K] that read the same input. Those that lie together
+        weights: one, or several [N_i, I] that read the same input. Those that lie together
             (`target.storage`) are run as one product, others one by one; nothing is copied.
     """
 
@@ -26,26 +26,26 @@ class Linear:
         one = joined(weights)
         self.weights = weights if one is None else (one,)
 
-    def parts(self, x_RK: Tensor) -> Tensor:
+    def parts(self, x_RI: Tensor) -> Tensor:
         """X @ weight.T as parts [J, R, N] whose sum is the product, for kernels that sum as they read."""
         from alpamayo_dflash.kernels import launch
 
-        return launch.product(x_RK, self.weights[0]) if len(self.weights) == 1 else self(x_RK).unsqueeze(0)
+        return launch.product(x_RI, self.weights[0]) if len(self.weights) == 1 else self(x_RI).unsqueeze(0)
 
-    def __call__(self, x_RK: Tensor) -> Tensor:
+    def __call__(self, x_RI: Tensor) -> Tensor:
         """X @ weight.T, [R, N]."""
         from alpamayo_dflash.kernels import launch
 
-        products = [launch.whole_product(x_RK, weight) for weight in self.weights]
+        products = [launch.whole_product(x_RI, weight) for weight in self.weights]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
-    def gated(self, x_RK: Tensor) -> Tensor:
+    def gated(self, x_RI: Tensor) -> Tensor:
         """silu(x @ gate.T) · (x @ up.T), [R, N/2], where the weights are gate's and up's."""
         from alpamayo_dflash.kernels import launch
 
         if len(self.weights) == 1:
-            return launch.gated_product(x_RK, self.weights[0])
-        return launch.gate(self(x_RK))
+            return launch.gated_product(x_RI, self.weights[0])
+        return launch.gate(self(x_RI))
 
 
 def fused_linear(parts: Sequence[Any]) -> Linear:

@@ -21,10 +21,15 @@ HEAD_MULTIPLE = 64
 
 def not_plain(linear: Any) -> str | None:
     """What a projection is, if it is more than a weight: an adapter and a quantised layer have one too."""
-    bias = getattr(linear, "bias", None) is not None
-    if type(linear) is nn.Linear and not bias:
-        return None
-    return f"{type(linear).__name__}{' with a bias' if bias else ''}"
+    name = type(linear).__name__
+    if getattr(linear, "bias", None) is not None:
+        return f"{name} with a bias"
+    if type(linear) is not nn.Linear:
+        return name
+    weight = linear.weight
+    if type(weight.data) is not Tensor:
+        return f"{name} of a {type(weight.data).__name__}"
+    return None if weight.is_contiguous() else f"{name} whose weight does not lie row by row"
 
 
 def fused_groups(module: nn.Module) -> list[list[Any]]:

@@ -172,6 +172,8 @@ def _lines(raw: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     for name, times in raw["text_ms"].items():
         arm, _, number = name.rpartition("_")
         samples, passes = int(number), mean(raw["text_rounds"][name])
+        if not passes:  # every text ended with its first token
+            continue
         what = _of(f"CoC of up to {raw['coc_tokens']} tokens", samples)
         if arm == "speculative":
             yield what, f"{arm}, replayed", mean(times), *((passes, work) for work in round_work(samples))

@@ -1,0 +1,91 @@
+"""The benchmark's figures, and how far each may be off, from the raw timings alone."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+SIX = 6
+"""Samples of the figures for several."""
+REPLAYED = (
+    *("round_overhead", "round_six_over_one", "decode_six_over_one"),
+    *("decode_vs_autoregressive", "decode_vs_transformers"),
+)
+"""Keys whose timings are of texts with replayed proposals."""
+_RESAMPLES = 400
+
+
+def figures(raw: Mapping[str, Any]) -> dict[str, float]:
+    """The results' keys; one whose arms were not timed is left out.
+
+    Forwards and rounds by their medians, texts by their means: how many rounds a text takes is drawn.
+
+    Args:
+        raw: lists of milliseconds: `verify_ms` by rows, `draft_ms` by draft, `round_ms` by samples, `text_ms`
+            by arm and samples, `prefill_ms` by arm; `block_size`, `weight_bytes`, and the list
+            `read_bytes_per_s`.
+    """
+    median, mean = statistics.median, statistics.fmean
+    floor = raw["weight_bytes"] / median(raw["read_bytes_per_s"]) * 1e3
+    verify, texts = raw["verify_ms"], raw["text_ms"]
+    draft, block = median(next(iter(raw["draft_ms"].values()))), median(verify[str(raw["block_size"])])
+    one, six = (median(raw["round_ms"][str(samples)]) for samples in (1, SIX))
+    keys = {f"verify_{rows}_over_floor": median(times) / floor for rows, times in verify.items()}
+    keys |= {
+        "draft_over_verify": draft / block,
+        "round_overhead": (one - draft - block) / one,
+        "round_six_over_one": six / one,
+        "decode_six_over_one": mean(texts[f"speculative_{SIX}"]) / mean(texts["speculative_1"]),
+        "decode_vs_autoregressive": mean(texts["autoregressive_1"]) / mean(texts["speculative_1"]),
+    }
+    if "transformers_1" in texts:
+        prefill = raw["prefill_ms"]
+        keys["decode_vs_transformers"] = mean(texts["transformers_1"]) / mean(texts["speculative_1"])
+        keys["prefill_vs_transformers"] = median(prefill["transformers"]) / median(prefill["project"])
+    return {key: round(value, 4) for key, value in keys.items()}
+
+
+def coc_means(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Mean decode times by arm (milliseconds) of CoCs of the lengths that real ones have; [] if not timed."""
+    return [
+        {key: row[key] for key in ("quantile", "coc_tokens")}
+        | {arm: round(statistics.fmean(times), 2) for arm, times in row["decode_ms"].items()}
+        for row in raw.get("coc", [])
+    ]
+
+
+def spread(raw: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Of each figure the 2.5th and 97.5th percentile when every list of timings is drawn again from itself.
+
+    The bootstrap of Efron ("Bootstrap methods: another look at the jackknife", 1979), with a fixed seed.
+    """
+    generator = random.Random(0)  # noqa: S311
+    drawn = [figures(_redrawn(raw, generator)) for _ in range(_RESAMPLES)]
+    out = {}
+    for key in drawn[0]:
+        values = statistics.quantiles([each[key] for each in drawn], n=40, method="inclusive")
+        out[key] = [round(values[0], 4), round(values[-1], 4)]
+    return out
+
+
+def _redrawn(value: Any, generator: random.Random) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _redrawn(item, generator) for key, item in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], float):
+        return generator.choices(value, k=len(value))
+    return value
+
+
+def quartiles(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Least, quartiles and most of every list of timings."""
+    out: dict[str, Any] = {}
+    for name, value in raw.items():
+        if isinstance(value, Mapping):
+            out[name] = quartiles(value)
+        elif isinstance(value, list) and len(value) > 1 and isinstance(value[0], float):
+            low, middle, high = statistics.quantiles(value, n=4)
+            found = {"min": min(value), "q1": low, "median": middle, "q3": high, "max": max(value)}
+            out[name] = {key: round(number, 4) for key, number in found.items()}
+    return {name: value for name, value in out.items() if value}

@@ -1,0 +1,59 @@
+"""The stage: measure, compare, write the results."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from alpamayo_dflash.artefacts import provenance, write_json
+from alpamayo_dflash.evaluate.bench.config import BenchConfig
+from alpamayo_dflash.evaluate.bench.figures import REPLAYED, coc_means, figures, quartiles, spread
+from alpamayo_dflash.evaluate.bench.floors import floors
+from alpamayo_dflash.evaluate.bench.lossless import compare
+from alpamayo_dflash.evaluate.bench.profile import profile
+from alpamayo_dflash.evaluate.bench.setup import Bench
+from alpamayo_dflash.evaluate.bench.timings import measure
+
+
+def run(config: BenchConfig) -> dict[str, Any]:
+    """Measure, and write the results.
+
+    Raises:
+        ValueError: the target cannot be loaded or the device is not there.
+    """
+    started = time.time()
+    bench = Bench(config)
+    raw = measure(bench)
+    found: dict[str, Any] = {
+        "figures": figures(raw),
+        "spread": spread(raw),
+        "replayed": [key for key in REPLAYED if key in figures(raw)],
+        "floors": floors(raw),
+        "coc_lengths": coc_means(raw),
+        "profile": profile(bench),
+        "lossless": compare(bench) if config.lossless_prompts else None,
+    }
+    made = provenance(config=config, seed=config.seed, device=config.device, started=started)
+    about = {"gpu": gpu(bench.device), "provenance": made}
+    write_json(config.out, found | {"timings": quartiles(raw), "raw": raw} | about)
+    passed = found["lossless"] is None or found["lossless"]["passed"]
+    return {key: value for key, value in found.items() if key != "profile"} | {
+        "out": str(config.out),
+        "passed": passed,
+    }
+
+
+def gpu(device: torch.device) -> dict[str, Any] | None:
+    """The card, its driver, and the memory taken; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    from alpamayo_dflash.evaluate.target_size import driver_version
+
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3),
+    }
