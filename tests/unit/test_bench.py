@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from alpamayo_dflash.artefacts import read_json
 from alpamayo_dflash.cli import main as cli
 from alpamayo_dflash.decode.replay import Replay, passes, rate_for
 from alpamayo_dflash.decode.steps import State
-from alpamayo_dflash.evaluate.bench import BenchConfig, coc_quantiles, figures
+from alpamayo_dflash.evaluate.bench import BenchConfig, figures, floors, spread
+from alpamayo_dflash.evaluate.bench.floors import draft_of
+from alpamayo_dflash.evaluate.bench.profile import short_name
+from alpamayo_dflash.evaluate.bench.setup import coc_quantiles
 
 
 def test_expected_passes():
@@ -53,6 +57,12 @@ def test_a_replay_is_right_up_to_a_place_and_wrong_behind_it():
     assert found == {0, 1, 2, 3, 4}
 
 
+def test_a_text_too_long_to_replay():
+    replay = Replay(samples=1, length=10, block=4, rate=0.6, vocab=50, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="15 tokens; there is room for 14"):
+        replay.load([list(range(15))], 0)
+
+
 def test_coc_lengths(tmp_path):
     path = tmp_path / "counts.csv"
     path.write_text("tokens,steps\n0,5\n10,1\n12,8\n30,1\n")
@@ -62,13 +72,29 @@ def test_coc_lengths(tmp_path):
         coc_quantiles(path)
 
 
-def test_figures_are_ratios_of_medians_and_means():
-    raw = {
+def raw_timings():
+    return {
         "block_size": 8,
+        "coc_tokens": 17,
+        "prompt_tokens": 100,
         "weight_bytes": 2_000_000,
+        "shape": {
+            "layers": 2,
+            "hidden": 64,
+            "heads": 4,
+            "kv_heads": 2,
+            "head_dim": 16,
+            "mlp": 128,
+            "vocab": 1000,
+            "element_bytes": 2,
+        },
+        "draft_shape": {"taps": 3, "block_size": 8, "context_len": 16, "vocab": 50},
+        "vision_bytes": 5000,
+        "vision_operations": 7_000_000,
         "read_bytes_per_s": [1e9, 1e9, 5e9],
+        "product_flop_per_s": [1e12, 1e12],
         "verify_ms": {"8": [3.0, 3.0, 9.0]},
-        "draft_ms": {"2 layers": [0.3, 0.3], "5 layers": [1.0]},
+        "draft_ms": {"2 layers": [0.3, 0.3], "5 layers, 6 samples": [1.0]},
         "round_ms": {"1": [4.0], "6": [5.0]},
         "text_ms": {
             "autoregressive_1": [30.0, 34.0],
@@ -76,44 +102,140 @@ def test_figures_are_ratios_of_medians_and_means():
             "speculative_6": [10.0, 14.0],
             "transformers_1": [80.0],
         },
+        "text_rounds": {
+            "autoregressive_1": [16, 16],
+            "speculative_1": [2],
+            "speculative_6": [3, 4],
+            "transformers_1": [16],
+        },
+        "vision_ms": {"project": [1.0]},
         "prefill_ms": {"project": [2.0], "transformers": [3.0]},
     }
-    assert figures(raw) == {
-        "verify_8_over_floor": 1.5,
-        "draft_over_verify": 0.1,
-        "round_overhead": 0.175,
-        "round_six_over_one": 1.25,
-        "decode_six_over_one": 1.5,
-        "decode_vs_autoregressive": 4.0,
-        "decode_vs_transformers": 10.0,
-        "prefill_vs_transformers": 1.5,
-    }
+
+
+FIGURES = {
+    "verify_8_over_floor": 1.5,
+    "draft_over_verify": 0.1,
+    "round_overhead": 0.175,
+    "round_six_over_one": 1.25,
+    "decode_six_over_one": 1.5,
+    "decode_vs_autoregressive": 4.0,
+    "decode_vs_transformers": 10.0,
+    "prefill_vs_transformers": 1.5,
+}
+
+
+def test_figures_are_ratios_of_medians_and_means():
+    assert figures(raw_timings()) == FIGURES
+
+
+def test_a_figures_spread_holds_it_and_is_of_what_was_drawn():
+    found = spread(raw_timings())
+    assert set(found) == set(FIGURES)
+    assert found == spread(raw_timings())
+    assert found["round_six_over_one"] == [1.25, 1.25]
+    assert found["verify_8_over_floor"] == [1.5, 22.5]
+    assert found["decode_vs_autoregressive"] == [3.75, 4.25]
+
+
+def test_floors_are_counted_as_by_hand():
+    """Against the plain sums over a layer's matrices, at rates that make bytes bind and at others."""
+    raw = raw_timings()
+    matrices = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    layer = sum(rows * columns for rows, columns in matrices)
+    weights = 2 * layer + 1000 * 64
+    cached = 2 * 100 * 2 * 2 * 16 * 2  # layers, prompt, keys and values, heads, width, bytes
+    scores = sum(2 * 4 * 100 * 2 * 16 for _ in range(2))  # heads, prompt, product and sum, width
+    rows = {(row["what"], row["arm"]): row for row in floors(raw)["rows"]}
+    found = rows["pass, 8 rows", "project"]
+    assert found["floor_ms"] == pytest.approx((2 * weights + cached) / 1e9 * 1e3, rel=1e-3)
+    assert (found["measured_ms"], found["bound"]) == (3.0, "bytes")
+    assert found["over_floor"] == pytest.approx(found["measured_ms"] / found["floor_ms"], rel=1e-3)
+    one = rows["one token", "autoregressive"]
+    assert one["measured_ms"] == 2.0
+    draft = 3 * 64 * 64 + 2 * layer + 50 * 64
+    expected = (2 * draft + 2 * weights + cached) / 1e9 * 1e3
+    assert rows["round", "speculative, replayed"]["floor_ms"] == pytest.approx(expected, rel=1e-3)
+    text = rows["CoC of up to 17 tokens", "speculative, replayed"]
+    assert text["floor_ms"] == pytest.approx(2 * expected, rel=1e-3)
+    raw["product_flop_per_s"] = [1e8, 1e8]
+    slow = {(row["what"], row["arm"]): row for row in floors(raw)["rows"]}["pass, 8 rows", "project"]
+    assert slow["bound"] == "operations"
+    assert slow["floor_ms"] == pytest.approx((2 * weights * 8 + 8 * scores) / 1e8 * 1e3, rel=1e-3)
+    prefill = {row["what"]: row for row in floors(raw)["rows"]}["prefill without vision"]
+    operations = 2 * 2 * layer * 100 + 2 * 1000 * 64 + 100 * scores / 2
+    assert prefill["floor_ms"] == pytest.approx(operations / 1e8 * 1e3, rel=1e-3)
+
+
+def test_names_of_drafts():
+    assert draft_of("2 layers") == (2, 1)
+    assert draft_of("5 layers, 6 samples") == (5, 6)
+
+
+def test_kernels_names_are_short():
+    long = "void at::native::(anonymous namespace)::gather_kernel<long, 4>(long*, int)"
+    assert short_name(long) == "gather_kernel"
+    assert short_name("Memcpy DtoH (Device -> Pinned)") == "Memcpy DtoH"
+
+
+def test_rows_hold_the_blocks_own():
+    assert BenchConfig(rows="1,4,256", block_size=12).row_counts == [1, 4, 12, 256]
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"rows": "8,x"}, "8,x"), ({"block_size": 1}, "block_size"), ({"texts": 1}, "texts")],
+    [
+        ({"rows": "8,x"}, "8,x"),
+        ({"draft_layers": "0"}, "draft_layers"),
+        ({"block_size": 1}, "block_size"),
+        ({"block_size": 65}, "block_size"),
+        ({"texts": 2}, "texts"),
+        ({"temperature": -1.0}, "temperature"),
+    ],
 )
 def test_options_outside_their_range(options, named):
     with pytest.raises(ValueError, match=named):
         BenchConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--coc-counts", "nowhere.csv"], "nowhere.csv"),
+        (["--acceptance", "9"], "acceptance is 9"),
+        (["--target", "random:huge"], "huge"),
+        (["--context-len", "5000"], "rounds on the device"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is(tmp_path, capsys, options, message):
+    out = tmp_path / "engine.json"
+    small = ["--target", "random:small", "--device", "cpu"]
+    assert cli.main(["bench", *small, *options, "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_kernels_are_timed_on_a_gpu_only(tmp_path, capsys):
+    pytest.importorskip("triton")
+    assert cli.main(["bench-kernels", "--device", "cpu", "--out", str(tmp_path / "kernels.json")]) == 2
+    assert "GPU" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_small_run(tmp_path, capsys):
-    out = tmp_path / "engine.json"
-    options = [
-        "--target",
-        "random:small",
-        "--device",
-        "cpu",
-        "--rows",
-        "1,8",
-        "--repeats",
-        "2",
-        "--texts",
-        "3",
-    ]
-    assert cli.main(["bench", *options, "--lossless-prompts", "1", "--out", str(out)]) == 0
-    assert '"passed": true' in capsys.readouterr().out
-    assert out.exists()
+    out, counts = tmp_path / "engine.json", tmp_path / "counts.csv"
+    counts.write_text("tokens,steps\n3,5\n5,1\n")
+    options = ["--target", "random:small", "--device", "cpu", "--rows", "1", "--repeats", "2", "--texts", "3"]
+    options += ["--lossless-prompts", "2", "--coc-counts", str(counts), "--out", str(out)]
+    assert cli.main(["bench", *options]) == 0
+    printed = capsys.readouterr()
+    assert "over floor" in printed.err and "speculative, replayed" in " ".join(printed.err.split())
+    written = read_json(out)
+    assert written["figures"] == figures(written["raw"])
+    assert written["floors"] == floors(written["raw"])
+    assert written["spread"] == spread(written["raw"])
+    assert set(written["figures"]) == (set(FIGURES) | {"verify_1_over_floor"})
+    assert {"round_overhead", "decode_vs_transformers"} <= set(written["replayed"])
+    assert written["lossless"]["passed"] and written["lossless"]["one_row_width"]["equal"] == 4
+    assert [row["coc_tokens"] for row in written["coc_lengths"]] == [3, 3, 5, 5]
+    assert {row["bound"] for row in written["floors"]["rows"]} == {"bytes", "operations"}

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_REPLAYED = "speculative, replayed"
+
 
 @dataclass(frozen=True)
 class Work:
@@ -165,7 +167,7 @@ def _lines(raw: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     for samples, times in raw["round_ms"].items():
         yield (
             _of("round", int(samples)),
-            "speculative",
+            _REPLAYED,
             median(times),
             *((1, w) for w in round_work(int(samples))),
         )
@@ -176,7 +178,7 @@ def _lines(raw: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
             continue
         what = _of(f"CoC of up to {raw['coc_tokens']} tokens", samples)
         if arm == "speculative":
-            yield what, f"{arm}, replayed", mean(times), *((passes, work) for work in round_work(samples))
+            yield what, _REPLAYED, mean(times), *((passes, work) for work in round_work(samples))
             continue
         one = pass_work(shape, prompt, samples)
         yield what, arm, mean(times), (passes, one)

@@ -1,0 +1,69 @@
+"""Compile the large kernels for a card that need not be here, and print the shared memory that each takes.
+
+Run by `test_cards.py` in a process of its own, because there Triton must not interpret.
+Arguments: the compute capability (89 for 8.9) and the bytes that a program may have.
+"""
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from alpamayo_dflash.kernels import attention, launch, product
+
+HEADS, KV_HEADS, DIM = 32, 8, 128  # R1's
+POINTERS = {"length_ptr": "*i64", "mask_ptr": "*u8", "top_ptr": "*fp32", "mass_ptr": "*fp32"}
+
+
+def shared(kernel, constants, *, warps, stages, capability, floats=()):
+    """Bytes of shared memory, with pointers and sizes as the runtime finds them: multiples of 16."""
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name.endswith("_ptr"):
+            float32 = name in floats
+            signature[name] = POINTERS.get(name, "*fp32" if float32 else "*bf16")
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if name.endswith("_ptr") or name in ("inner", "columns", "x_stride", "part_inner"):
+            attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+
+
+def main():
+    capability, available = int(sys.argv[1]), int(sys.argv[2])
+    for rows, blocks, gated in (
+        (16, launch._NARROW, False),
+        (16, launch._NARROW_GATED, True),
+        (64, launch._NARROW, False),
+        (64, launch._WIDE_GATED, True),
+    ):
+        constants = {"GATED": gated, "SWAP": blocks.swap, "BLOCK_R": rows}
+        constants |= {"BLOCK_N": blocks.columns, "BLOCK_K": blocks.inner}
+        stages = blocks.staged(rows, gated, available)
+        taken = shared(
+            product.product_kernel, constants, warps=blocks.warps, stages=stages, capability=capability
+        )
+        print(f"product of {rows} rows, gated {gated}, {stages} stages", taken, sep="\t")
+    for folded, plan in launch._PLANS.items():
+        fitted = plan.fitted(DIM, available)
+        constants = {"HEADS": HEADS, "KV_HEADS": KV_HEADS, "DIM": DIM}
+        constants |= {"BLOCK_M": fitted.rows, "BLOCK_T": fitted.keys}
+        taken = shared(
+            attention.stretches_kernel,
+            constants,
+            warps=fitted.warps,
+            stages=fitted.stages,
+            capability=capability,
+            floats=("out_ptr",),
+        )
+        print(f"attention of up to {folded} folded rows, {fitted}", taken, sep="\t")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The kernels' blocks against the shared memory of cards that are not here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+launch = pytest.importorskip("alpamayo_dflash.kernels.launch")
+CARDS = {"H100 and H200": (90, 232_448), "A100": (80, 166_912), "GeForce RTX 4090": (89, 101_376)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+def test_blocks_fit(card):
+    capability, available = CARDS[card]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_for_cards.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability), str(available)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    taken = {name: int(size) for name, size in (line.split("\t") for line in done.stdout.splitlines())}
+    assert len(taken) == 4 + len(launch._PLANS)
+    assert max(taken.values()) <= available, taken
+    # The loops' loads are in flight together; otherwise nothing was measured.
+    assert max(taken.values()) > available // 2
+
+
+@pytest.mark.parametrize("available", [232_448, 166_912, 101_376, 49_152])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+def test_plans_keep_to_what_there_is(available, dim):
+    for plan in launch._PLANS.values():
+        fitted = plan.fitted(dim, available)
+        assert 2 * fitted.rows * dim + 4 * fitted.keys * dim * fitted.stages <= available
+        assert fitted.stages >= 2 and fitted.keys >= 16 and fitted.rows >= 16
+
+
+def test_the_largest_cards_take_the_plans_as_they_are():
+    assert all(plan.fitted(128, 232_448) == plan for plan in launch._PLANS.values())
+    assert launch._NARROW.staged(64, False, 232_448) == launch._NARROW.stages
+    assert launch._WIDE_GATED.staged(64, True, 232_448) == launch._WIDE_GATED.stages
