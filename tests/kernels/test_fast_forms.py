@@ -119,7 +119,8 @@ def test_both_forms_of_a_draft_propose_the_same_in_a_decoder(monkeypatch, tmp_pa
     rounds = {}
     for loop, static in (("host", False), ("device", True)):
         monkeypatch.setattr(DFlashDraft, "has_static_block", static)
-        decoder = SpeculativeDecoder(target, draft, DecodeConfig(loop=loop, sentence_end="off"))
+        config = DecodeConfig(loop=loop, sentence_end="off", prompt_capacity=48)
+        decoder = SpeculativeDecoder(target, draft, config)
         rounds[loop] = []
         for seed in (3, 5):  # the second behind a shorter prompt, by the same round
             recorder = Recorder()

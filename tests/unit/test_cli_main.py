@@ -42,6 +42,7 @@ REQUIRED = {
     "lossless": ["--draft-models", "a", "b", "--cache-dir", "c", "--alpamayo-model", "m"],
     "distribution": ["--draft-model", "d", "--cache-dir", "c", "--alpamayo-model", "m"],
     "bench": [],
+    "bench-kernels": [],
     "report": ["--evaluation", "e.json"],
     "demo": ["--out", "o"],
 }
