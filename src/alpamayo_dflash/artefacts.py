@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 # The packages whose versions can change a number.
-_RECORDED = ("alpamayo-dflash", "torch", "transformers", "tokenizers", "numpy", "physical_ai_av", "av")
+_LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "numpy", "physical_ai_av", "av")
+_RECORDED = ("alpamayo-dflash", *_LIBRARIES)
 
 
 @contextlib.contextmanager
@@ -110,7 +111,13 @@ def folder_hash(path: Path | str) -> str:
 
 
 def git_revision() -> str | None:
-    """The commit of the checkout the package lies in, with `-dirty` if it has changes; None outside git."""
+    """The commit of the checkout the package lies in, with `-dirty` if it has changes; None outside git.
+
+    Where a copy without its history runs (a container, say), `ALPAMAYO_DFLASH_REVISION` names it.
+    """
+    named = os.environ.get("ALPAMAYO_DFLASH_REVISION")
+    if named:
+        return named
     git = shutil.which("git")
     if git is None:
         return None

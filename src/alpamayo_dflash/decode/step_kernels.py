@@ -168,7 +168,7 @@ def accept_kernel(
         tl.store(previous_ptr + sample, length - 1)
         tl.store(lengths_ptr + sample, length + emitted)
         tl.store(done_ptr + sample, reason.to(tl.int64))
-        tl.store(pending_ptr + sample, tl.zeros((), tl.int64))
+        tl.store(pending_ptr + sample, length * 0)  # zero, as a value of the tensor's type
     else:
         emitted = 0
         accepted = 0

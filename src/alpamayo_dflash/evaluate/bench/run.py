@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -26,18 +27,27 @@ def run(config: BenchConfig) -> dict[str, Any]:
     started = time.time()
     bench = Bench(config)
     raw = measure(bench)
+    keys = figures(raw)
     found: dict[str, Any] = {
-        "figures": figures(raw),
+        "figures": keys,
         "spread": spread(raw),
-        "replayed": [key for key in REPLAYED if key in figures(raw)],
+        "replayed": [key for key in REPLAYED if key in keys],
         "floors": floors(raw),
         "coc_lengths": coc_means(raw),
         "profile": profile(bench),
-        "lossless": compare(bench) if config.lossless_prompts else None,
+        "lossless": None,
     }
-    made = provenance(config=config, seed=config.seed, device=config.device, started=started)
-    about = {"gpu": gpu(bench.device), "provenance": made}
-    write_json(config.out, found | {"timings": quartiles(raw), "raw": raw} | about)
+
+    def write() -> None:
+        made = provenance(config=config, seed=config.seed, device=config.device, started=started)
+        rest = {"timings": quartiles(raw), "raw": raw, "gpu": gpu(bench.device), "provenance": made}
+        write_json(config.out, found | rest)
+
+    write()  # what took minutes is kept, whatever happens to the rest
+    if config.lossless_prompts:
+        print(f"bench: timed; comparing texts on {config.lossless_prompts} prompts", file=sys.stderr)
+        found["lossless"] = compare(bench)
+        write()
     passed = found["lossless"] is None or found["lossless"]["passed"]
     return {key: value for key, value in found.items() if key != "profile"} | {
         "out": str(config.out),
