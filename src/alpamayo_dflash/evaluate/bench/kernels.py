@@ -24,7 +24,7 @@ from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.evaluate.bench.clocks import ceilings, graph_ms, wall_ms
 from alpamayo_dflash.evaluate.bench.config import BenchKernelsConfig
 from alpamayo_dflash.evaluate.bench.run import gpu
-from alpamayo_dflash.target.device import check_device
+from alpamayo_dflash.target.device import check_device, current
 from alpamayo_dflash.target.random_config import TargetShape
 from alpamayo_dflash.target.storage import padded_rows
 
@@ -45,7 +45,7 @@ def run(config: BenchKernelsConfig) -> dict[str, Any]:
     if device.type != "cuda":
         raise ValueError(f"device is {config.device!r}; the kernels are timed on a GPU (cuda)")
     torch.manual_seed(config.seed)
-    with torch.inference_mode():
+    with torch.inference_mode(), current(device):
         raw = {
             **ceilings(config.repeats, device, torch.bfloat16),
             "products_ms": {

@@ -43,7 +43,7 @@ class Bench:
 
     def __init__(self, config: BenchConfig) -> None:
         self.config, self.device = config, check_device(config.device)
-        if self.device.index is not None:
+        if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
         self.coc_lengths = coc_quantiles(Path(config.coc_counts)) if config.coc_counts else {}
         self.rate = rate_for(config.acceptance, config.coc_tokens - 1, config.block_size)
