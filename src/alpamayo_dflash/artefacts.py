@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from typing import Any
 # The packages whose versions can change a number.
 _LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "numpy", "physical_ai_av", "av")
 _RECORDED = ("alpamayo-dflash", *_LIBRARIES)
+
+_NUMBERS = re.compile(r"\[\n\s*([-+.0-9eE,\s]+?)\n\s*\]")
 
 
 @contextlib.contextmanager
@@ -59,8 +62,13 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. Dataclasses and paths are converted."""
+    """Write `value` as indented JSON, atomically; a list of numbers takes one line.
+
+    Dataclasses and paths are converted.
+    """
     text = json.dumps(to_plain(value), indent=1, allow_nan=False) + "\n"
+    # Only between elements does JSON break lines, so nothing inside a string is touched.
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -7,7 +7,9 @@ import pytest
 
 from alpamayo_dflash.artefacts import folder_hash, read_json
 from alpamayo_dflash.cli.main import main
-from alpamayo_dflash.evaluate.bench import figures
+from alpamayo_dflash.evaluate.bench import figures, floors, spread
+from alpamayo_dflash.evaluate.bench.figures import medians
+from alpamayo_dflash.evaluate.bench.floors import TextShape
 from alpamayo_dflash.tiny import checkpoint_path, world_figures_path
 from alpamayo_dflash.world.measure import violations
 
@@ -161,20 +163,34 @@ ENGINE_SPEEDUPS = {
 }
 
 
-def test_the_engines_figures_follow_from_their_raw_timings():
-    shipped = read_json(RESULTS / "engine_h200.json")
-    found = figures(shipped["raw"])
+ENGINE_RUNS = {"engine_h200": "H200", "engine_h100": "H100"}
+
+
+@pytest.mark.parametrize("name", ENGINE_RUNS)
+def test_the_engines_figures_follow_from_their_raw_timings(name):
+    shipped = read_json(RESULTS / f"{name}.json")
+    raw = shipped["raw"]
+    found = figures(raw)
     assert found == shipped["figures"]
+    assert spread(raw) == shipped["spread"]
+    assert floors(raw) == shipped["floors"]
     assert all(found[key] <= most for key, most in ENGINE_TARGETS.items())
     assert all(found[key] >= least for key, least in ENGINE_SPEEDUPS.items())
     assert set(shipped["replayed"]) <= set(found)
-    replay = shipped["raw"]["replay"]
+    replay = raw["replay"]
     assert replay["emitted_1"] / replay["passes_1"] == pytest.approx(6.25, rel=0.05)
-    assert "H200" in shipped["gpu"]["name"]
+    assert ENGINE_RUNS[name] in shipped["gpu"]["name"]
+    assert shipped["provenance"]["command"].startswith("alpamayo-dflash bench ")
+    assert len(shipped["provenance"]["revision"]) == 40
+    # The floors' count of weights is the count of the parameters, norms aside.
+    layers, head = raw["shape"]["layers"], raw["shape"]["vocab"] * raw["shape"]["hidden"]
+    weights = 2 * (layers * TextShape(**raw["shape"]).layer_weights + head)
+    assert weights == pytest.approx(raw["weight_bytes"], rel=1e-4)
 
 
-def test_the_engine_was_lossless_and_its_rounds_allocate_and_wait_for_nothing():
-    shipped = read_json(RESULTS / "engine_h200.json")
+@pytest.mark.parametrize("name", ENGINE_RUNS)
+def test_the_engine_was_lossless_and_its_rounds_allocate_and_wait_for_nothing(name):
+    shipped = read_json(RESULTS / f"{name}.json")
     same, other = shipped["lossless"]["one_row_width"], shipped["lossless"]["different_widths"]
     assert same["prompts"] == 200 and same["equal"] == same["texts"] == 400
     assert other["equal"] + other["near_ties"] == other["texts"] and not other["not_near_ties"]
@@ -186,3 +202,20 @@ def test_the_engine_was_lossless_and_its_rounds_allocate_and_wait_for_nothing():
     assert not [name for name in calls if "Malloc" in name or "Memcpy" in name]
     copies = [row for row in profile["device_per_round"] if row["name"].startswith("Memcpy DtoH")]
     assert [row["launches"] for row in copies] == [1.0]
+
+
+def test_the_kernels_medians_follow_from_their_raw_timings():
+    shipped = read_json(RESULTS / "kernels_h100.json")
+    assert medians(shipped["raw"]) == shipped["medians"]
+    found = shipped["medians"]
+    # What the kernels are there for.
+    for name, rows in found["products_ms"].items():
+        assert rows["8"]["project"] < rows["8"]["cublas"], name
+    attention = found["attention_36_layers_ms"]["8"]
+    assert attention["project"] < attention["flash, prompt part alone"]
+    assert 10 * found["choice_ms"]["8"]["project"] < found["choice_ms"]["8"]["sort, uncaptured"]
+
+
+def test_the_cuda_tests_passed():
+    shipped = read_json(RESULTS / "cuda_tests_h100.json")
+    assert shipped["failed"] == 0 and shipped["passed"] >= 34

@@ -89,3 +89,11 @@ def quartiles(raw: Mapping[str, Any]) -> dict[str, Any]:
             found = {"min": min(value), "q1": low, "median": middle, "q3": high, "max": max(value)}
             out[name] = {key: round(number, 4) for key, number in found.items()}
     return {name: value for name, value in out.items() if value}
+
+
+def medians(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The median in the place of every list of timings."""
+    return {
+        name: medians(value) if isinstance(value, Mapping) else round(statistics.median(value), 6)
+        for name, value in raw.items()
+    }

@@ -8,9 +8,8 @@ Shapes: R rows, N output columns, I inner dimension, P prompt entries, H heads, 
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from alpamayo_dflash.decode.chooser import Chooser
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.evaluate.bench.clocks import ceilings, graph_ms, wall_ms
 from alpamayo_dflash.evaluate.bench.config import BenchKernelsConfig
+from alpamayo_dflash.evaluate.bench.figures import medians
 from alpamayo_dflash.evaluate.bench.run import gpu
 from alpamayo_dflash.target.device import check_device, current
 from alpamayo_dflash.target.random_config import TargetShape
@@ -54,10 +54,10 @@ def run(config: BenchKernelsConfig) -> dict[str, Any]:
             "attention_36_layers_ms": _attention(config, device),
             "choice_ms": _choice(config, device),
         }
-    medians = _medians(raw)
+    found = medians(raw)
     made = provenance(config=config, seed=config.seed, device=config.device, started=started)
-    write_json(config.out, {"medians": medians, "raw": raw, "gpu": gpu(device), "provenance": made})
-    return {"medians": medians, "out": str(config.out)}
+    write_json(config.out, {"medians": found, "raw": raw, "gpu": gpu(device), "provenance": made})
+    return {"medians": found, "out": str(config.out)}
 
 
 def weight_shapes(shape: TargetShape | None = None) -> dict[str, tuple[int, int]]:
@@ -179,10 +179,3 @@ def _choice(config: BenchKernelsConfig, device: torch.device) -> Timings:
 
 def _each(times: list[float], count: int) -> list[float]:
     return [round(ms / count, 6) for ms in times]
-
-
-def _medians(raw: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _medians(value) if isinstance(value, Mapping) else round(statistics.median(value), 6)
-        for name, value in raw.items()
-    }
