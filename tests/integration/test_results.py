@@ -77,6 +77,19 @@ def test_lossless(trained, command):
     assert lengths["trained-8"] > lengths["random-8"]
 
 
+def test_in_bfloat16_an_evaluation_tells_near_ties_from_errors(trained, command):
+    status, found = command(
+        *("evaluate", "--alpamayo-model", checkpoint_path(), "--cache-dir", trained / "world"),
+        *("--draft-model", trained / "train8" / "draft", "--chunks", 1, "--num-samples", 4),
+        *("--dtype", "bfloat16", "--temperature", 1.2, "--output-dir", trained / "bfloat16"),
+    )
+    assert status == 0
+    lossless = found["lossless"]
+    different = 2 * lossless["of"] - lossless["greedy_identical"] - lossless["sampled_identical"]
+    assert lossless["of"] == 4
+    assert (lossless["near_ties"], lossless["not_near_ties"]) == (different, 0)
+
+
 def test_the_shipped_lossless_result_is_whole():
     shipped = read_json(RESULTS / "lossless_tiny.json")
     assert shipped["passed"]

@@ -136,18 +136,19 @@ class Verifier:
         self._begun = True
 
     @torch.inference_mode()
-    def rows(self, slots: Sequence[int], *, logits: bool = True) -> Tensor:
+    def rows(self, slots: Sequence[int], *, logits: bool = True, width: int | None = None) -> Tensor:
         """Run nodes of the tail: write their keys, values and taps, and predict what follows each.
 
         Args:
             slots: R slots of the tail, parents before their children; a parent outside of the list must
                 have been run before.
             logits: whether they are wanted.
+            width: rows of each pass, padded or split; left out, the verifier's `row_width`, or R.
 
         Returns:
             float32 [R, V], unmasked ([0, V] if not wanted).
         """
-        width = self.row_width or len(slots)
+        width = width or self.row_width or len(slots)
         with current(self.target.device):
             parts = [self._pass(slots[i : i + width], width, logits) for i in range(0, len(slots), width)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -6,6 +6,7 @@ Shapes: S sample, N way-points.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from alpamayo_dflash.decode import Observer, Prefilled, Result, Sampling, Specul
 from alpamayo_dflash.decode.noise import flow_noise
 from alpamayo_dflash.decode.proposer import Proposer
 from alpamayo_dflash.evaluate.config import ARMS, EvaluateConfig
+from alpamayo_dflash.evaluate.near_ties import Loop, parting
 from alpamayo_dflash.evaluate.reference import generate
 from alpamayo_dflash.evaluate.rows import Acceptance, ArmRow
 from alpamayo_dflash.target.model import Alpamayo
@@ -90,6 +92,35 @@ class Arms:
             observer=observer,
             trajectories=False,
         )
+
+    def near_ties(
+        self,
+        sampling: Sampling,
+        autoregressive: Sequence[Sequence[int]],
+        speculative: Sequence[Sequence[int]],
+    ) -> tuple[int, int]:
+        """Of the texts that the two loops wrote differently: how many part at a near-tie, and how many not.
+
+        Args:
+            sampling: what both were decoded with.
+            autoregressive: a text a sample, of the prompt that both loops have read last.
+            speculative: likewise.
+        """
+        config, near, others = self.config, 0, 0
+        samples, width = config.num_traj_samples, config.row_width
+        for index, (one, other) in enumerate(zip(autoregressive, speculative, strict=True)):
+            if one == other:
+                continue
+            loops = (
+                Loop(self._decoders[arm], self._read[arm], text, step, width or samples * step)
+                for arm, text, step in (
+                    ("autoregressive", one, 1),
+                    ("dflash", other, self.block_size),
+                )
+            )
+            found = parting(*loops, sampling=sampling, seed=config.seed, sample=index)
+            near, others = near + found.near_tie, others + (not found.near_tie)
+        return near, others
 
     def transformers_greedy(self, prompt: Prompt) -> list[list[int]]:
         """The greedy tokens of transformers, one sample."""

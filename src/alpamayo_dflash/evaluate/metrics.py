@@ -99,7 +99,7 @@ def pooled_acceptance(rows: Sequence[ClipRow]) -> dict[str, Any]:
 
 
 def identity_counts(rows: Sequence[ClipRow]) -> dict[str, int]:
-    """How many clips gave equal outputs, of how many that were checked."""
+    """How many clips gave equal outputs, of how many that were checked; and how the other texts part."""
     checked = [row["identity"] for row in rows if "identity" in row]
     return {
         "greedy_identical": sum(found["greedy"] for found in checked),
@@ -108,6 +108,8 @@ def identity_counts(rows: Sequence[ClipRow]) -> dict[str, int]:
             found["autoregressive_equals_transformers"] for found in checked
         ),
         "of": len(checked),
+        "near_ties": sum(found.get("near_ties", 0) for found in checked),
+        "not_near_ties": sum(found.get("not_near_ties", 0) for found in checked),
     }
 
 

@@ -34,11 +34,17 @@ class Acceptance(TypedDict):
 
 
 class Identity(TypedDict):
-    """Which outputs were equal, token for token, on one clip; over all samples."""
+    """Which outputs were equal, token for token, on one clip; over all samples.
+
+    Of the loops' texts that differ, greedy and sampled, `near_ties` part where in bfloat16 they may (design,
+    invariant 1), `not_near_ties` elsewhere. Rows of older runs lack the two.
+    """
 
     greedy: bool
     sampled: bool
     autoregressive_equals_transformers: bool
+    near_ties: NotRequired[int]
+    not_near_ties: NotRequired[int]
 
 
 class Trajectory(TypedDict):

@@ -205,7 +205,8 @@ def evaluate_clip(arms: Arms, window: Window, facts: Facts | None, *, turn: int,
 def _identity(arms: Arms, runs: Mapping[str, Run], prompt: Prompt) -> Identity:
     """Compare the loops greedily and sampled, and the autoregressive one with transformers greedily.
 
-    Of the two samplings, the timed runs have done one; the other is decoded behind the same prompts.
+    Of the two samplings, the timed runs have done one; the other is decoded behind the same prompts. Of texts
+    that differ it is found out whether they part at a near-tie.
     """
     config = arms.config
 
@@ -215,15 +216,22 @@ def _identity(arms: Arms, runs: Mapping[str, Run], prompt: Prompt) -> Identity:
         return arms.again(arm, prompt, sampling).token_ids
 
     greedy = config.sampling if config.sampling.greedy else Sampling(0.0, config.top_p)
-    autoregressive = tokens("autoregressive", greedy)
+    written = [
+        (sampling, tokens("autoregressive", sampling), tokens("dflash", sampling))
+        for sampling in (greedy, config.sampled)
+    ]
+    same_greedy, same_sampled = (one == other for _, one, other in written)
     if config.sampling.greedy:
         transformers = runs["transformers"].token_ids
     else:
         transformers = arms.transformers_greedy(prompt)
+    counts = [arms.near_ties(*each) for each in written] if config.decode.lossless else []
     return {
-        "greedy": tokens("dflash", greedy) == autoregressive,
-        "sampled": tokens("dflash", config.sampled) == tokens("autoregressive", config.sampled),
-        "autoregressive_equals_transformers": transformers[0] == autoregressive[0],
+        "greedy": same_greedy,
+        "sampled": same_sampled,
+        "autoregressive_equals_transformers": transformers[0] == written[0][1][0],
+        "near_ties": sum(near for near, _ in counts),
+        "not_near_ties": sum(others for _, others in counts),
     }
 
 

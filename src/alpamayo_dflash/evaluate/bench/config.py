@@ -27,6 +27,7 @@ class BenchConfig:
         repeats: of each timing.
         texts: how many texts of each kind are decoded, the first of them untimed.
         lossless_prompts: prompts on which speculative and autoregressive texts are compared.
+        row_width: rows of both loops' passes where they must be equal; the block's by default.
         coc_counts: CSV of CoC lengths (columns tokens, steps); empty leaves the table of lengths out.
         transformers: time transformers too.
         seed: of weights, prompts and noise.
@@ -49,6 +50,7 @@ class BenchConfig:
     repeats: int = 30
     texts: int = 48
     lossless_prompts: int = 20
+    row_width: int | None = None
     coc_counts: str = ""
     transformers: bool = True
     seed: int = 0
@@ -60,6 +62,8 @@ class BenchConfig:
         for name, value in (least | {"texts": 3, "lossless_prompts": 0}).items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {value}")
+        if self.row_width is not None and self.row_width < 1:
+            raise ValueError(f"row_width is {self.row_width}; it must be at least 1, or left out")
         if self.block_size > MOST_BLOCK:
             raise ValueError(f"block_size is {self.block_size}; it must be at most {MOST_BLOCK}")
         Sampling(self.temperature)

@@ -1,0 +1,107 @@
+"""In bfloat16 the loops may part at near-ties, and nowhere else; those are told from errors."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from proposers import Oracle
+from random_target import random_prompt, random_target
+
+from alpamayo_dflash.decode import Sampling, SpeculativeDecoder
+from alpamayo_dflash.decode.sampling import choose
+from alpamayo_dflash.decode.tail import ROOT
+from alpamayo_dflash.decode.walk import Tree
+from alpamayo_dflash.evaluate.near_ties import Loop, choices_within, parting
+
+BLOCK, PROMPTS, LIMIT = 8, 24, 24
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """With a head so flat that in bfloat16 the best two are often as good as equal."""
+    folder = tmp_path_factory.mktemp("vlm")
+    return random_target(folder, push=0.5, sharpness=1.0, hidden=64, mlp=256, dtype=torch.bfloat16)
+
+
+def loops_of(target, prompt, sampling):
+    options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": 3}
+    options |= {"max_new_tokens": LIMIT, "trajectories": False}
+    plain = SpeculativeDecoder(target)
+    read = plain.prefill(prompt)
+    [text] = plain.generate(read, **options).token_ids
+    draft = Oracle(target.vocab_size, BLOCK, texts=[text], prompt_length=len(prompt), errors=0.1)
+    fast = SpeculativeDecoder(target, draft)
+    fast_read = fast.prefill(prompt)
+    [other] = fast.generate(fast_read, **options).token_ids
+    return Loop(plain, read, text, 1, 1), Loop(fast, fast_read, other, BLOCK, BLOCK)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.6)])
+def test_texts_part_at_near_ties_alone(target, sampling):
+    for seed in range(PROMPTS):
+        loops = loops_of(target, random_prompt(target, seed=seed), sampling)
+        found = parting(*loops, sampling=sampling, seed=3)
+        if loops[0].text == loops[1].text:
+            assert found.position is None and not found.near_tie
+            continue
+        assert found.near_tie, found
+        assert loops[0].text[: found.position] == loops[1].text[: found.position]
+        assert found.largest_difference > 0
+
+
+def test_the_second_best_token_is_a_near_tie_where_it_is_near_enough(target):
+    """Greedy, against margins found one by one."""
+    seen = set()
+    for seed in range(6):
+        narrow, wide = loops_of(target, random_prompt(target, seed=seed), Sampling(0.0))
+        for position in range(1, len(narrow.text)):
+            narrow.decoder.verifier.begin(narrow.read, LIMIT)
+            tail = Tree(narrow.decoder.verifier.cache.tail)
+            slots = tail.add_chain(narrow.text[:position], ROOT)
+            logits = [narrow.decoder.verifier.rows([slot]) for slot in slots][-1][0].clone()
+            logits[list(target.traj_ids)] = float("-inf")
+            best, second = logits.topk(2).indices.tolist()
+            if best != narrow.text[position]:
+                continue  # an exact tie
+            other = [*narrow.text[:position], second, *narrow.text[position + 1 :]]
+            found = parting(narrow, replace(wide, text=other), sampling=Sampling(0.0), seed=3)
+            margin = float(logits[best] - logits[second])
+            assert found.position == position
+            assert found.near_tie == (margin <= 2 * found.largest_difference)
+            seen.add(found.near_tie)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.6)])
+def test_a_wrong_token_is_no_near_tie(tmp_path, sampling):
+    target = random_target(tmp_path, push=0.5, sharpness=12.0, dtype=torch.bfloat16)
+    one, other = loops_of(target, random_prompt(target, seed=1), sampling)
+    wrong = list(other.text)
+    wrong[2] = (wrong[2] + 17) % 250
+    found = parting(one, Loop(other.decoder, other.read, wrong, BLOCK, BLOCK), sampling=sampling, seed=3)
+    assert found.position == 2
+    assert not found.near_tie
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.6), Sampling(1.0, 0.5), Sampling(1.0, 1.0)])
+def test_choices_within_hold_every_choice_of_scores_that_far_off(sampling):
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.zeros(40)
+    bias[7:9] = float("-inf")
+    sizes = []
+    for _ in range(40):
+        scores = torch.randn(40, generator=generator) * 2 + bias
+        noise = torch.zeros(40) if sampling.greedy else -torch.rand(40, generator=generator).log().neg().log()
+        exact = choices_within(scores, noise, sampling, 0.0)
+        temper = 1.0 if sampling.greedy else sampling.temperature
+        given = None if sampling.greedy else noise[None]
+        chosen = choose((scores * temper)[None], torch.zeros(40), sampling, given)
+        assert exact.nonzero().flatten().tolist() == chosen.tolist()
+        possible = choices_within(scores, noise, sampling, 0.2)
+        sizes.append(int(possible.sum()))
+        assert possible[chosen].all()
+        for _ in range(60):
+            off = (torch.rand(40, generator=generator) * 2 - 1) * 0.2
+            moved = choose(((scores + off) * temper)[None], torch.zeros(40), sampling, given)
+            assert possible[moved].all()
+    assert 1 < sum(sizes) / len(sizes) < 6

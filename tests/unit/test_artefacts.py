@@ -1,0 +1,35 @@
+"""What every artefact is written with."""
+
+import pytest
+
+from alpamayo_dflash.artefacts import git_revision, read_json, write_json
+
+
+def test_lists_of_numbers_take_one_line_and_nothing_changes(tmp_path):
+    path = tmp_path / "value.json"
+    value = {
+        "numbers": [1, 2.5, -3e-07],
+        "nested": [[1, 2], [3]],
+        "words": ["1\n 2", "[\n 1,\n 2\n]"],
+        "mixed": [1, None, True],
+        "empty": [],
+    }
+    write_json(path, value)
+    assert read_json(path) == value
+    lines = path.read_text().splitlines()
+    assert ' "numbers": [1, 2.5, -3e-07],' in lines
+    assert "  [1, 2]," in lines
+
+
+def test_what_is_not_json_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "value.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_revision_is_the_checkouts_or_the_one_named(monkeypatch):
+    monkeypatch.delenv("ALPAMAYO_DFLASH_REVISION", raising=False)
+    found = git_revision()
+    assert found is None or len(found.removesuffix("-dirty")) == 40
+    monkeypatch.setenv("ALPAMAYO_DFLASH_REVISION", "f" * 40)
+    assert git_revision() == "f" * 40
