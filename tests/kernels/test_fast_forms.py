@@ -11,6 +11,8 @@ from alpamayo_dflash.decode import verify as verify_module
 from alpamayo_dflash.decode.passes import FusedModel
 from alpamayo_dflash.draft import DFlashDraft, DraftConfig
 from alpamayo_dflash.draft.config import FULL_CONTEXT
+from alpamayo_dflash.target.fused import FusedDecoder
+from alpamayo_dflash.target.storage import share_storage
 
 pytest.importorskip("triton")
 
@@ -79,11 +81,16 @@ def test_the_fast_draft_says_what_the_plain_one_says(window):
         state.lengths = state.lengths + torch.tensor([[1, 4], [4, 2], [3, 1], [1, 1], [2, 2]][step])
 
 
-@pytest.mark.parametrize("loop", ["host", "device"])
-def test_the_fused_model_writes_what_the_plain_one_writes(monkeypatch, tmp_path, loop):
+@pytest.mark.parametrize(("loop", "together"), [("host", False), ("device", True)])
+def test_the_fused_model_writes_what_the_plain_one_writes(monkeypatch, tmp_path, loop, together):
+    """Weights as another's model has them, one by one, or together as our loader lays them."""
     from random_target import random_prompt, random_target
 
     target = random_target(tmp_path, push=1.5, sharpness=4.0)
+    if together:
+        share_storage(target.vlm)
+    layers = FusedDecoder(target.text_layers, target.vlm.model.language_model.norm).layers
+    assert {len(layer.qkv.weights) for layer in layers} == {1 if together else 3}
     prompt = random_prompt(target, seed=3)
     options = {"max_new_tokens": 6, "trajectories": False, "num_traj_samples": 2}
     draft = draft_of(
