@@ -119,13 +119,14 @@ def folder_hash(path: Path | str) -> str:
 
 
 def git_revision() -> str | None:
-    """The commit of the checkout the package lies in, with `-dirty` if it has changes; None outside git.
+    """The commit of the checkout the package lies in, with `-dirty` if it has changes.
 
-    Where a copy without its history runs (a container, say), `ALPAMAYO_DFLASH_REVISION` names it.
+    Outside a checkout (in a container, say) it is what `ALPAMAYO_DFLASH_REVISION` says, or None.
     """
-    named = os.environ.get("ALPAMAYO_DFLASH_REVISION")
-    if named:
-        return named
+    return _described() or os.environ.get("ALPAMAYO_DFLASH_REVISION") or None
+
+
+def _described() -> str | None:
     git = shutil.which("git")
     if git is None:
         return None

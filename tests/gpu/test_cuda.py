@@ -282,6 +282,8 @@ def test_a_target_on_the_second_gpu(views):
         got = decoder.generate(views[0], seed=2)
         expected = expected or got.token_ids
         assert got.token_ids == expected
+        [captured] = decoder.engine.rounds.values()
+        assert captured._graph is not None
         assert torch.cuda.current_device() == 0
 
 

@@ -348,10 +348,27 @@ def test_a_target_that_is_not_finite_is_an_error(tmp_path, loop):
     read = decoder.prefill(prompt)
     with torch.no_grad():
         target.head[7] = float("nan")
-    with pytest.raises(ValueError, match="logits are not finite behind token"):
+    with pytest.raises(ValueError, match="logits are not finite behind token 0 of sample 0"):
         decoder.generate(read, max_new_tokens=LIMIT, trajectories=False)
     with pytest.raises(ValueError, match="logits are not finite behind the prompt"):
         decoder.generate(prompt, max_new_tokens=LIMIT, trajectories=False)
+
+
+@LOOPS
+@pytest.mark.parametrize("row_width", [None, 8])
+def test_a_prompt_that_is_not_finite_leaves_nothing_behind(target, loop, row_width):
+    """A shorter prompt's tail lies where the other's entries were; masked, a NaN would be a NaN still."""
+    good, bad = random_prompt(target, seed=1, length=20), random_prompt(target, seed=2, length=50)
+    bad = dataclasses.replace(bad, pixel_values=bad.pixel_values * float("nan"))
+    config, options = DecodeConfig(loop=loop, row_width=row_width), {"trajectories": False}
+    expected = SpeculativeDecoder(target, None, config).generate(good, **options).token_ids
+    decoder = SpeculativeDecoder(target, Random(target.vocab_size, 8), config)
+    read = decoder.prefill(bad)
+    with pytest.raises(ValueError, match="not finite behind the prompt"):
+        decoder.generate(read, **options)
+    with pytest.raises(ValueError, match="another was read since"):
+        decoder.generate(read, **options)
+    assert decoder.generate(good, **options).token_ids == expected
 
 
 @pytest.mark.parametrize("samples", [1, 6])

@@ -1,5 +1,7 @@
 """What every artefact is written with."""
 
+import shutil
+
 import pytest
 
 from alpamayo_dflash.artefacts import git_revision, read_json, write_json
@@ -27,9 +29,10 @@ def test_what_is_not_json_is_refused_and_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_revision_is_the_checkouts_or_the_one_named(monkeypatch):
-    monkeypatch.delenv("ALPAMAYO_DFLASH_REVISION", raising=False)
-    found = git_revision()
-    assert found is None or len(found.removesuffix("-dirty")) == 40
+def test_the_revision_is_the_checkouts_and_outside_of_one_what_is_said(monkeypatch):
     monkeypatch.setenv("ALPAMAYO_DFLASH_REVISION", "f" * 40)
+    assert git_revision() != "f" * 40  # the tests run in a checkout
+    monkeypatch.setattr(shutil, "which", lambda _: None)
     assert git_revision() == "f" * 40
+    monkeypatch.delenv("ALPAMAYO_DFLASH_REVISION")
+    assert git_revision() is None

@@ -6,9 +6,11 @@ import torch
 
 from alpamayo_dflash.artefacts import read_json
 from alpamayo_dflash.cli import main as cli
+from alpamayo_dflash.decode.observer import RoundTrace
 from alpamayo_dflash.decode.replay import Replay, passes, rate_for
 from alpamayo_dflash.decode.steps import State
 from alpamayo_dflash.evaluate.bench import BenchConfig, figures, floors, spread
+from alpamayo_dflash.evaluate.bench.clocks import RoundClock
 from alpamayo_dflash.evaluate.bench.floors import draft_of
 from alpamayo_dflash.evaluate.bench.profile import short_name
 from alpamayo_dflash.evaluate.bench.setup import coc_quantiles
@@ -129,6 +131,19 @@ def test_figures_are_ratios_of_medians_and_means():
     assert figures(raw_timings()) == FIGURES
 
 
+def test_texts_of_transformers_that_end_earlier_are_taken_at_our_passes():
+    raw = raw_timings()
+    raw["text_rounds"]["transformers_1"] = [8]
+    assert figures(raw) == FIGURES | {"decode_vs_transformers": 20.0}
+
+
+def test_a_texts_first_round_is_not_timed():
+    clock = RoundClock()
+    for index in (0, 1, 2, 0, 1):
+        clock.on_round(RoundTrace(index, 8, ()))
+    assert len(clock.times_ms) == 3
+
+
 def test_a_figures_spread_holds_it_and_is_of_what_was_drawn():
     found = spread(raw_timings())
     assert set(found) == set(FIGURES)
@@ -186,6 +201,8 @@ def test_rows_hold_the_blocks_own():
     ("options", "named"),
     [
         ({"rows": "8,x"}, "8,x"),
+        ({"rows": "²"}, "rows is '²'"),
+        ({"row_width": 0}, "row_width"),
         ({"draft_layers": "0"}, "draft_layers"),
         ({"block_size": 1}, "block_size"),
         ({"block_size": 65}, "block_size"),

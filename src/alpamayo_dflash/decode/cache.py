@@ -70,6 +70,11 @@ class Cache:
         # Indexing a tensor costs microseconds, so it is done once.
         self.layer_keys, self.layer_values = self.keys.unbind(), self.values.unbind()
 
+    def clear(self) -> None:
+        """Make every entry finite again: a masked NaN is a NaN all the same."""
+        for tensor in (self.keys, self.values, self.taps):
+            tensor.zero_()
+
     def reserve(self, slots: int) -> None:
         """Empty the tail and give it this many slots; the prompt stays."""
         if slots > self._slots:

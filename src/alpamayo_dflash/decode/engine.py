@@ -24,7 +24,7 @@ from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.decode.chooser import Chooser
 from alpamayo_dflash.decode.config import MOST_BLOCK, Request, Sampling
 from alpamayo_dflash.decode.graph import CapturedCall
-from alpamayo_dflash.decode.loop import DRAFT_ERRORS, Sample, failed, not_finite
+from alpamayo_dflash.decode.loop import DRAFT_ERRORS, Sample, failed
 from alpamayo_dflash.decode.noise import stream_keys
 from alpamayo_dflash.decode.observer import Observer, RoundTrace, SampleTrace
 from alpamayo_dflash.decode.proposer import ProposalLike, Proposer, StaticBlock, StaticProposer
@@ -189,7 +189,7 @@ class Round:
         start = torch.zeros(len(samples), dtype=torch.int64, device=keys.device)
         choice = self._choose_first(logits, keys, start)
         if not bool(choice.finite.all()):
-            raise not_finite("the prompt")
+            raise self._verifier.not_finite("the prompt")
         if bool(choice.settled.all()):
             return choice.columns.clone()
         return self._choose_first.exactly(logits, keys, start)
@@ -230,7 +230,7 @@ class Round:
             rows = self._settle(rows)
         if any(row[_BROKEN] for row in rows):
             sample = next(index for index, row in enumerate(rows) if row[_BROKEN])
-            raise not_finite(f"token {rows[sample][_ANCHOR]} of sample {sample}")
+            raise self._verifier.not_finite(f"token {rows[sample][_ANCHOR]} of sample {sample}")
         return rows
 
     def _read(self) -> list[list[int]]:
@@ -380,12 +380,13 @@ class Engine:
         together = [range(count)] if verifier.row_width is None else [range(i, i + 1) for i in range(count)]
         firsts = [round_.first(prefilled, request.seed, samples) for samples in together]
         tokens: list[int] = torch.cat(firsts).tolist()
-        observer.on_prefill(len(prefilled.prompt.input_ids), tuple(tokens))
         written = Written(
             [_first(i, token, self._rules, request.max_new_tokens) for i, token in enumerate(tokens)]
         )
         for indices, first in zip(together, firsts, strict=True):
             round_.begin(prefilled, request.seed, indices, first, request.max_new_tokens)
+            if indices[0] == 0:
+                observer.on_prefill(len(prefilled.prompt.input_ids), tuple(tokens))
             self._write_together(round_, [written.samples[i] for i in indices], written, observer)
         return written
 

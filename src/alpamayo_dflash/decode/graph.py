@@ -25,7 +25,8 @@ class CapturedCall:
             call()
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Without a stream of this device's it would take the one that the process captured on first.
+        with torch.cuda.graph(self._graph, stream=stream):
             call()
 
     def replay(self) -> None:

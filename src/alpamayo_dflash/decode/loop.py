@@ -117,13 +117,20 @@ class Decode:
         observer.on_prefill(len(prefilled.prompt.input_ids), tuple(first))
 
     def choose(self, logits_RV: torch.Tensor, samples: Sequence[int], positions: Sequence[int]) -> list[int]:
-        """Choose for each row the token of samples[r] at positions[r]. This is the round's one read."""
+        """Choose for each row the token of samples[r] at positions[r]. This is the round's one read.
+
+        Raises:
+            ValueError: a row's logits are not finite.
+        """
         noise = None if self.sampling.greedy else self.noise.rows(samples, positions)
-        finite = torch.isfinite(logits_RV).all().long()[None]
-        chosen: list[int]
-        *chosen, sound = torch.cat((choose(logits_RV, self.bias_V, self.sampling, noise), finite)).tolist()
-        if not sound:
-            raise not_finite(f"tokens up to {max(positions)}" if max(positions) else "the prompt")
+        finite = torch.isfinite(logits_RV).all(-1).long()
+        read: list[list[int]]
+        read = torch.stack((choose(logits_RV, self.bias_V, self.sampling, noise), finite)).tolist()
+        chosen, sound = read
+        if not all(sound):
+            row = sound.index(0)
+            place = f"token {positions[row] - 1} of sample {samples[row]}" if positions[row] else "the prompt"
+            raise self.verifier.not_finite(place)
         return chosen
 
     def texts(self, samples: Sequence[Sample]) -> Texts:
@@ -248,13 +255,6 @@ class Decode:
 
     def _free(self) -> None:
         self.verifier.cache.tail.keep(slot for sample in self.samples for slot in sample.path)
-
-
-def not_finite(where: str) -> ValueError:
-    """The error for a target that has no word to say."""
-    return ValueError(
-        f"the target's logits are not finite behind {where}: weights, images or dtype are at fault"
-    )
 
 
 DRAFT_ERRORS = (RuntimeError, ArithmeticError, LookupError)

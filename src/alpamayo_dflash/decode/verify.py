@@ -108,6 +108,15 @@ class Verifier:
         logits = self._model.logits(normed)[0, : target.vocab_size].float()
         return Prefilled(prompt, logits, self._reading)
 
+    def not_finite(self, where: str) -> ValueError:
+        """The error for a target that has no word to say; its prompt is forgotten, and what it left."""
+        with torch.inference_mode():
+            self.cache.clear()
+        self._reading = object()
+        return ValueError(
+            f"the target's logits are not finite behind {where}: weights, images or dtype are at fault"
+        )
+
     def check(self, prefilled: Prefilled) -> None:
         """Make sure that this prompt is the one in the cache.
 

@@ -101,19 +101,27 @@ def choices_within(scores_V: Tensor, noise_V: Tensor, sampling: Sampling, off: f
         off: the most that a score is off, in its own units.
     """
     perturbed = scores_V + noise_V
-    sure = possible = scores_V > float("-inf")
-    if not sampling.greedy and sampling.top_p < 1:
-        ordered, order = scores_V.sort(descending=True)
-        mass = torch.cat((scores_V.new_zeros(1), scores_V.softmax(-1)[order].cumsum(-1)))
-        # Of two scores the difference is off by twice as much; so are the odds of what lies above a token.
-        least, most = (
-            torch.searchsorted(-ordered, -(scores_V + shift), right=right)
-            for shift, right in ((2 * off, False), (-2 * off, True))
-        )
-        above_least, above_most = mass[least], (mass[most] - scores_V.softmax(-1)).clamp_min(0)
-        possible = possible & (_with_odds(above_least, -2 * off) < sampling.top_p)
-        sure = sure & (_with_odds(above_most, 2 * off) < sampling.top_p)
+    possible = scores_V > float("-inf")
+    if sampling.greedy or sampling.top_p >= 1:
+        best = perturbed.max()
+        return possible & (perturbed >= best - 2 * off)
+    probabilities = scores_V.softmax(-1)
+    ordered, order = scores_V.sort(descending=True)
+    mass = torch.cat((scores_V.new_zeros(1), probabilities[order].cumsum(-1)))
+    # Of two scores the difference is off by twice as much; so are the odds of what lies above a token.
+    least, most = (
+        torch.searchsorted(-ordered, -(scores_V + shift), right=right)
+        for shift, right in ((2 * off, False), (-2 * off, True))
+    )
+    above_least, above_most = mass[least], (mass[most] - probabilities).clamp_min(0)
+    possible = possible & (_with_odds(above_least, -2 * off) < sampling.top_p)
+    sure = _with_odds(above_most, 2 * off) < sampling.top_p
     best = perturbed.masked_fill(~sure, float("-inf")).max()
+    # All tokens outside the nucleus have a mass of at most 1 − p, so among more than that one is inside.
+    descending, by_noise = perturbed.sort(descending=True)
+    outside = _with_odds(scores_V.new_tensor(1 - sampling.top_p), 2 * off)
+    enough = probabilities[by_noise].cumsum(-1) > outside
+    best = torch.maximum(best, descending[enough.long().argmax()])
     return possible & (perturbed >= best - 2 * off)
 
 

@@ -23,7 +23,8 @@ from alpamayo_dflash.kernels.attention import merge_kernel, stretches_kernel
 from alpamayo_dflash.kernels.product import product_kernel
 from alpamayo_dflash.kernels.rows import add_norm_kernel, gate_kernel, rotate_store_kernel
 
-# Up to here our products read a layer's weights faster than cuBLAS does, and beyond it not.
+# Up to 32 rows our products read a layer's weights faster than cuBLAS does, up to here about as fast
+# (docs/log.md, 2026-11-25), and beyond it not.
 FEW_ROWS = 64
 _LOG2_E = 1.4426950408889634
 # Programs that fill the 132 multiprocessors of an H100 or H200 about once.

@@ -116,9 +116,9 @@ def quality(result: Mapping[str, Any]) -> Table:
                 f"{lossless['autoregressive_equals_transformers']} of {lossless['of']}",
             ),
         ]
-        if lossless["greedy_identical"] + lossless["sampled_identical"] < 2 * lossless["of"]:
-            near, others = lossless.get("near_ties", 0), lossless.get("not_near_ties", 0)
-            rows.append(("texts that part at a near-tie / elsewhere", f"{near} / {others}"))
+        if lossless.get("near_ties") or lossless.get("not_near_ties"):
+            parting = f"{lossless['near_ties']} / {lossless['not_near_ties']}"
+            rows.append(("texts that part at a near-tie / elsewhere", parting))
     if result.get("trajectory"):
         trajectory = result["trajectory"]
         rows.append(("minADE, m", _number(trajectory["min_ade_m"], 2)))

@@ -58,22 +58,21 @@ def ceilings(repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str
 
 
 class RoundClock(Observer):
-    """Takes the time from each round's end to the next one's, host work included.
+    """Takes the time from each round's report to the next one's, host work included.
+
+    A text's first round is left out: before it the draft reads the prompt's states.
 
     Attributes:
-        times_ms: of every round watched.
+        times_ms: of the other rounds watched.
     """
 
     def __init__(self) -> None:
         self.times_ms: list[float] = []
         self._last = 0.0
 
-    def on_prefill(self, prompt_tokens: int, first_tokens: tuple[int, ...]) -> None:
-        """The first tokens are known: the device is idle."""
-        self._last = time.perf_counter()
-
     def on_round(self, trace: RoundTrace) -> None:
         """A report has been read: the device is idle."""
         now = time.perf_counter()
-        self.times_ms.append(round((now - self._last) * 1e3, 4))
+        if trace.index:
+            self.times_ms.append(round((now - self._last) * 1e3, 4))
         self._last = now

@@ -123,6 +123,6 @@ def numbers(text: str, name: str) -> list[int]:
         ValueError: it holds something else.
     """
     parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{name} is {text!r}; it must be whole numbers above 0 with commas between")
     return [int(part) for part in parts]

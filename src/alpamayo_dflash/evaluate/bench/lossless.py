@@ -46,7 +46,10 @@ def compare(bench: Bench) -> dict[str, Any]:
             wide["texts"] += 1
             wide["equal"] += narrow == got
             if narrow != got or index < _ALWAYS_COMPARED:
-                loops = Loop(one, read[2], narrow[0], 1, 1), Loop(same, read[0], got[0], width, width)
+                loops = (
+                    Loop(one, read[2], narrow[0], 1, 1),
+                    Loop(same, read[0], got[0], config.block_size, width),
+                )
                 found_there = parting(*loops, sampling=Sampling(temperature), seed=index)
                 largest = max(largest, found_there.largest_difference)
                 if narrow != got:
