@@ -133,6 +133,7 @@ class Round:
             slots=shape.slots,
             device=device,
         )
+        self._samples: Sequence[int] = range(shape.samples)
         self._keys = torch.zeros(shape.rows, 2, dtype=torch.int64, device=device)
         self._draft_keys = torch.zeros(shape.samples * (block - 1), 2, dtype=torch.int64, device=device)
         self._choose = self._chooser(shape.rows, target.vocab_size, None)
@@ -206,6 +207,7 @@ class Round:
             first: int64 [S], from `first`.
             limit: the most tokens.
         """
+        self._samples = samples
         keys = stream_keys(seed, prefilled.prompt.key, samples, first.device)
         self._keys[: len(samples) * self.block] = keys.repeat_interleave(self.block, 0)
         self._draft_keys.copy_(keys.repeat_interleave(self.block - 1, 0))
@@ -229,8 +231,8 @@ class Round:
         if any(row[_UNSETTLED] for row in rows):
             rows = self._settle(rows)
         if any(row[_BROKEN] for row in rows):
-            sample = next(index for index, row in enumerate(rows) if row[_BROKEN])
-            raise self._verifier.not_finite(f"token {rows[sample][_ANCHOR]} of sample {sample}")
+            sample, row = next((i, row) for i, row in zip(self._samples, rows, strict=True) if row[_BROKEN])
+            raise self._verifier.not_finite(f"token {row[_ANCHOR]} of sample {sample}")
         return rows
 
     def _read(self) -> list[list[int]]:
