@@ -174,43 +174,37 @@ class Round:
             device=target.device,
         )
 
-    def first(self, prefilled: Prefilled, seed: int, samples: Sequence[int]) -> Tensor:
+    def first(self, prefilled: Prefilled, keys_S2: Tensor) -> Tensor:
         """The first tokens of samples, int64 [S]: the prompt's own logits choose them.
 
         Args:
             prefilled: the prompt.
-            seed: with the prompt's key and a sample's index, fixes the noise.
-            samples: their indices.
+            keys_S2: the samples' streams of noise (`noise.stream_keys`).
 
         Raises:
             ValueError: the target's logits are not finite.
         """
-        keys = stream_keys(seed, prefilled.prompt.key, samples, self.state.tokens.device)
-        logits = prefilled.logits_V.expand(len(samples), -1)
-        start = torch.zeros(len(samples), dtype=torch.int64, device=keys.device)
-        choice = self._choose_first(logits, keys, start)
+        logits = prefilled.logits_V.expand(len(keys_S2), -1)
+        start = torch.zeros(len(keys_S2), dtype=torch.int64, device=keys_S2.device)
+        choice = self._choose_first(logits, keys_S2, start)
         if not bool(choice.finite.all()):
             raise self._verifier.not_finite("the prompt")
         if bool(choice.settled.all()):
             return choice.columns.clone()
-        return self._choose_first.exactly(logits, keys, start)
+        return self._choose_first.exactly(logits, keys_S2, start)
 
-    def begin(
-        self, prefilled: Prefilled, seed: int, samples: Sequence[int], first: Tensor, limit: int
-    ) -> None:
+    def begin(self, samples: Sequence[int], keys_S2: Tensor, first: Tensor, limit: int) -> None:
         """Start texts behind a prompt, whose tail the verifier has begun.
 
         Args:
-            prefilled: the prompt.
-            seed: as in `first`.
             samples: their indices; sample i's slots start at i · per_sample.
+            keys_S2: as in `first`.
             first: int64 [S], from `first`.
             limit: the most tokens.
         """
         self._samples = samples
-        keys = stream_keys(seed, prefilled.prompt.key, samples, first.device)
-        self._keys[: len(samples) * self.block] = keys.repeat_interleave(self.block, 0)
-        self._draft_keys.copy_(keys.repeat_interleave(self.block - 1, 0))
+        self._keys[: len(samples) * self.block] = keys_S2.repeat_interleave(self.block, 0)
+        self._draft_keys.copy_(keys_S2.repeat_interleave(self.block - 1, 0))
         bases = torch.tensor([index * self.shape.per_sample for index in samples], device=first.device)
         self.state.begin(first, bases, limit, self.marks)
         if self._draft is not None:
@@ -380,13 +374,14 @@ class Engine:
         round_ = self._round(shape)
         # All samples together, or at one row width one after another (see `SpeculativeDecoder`).
         together = [range(count)] if verifier.row_width is None else [range(i, i + 1) for i in range(count)]
-        firsts = [round_.first(prefilled, request.seed, samples) for samples in together]
+        keys = stream_keys(request.seed, prefilled.prompt.key, range(count), verifier.target.device)
+        firsts = [round_.first(prefilled, keys[samples.start : samples.stop]) for samples in together]
         tokens: list[int] = torch.cat(firsts).tolist()
         written = Written(
             [_first(i, token, self._rules, request.max_new_tokens) for i, token in enumerate(tokens)]
         )
         for indices, first in zip(together, firsts, strict=True):
-            round_.begin(prefilled, request.seed, indices, first, request.max_new_tokens)
+            round_.begin(indices, keys[indices.start : indices.stop], first, request.max_new_tokens)
             if indices[0] == 0:
                 observer.on_prefill(len(prefilled.prompt.input_ids), tuple(tokens))
             self._write_together(round_, [written.samples[i] for i in indices], written, observer)

@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 
+from alpamayo_dflash.decode.noise import stream_keys
 from alpamayo_dflash.evaluate.bench.setup import Bench
 
 _ROUNDS = 2
@@ -24,7 +25,8 @@ def profile(bench: Bench) -> dict[str, Any] | None:
     round_ = next(iter(fast.engine.rounds.values()))
     fast.verifier.begin(read, round_.shape.slots)
     with torch.inference_mode():
-        round_.begin(read, 0, [0], round_.first(read, 0, [0]), round_.shape.per_sample - round_.block)
+        keys = stream_keys(0, read.prompt.key, [0], bench.device)
+        round_.begin([0], keys, round_.first(read, keys), round_.shape.per_sample - round_.block)
         round_()
         torch.cuda.synchronize()
         before = torch.cuda.memory_stats()["allocation.all.allocated"]

@@ -15,6 +15,7 @@ from alpamayo_dflash.decode.observer import Observer
 from alpamayo_dflash.decode.proposer import Proposer
 from alpamayo_dflash.decode.replay import Replay, rate_for
 from alpamayo_dflash.draft import DFlashDraft, DraftConfig
+from alpamayo_dflash.draft.model import INITIAL_STD
 from alpamayo_dflash.evaluate.bench.config import BenchConfig
 from alpamayo_dflash.evaluate.bench.figures import SIX
 from alpamayo_dflash.evaluate.target_size import noise_window
@@ -58,8 +59,7 @@ class Bench:
     def _widen(self) -> None:
         """Margins as a trained head has them: the head's rows are the embedding's, permuted.
 
-        The scale puts the best logit about 7 above the next (greedy has no near-ties), while at temperature
-        0.6 one token in ten or so is another.
+        The scale keeps greedy clear of near-ties, while at temperature 0.6 some tokens are not the best one.
         """
         embedding, head = self.target.embedding, self.target.head
         with torch.inference_mode():
@@ -94,7 +94,7 @@ class Bench:
         with torch.no_grad():
             for name, parameter in draft.named_parameters():
                 if parameter.ndim == 2 or name == "mask_embedding":
-                    parameter.normal_(0.0, 0.02)
+                    parameter.normal_(0.0, INITIAL_STD)
             chosen = torch.randperm(target.vocab_size, device=self.device)[:few].sort().values
             assert draft.token_ids is not None
             draft.token_ids.copy_(chosen)

@@ -21,7 +21,7 @@ from alpamayo_dflash.evaluate.reference import generate
 
 _END_MARKS = 2
 _SAMPLES = (1, SIX)
-_TEXTS_OF_A_LENGTH = 21  # the first is not timed
+_FEW_TEXTS = 21  # of transformers, and of each length; the first is not timed
 _TEXTS_OF_SIX = 5  # of transformers, which takes a second for each
 
 
@@ -220,7 +220,7 @@ def _texts(bench: Bench) -> dict[str, Any]:
 def _transformers(bench: Bench, samples: int) -> tuple[list[float], list[int]]:
     """Decode times of `generate`, and its passes behind the first token."""
     config, times, passes = bench.config, [], []
-    for index in range(min(config.texts, 21 if samples == 1 else _TEXTS_OF_SIX)):
+    for index in range(min(config.texts, _FEW_TEXTS if samples == 1 else _TEXTS_OF_SIX)):
         given = generate(
             bench.target,
             bench.prompt,
@@ -241,7 +241,7 @@ def _lengths(bench: Bench, pair: _Pair) -> list[dict[str, Any]]:
     rows = []
     for name, tokens in bench.coc_lengths.items():
         times: dict[str, list[float]] = {"autoregressive": [], "speculative, replayed": []}
-        for index in range(_TEXTS_OF_A_LENGTH):
+        for index in range(_FEW_TEXTS):
             found = pair.decode(bench.options(1, index, tokens + _END_MARKS))
             for arm, result in zip(times, found, strict=True):
                 times[arm] += [round(result.timings.decode_ms, 4)] if index else []
