@@ -1,0 +1,87 @@
+"""What users build on: names, flags, and the files that finished commands have written."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import public_list
+import pytest
+
+import alpamayo_dflash
+from alpamayo_dflash import SpeculativeDecoder
+from alpamayo_dflash.artefacts import read_json
+from alpamayo_dflash.cli.main import main
+from alpamayo_dflash.distill import DistillData
+from alpamayo_dflash.draft.formats import from_json
+from alpamayo_dflash.evaluate.config import EvaluateConfig
+from alpamayo_dflash.evaluate.run import _earlier
+from alpamayo_dflash.layers.choice import read_choice
+
+STORED = Path(__file__).parents[1] / "data" / "stored"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+NAMES = {"Alpamayo", "ClipSource", "DFlashDraft", "SpeculativeDecoder", "Window", "accelerate"}
+
+
+def test_the_roots_names():
+    assert set(alpamayo_dflash.__all__) == NAMES | {"__version__"}
+    for name in alpamayo_dflash.__all__:
+        assert getattr(alpamayo_dflash, name) is not None
+    with pytest.raises(AttributeError, match="Nobody"):
+        alpamayo_dflash.Nobody  # noqa: B018
+
+
+def test_the_decoders_arguments():
+    made = list(inspect.signature(SpeculativeDecoder).parameters)
+    assert made == ["target", "draft", "config"]
+    generate = list(inspect.signature(SpeculativeDecoder.generate).parameters)
+    assert generate[1:8] == [
+        "window", "temperature", "top_p", "num_traj_samples", "seed", "max_new_tokens", "observer"
+    ]  # fmt: skip
+
+
+def test_no_flag_is_gone():
+    stored, now = json.loads(public_list.FILE.read_text()), public_list.flags()
+    for command, flags in stored.items():
+        assert flags.items() <= now[command].items(), command
+
+
+def test_the_module_is_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "alpamayo_dflash.cli.main", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(command in done.stdout for command in public_list.flags())
+
+
+def test_stored_layers_are_read():
+    assert read_choice(STORED / "layers") == (2, 6)
+
+
+def test_stored_data_are_read():
+    data = DistillData(STORED / "data")
+    assert len(data.samples) > 0
+    assert all(sample.text for sample in data.samples)
+
+
+def test_a_stored_drafts_config_is_read():
+    path = STORED / "train" / "draft" / "config.json"
+    assert from_json(read_json(path), str(path)).block_size == 8
+
+
+def test_a_stored_evaluation_is_finished(tmp_path):
+    stored = read_json(STORED / "evaluation" / "evaluation.json")
+    (tmp_path / "evaluation.json").write_text(json.dumps(stored))
+    config = EvaluateConfig(Path("train/draft"), Path("world"), output_dir=tmp_path)
+    assert _earlier(config, stored["head"]) == stored
+
+
+@pytest.mark.parametrize(
+    "evaluation", [STORED / "evaluation" / "evaluation.json", RESULTS / "demo_tiny.json"]
+)
+def test_a_stored_evaluation_is_reported(evaluation, tmp_path, capsys):
+    assert main(["report", "--evaluation", str(evaluation), "--out", str(tmp_path)]) == 0
+    assert Path(json.loads(capsys.readouterr().out)["report"]).is_file()
