@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Alpamayo": "alpamayo_dflash.target",
-    "SpeculativeDecoder": "alpamayo_dflash.decode",
-    "DFlashDraft": "alpamayo_dflash.draft",
-    "ClipSource": "alpamayo_dflash.clips",
-    "Window": "alpamayo_dflash.clips",
-    "accelerate": "alpamayo_dflash.decode",
+    "Alpamayo": "alpamayo_dflash.target.alpamayo",
+    "SpeculativeDecoder": "alpamayo_dflash.decode.decoder",
+    "DFlashDraft": "alpamayo_dflash.draft.model",
+    "ClipSource": "alpamayo_dflash.clips.source",
+    "Window": "alpamayo_dflash.clips.window",
+    "accelerate": "alpamayo_dflash.decode.decoder",
 }
 
 __all__ = [
@@ -30,10 +30,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from alpamayo_dflash.clips import ClipSource, Window
-    from alpamayo_dflash.decode import SpeculativeDecoder, accelerate
-    from alpamayo_dflash.draft import DFlashDraft
-    from alpamayo_dflash.target import Alpamayo
+    from alpamayo_dflash.clips.source import ClipSource
+    from alpamayo_dflash.clips.window import Window
+    from alpamayo_dflash.decode.decoder import SpeculativeDecoder, accelerate
+    from alpamayo_dflash.draft.model import DFlashDraft
+    from alpamayo_dflash.target.alpamayo import Alpamayo
 
 
 def __getattr__(name: str) -> Any:

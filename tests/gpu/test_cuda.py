@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from alpamayo_dflash.decode import DecodeConfig, Sampling, SpeculativeDecoder
-from alpamayo_dflash.decode.chooser import Chooser
+from alpamayo_dflash.decode.config import DecodeConfig, Sampling
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.noise import flow_noise, token_noise
-from alpamayo_dflash.draft import DFlashDraft, DraftConfig
-from alpamayo_dflash.draft.config import FULL_CONTEXT
-from alpamayo_dflash.target import Alpamayo
-from alpamayo_dflash.tiny import checkpoint_path
-from alpamayo_dflash.tiny.validate import held_out
+from alpamayo_dflash.decode.sampling import Chooser
+from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
+from alpamayo_dflash.draft.model import DFlashDraft
+from alpamayo_dflash.standins.validate import held_out
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.checkpoint import checkpoint_path
 
 pytestmark = [
     pytest.mark.gpu,
@@ -146,10 +147,9 @@ def test_bfloat16_loops_agree_at_one_row_width(views, temperature):
 def test_the_fused_model_is_the_plain_one_within_rounding(tmp_path):
     """Prompt and rows in bfloat16, against the same arithmetic in float32."""
     from alpamayo_dflash.decode import verify
-    from alpamayo_dflash.decode.passes import FusedModel, PlainModel
-    from alpamayo_dflash.evaluate.target_size import noise_window
-    from alpamayo_dflash.target.random_checkpoint import random_target
-    from alpamayo_dflash.target.random_config import RandomCheckpointConfig
+    from alpamayo_dflash.decode.forward import FusedModel, PlainModel
+    from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
+    from alpamayo_dflash.standins.untrained import noise_window, random_target
 
     target = random_target(RandomCheckpointConfig("medium", 0, "cuda"), tmp_path)
     prompt = target.prompt(noise_window(0)).to(target.device)
@@ -292,7 +292,13 @@ def test_a_target_on_the_second_gpu(views):
 def test_attention_and_products_are_the_plain_ones(rows):
     from torch.nn import functional
 
-    from alpamayo_dflash.kernels import launch
+    from alpamayo_dflash.kernels.attention import attend
+    from alpamayo_dflash.kernels.product import (
+        few_rows_gated_product,
+        few_rows_product,
+        gated_product,
+        whole_product,
+    )
 
     generator = torch.Generator("cuda").manual_seed(rows)
 
@@ -306,7 +312,7 @@ def test_attention_and_products_are_the_plain_ones(rows):
         )
         seen = torch.ones(rows, slots, device="cuda").tril()
         mask = torch.cat((torch.ones(rows, length, device="cuda"), seen), dim=1).bool()
-        got = launch.attend(q, keys, values, torch.tensor([length], device="cuda"), seen.to(torch.uint8))
+        got = attend(q, keys, values, torch.tensor([length], device="cuda"), seen.to(torch.uint8))
         end = length + slots
         expected = functional.scaled_dot_product_attention(
             *(each.transpose(0, 1).float() for each in (q, keys[:end], values[:end])),
@@ -315,10 +321,10 @@ def test_attention_and_products_are_the_plain_ones(rows):
         ).transpose(0, 1)
         assert _relative(got.view_as(q), expected) < 0.01
     x, weight = normal(rows, 4096), normal(6144, 4096) / 64
-    for found in (launch.whole_product(x, weight), launch.few_rows_product(x, weight).float().sum(0)):
+    for found in (whole_product(x, weight), few_rows_product(x, weight).float().sum(0)):
         assert _relative(found, x.float() @ weight.float().T) < 0.01
     gate, up = (x.float() @ weight.float().T).chunk(2, dim=-1)
-    for found in (launch.gated_product(x, weight), launch.few_rows_gated_product(x, weight)):
+    for found in (gated_product(x, weight), few_rows_gated_product(x, weight)):
         assert _relative(found, functional.silu(gate) * up) < 0.01
 
 

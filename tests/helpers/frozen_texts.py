@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from alpamayo_dflash.decode import DecodeConfig, SpeculativeDecoder
-from alpamayo_dflash.target import Alpamayo
-from alpamayo_dflash.tiny import checkpoint_path
-from alpamayo_dflash.tiny.validate import held_out
+from alpamayo_dflash.decode.config import DecodeConfig
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from alpamayo_dflash.standins.validate import held_out
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.checkpoint import checkpoint_path
 
 FILE = Path(__file__).parents[1] / "data" / "texts_tiny.json"
 CLIPS = 40

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from alpamayo_dflash.target import Alpamayo, AlpamayoConfig, Prompt
-from alpamayo_dflash.target.prompt import mrope_positions
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.config import AlpamayoConfig
+from alpamayo_dflash.target.prompt import Prompt, mrope_positions
 
 QWEN_TOKENS = [
     "<|endoftext|>",

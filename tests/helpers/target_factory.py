@@ -11,7 +11,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.target import Alpamayo, AlpamayoConfig
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.config import AlpamayoConfig
 
 ADDED = [
     "<|endoftext|>",

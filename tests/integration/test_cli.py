@@ -13,14 +13,16 @@ import pytest
 import torch
 from random_target import random_target
 
-from alpamayo_dflash import tiny
-from alpamayo_dflash.artefacts import write_json
 from alpamayo_dflash.cli.main import main
-from alpamayo_dflash.clips import ClipSource
-from alpamayo_dflash.decode import SpeculativeDecoder
-from alpamayo_dflash.draft import DFlashDraft, DraftConfig
+from alpamayo_dflash.clips.source import ClipSource
+from alpamayo_dflash.common.artefacts import write_json
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from alpamayo_dflash.draft.config import DraftConfig
+from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.arms import Arms
-from alpamayo_dflash.world.measure import BOUNDS
+from alpamayo_dflash.evaluate.hardness import BOUNDS
+from alpamayo_dflash.standins import config as standins_config
+from alpamayo_dflash.target import checkpoint
 
 LAYERS, WIDTH = 4, 32
 SHORT = ["--max-tokens", "10"]
@@ -156,7 +158,7 @@ def test_dflash_alone(work: Path, tmp_path: Path, command: Command) -> None:
 def test_all_arms_give_the_same_greedy_trajectory(work: Path) -> None:
     """What transformers' cache hands to the expert is what the loops hand to it."""
     from alpamayo_dflash.cli.main import parse
-    from alpamayo_dflash.target import Alpamayo
+    from alpamayo_dflash.target.alpamayo import Alpamayo
 
     _, config = parse(evaluation(work, Path("unused"), "--temperature", 0, "--num-traj-samples", 2))
     target = Alpamayo.from_pretrained(work / "target")
@@ -282,8 +284,8 @@ def test_measure_world_outside_the_bounds(
 def test_demo(work: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {name: low for name, (low, _) in BOUNDS.items()}
     write_json(tmp_path / "world_tiny.json", {"figures": figures})
-    monkeypatch.setattr(tiny, "checkpoint_path", lambda: work / "target")
-    monkeypatch.setattr(tiny, "world_figures_path", lambda: tmp_path / "world_tiny.json")
+    monkeypatch.setattr(checkpoint, "checkpoint_path", lambda: work / "target")
+    monkeypatch.setattr(standins_config, "world_figures_path", lambda: tmp_path / "world_tiny.json")
     out = tmp_path / "demo"
     sizes = {
         "num-chunks": 3, "clips-per-chunk": 2, "num-samples": 2, "layers-clips": 2, "num-target-layers": 2,

@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alpamayo_dflash.artefacts import folder_hash, read_json
-from alpamayo_dflash.clips import CAMERAS, DEFAULT_CAMERAS, ClipError, ClipSource, iterate_windows
 from alpamayo_dflash.clips.cache import find_snapshot
-from alpamayo_dflash.world import WorldConfig, frames, read_facts, read_scenes, sample_scene
+from alpamayo_dflash.clips.source import ClipError, ClipSource, iterate_windows
+from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS
+from alpamayo_dflash.common.artefacts import folder_hash, read_json
+from alpamayo_dflash.world.config import WorldConfig
+from alpamayo_dflash.world.events import sample_scene
 from alpamayo_dflash.world.language import names
-from alpamayo_dflash.world.render import render
+from alpamayo_dflash.world.read import read_facts, read_scenes
+from alpamayo_dflash.world.render import frames, render
 from alpamayo_dflash.world.run import run
 
 CODEC_ERROR = 3.0  # mean absolute difference of 8-bit values that the video codec may make

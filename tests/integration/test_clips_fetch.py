@@ -15,9 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from alpamayo_dflash.cli.main import main
-from alpamayo_dflash.clips import ClipSource
 from alpamayo_dflash.clips.cache import find_snapshot, repo_folder
-from alpamayo_dflash.world import WorldConfig
+from alpamayo_dflash.clips.source import ClipSource
+from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.run import run
 
 

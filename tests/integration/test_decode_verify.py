@@ -6,18 +6,15 @@ import pytest
 import torch
 from random_target import random_prompt, random_target
 
-from alpamayo_dflash.decode import (
-    Sampling,
-    SpeculativeDecoder,
-    Verifier,
-    joint_distribution,
-    teacher_forced,
-    teacher_forced_all,
-)
-from alpamayo_dflash.decode.passes import PlainModel
+from alpamayo_dflash.decode.cache import ROOT
+from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from alpamayo_dflash.decode.forward import PlainModel
+from alpamayo_dflash.decode.rollouts import teacher_forced, teacher_forced_all
 from alpamayo_dflash.decode.sampling import distribution, mask_bias
-from alpamayo_dflash.decode.tail import ROOT
-from alpamayo_dflash.decode.walk import Tree
+from alpamayo_dflash.decode.tree import Tree
+from alpamayo_dflash.decode.verify import Verifier
+from alpamayo_dflash.evaluate.distribution import joint_distribution
 
 TOLERANCE = 2e-5
 

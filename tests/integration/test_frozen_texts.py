@@ -7,7 +7,8 @@ import pytest
 import torch
 from proposers import Oracle
 
-from alpamayo_dflash.decode import DecodeConfig, SpeculativeDecoder
+from alpamayo_dflash.decode.config import DecodeConfig
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 
 TO_M = 1e-4
 

@@ -25,16 +25,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.decode import DecodeConfig, SpeculativeDecoder
-from alpamayo_dflash.target import ActionPrefix, Alpamayo, Prompt, PromptEmbeddings
-from alpamayo_dflash.target.actions import action_of_tokens, initial_speed, tokens_of_action
+from alpamayo_dflash.decode.config import DecodeConfig
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from alpamayo_dflash.target.alpamayo import Alpamayo, time_grid
+from alpamayo_dflash.target.checkpoint import OPTIONAL_TENSORS
 from alpamayo_dflash.target.config import HistoryTokenizerConfig
-from alpamayo_dflash.target.history import decode_history, encode_history
+from alpamayo_dflash.target.expert import ActionPrefix
 from alpamayo_dflash.target.images import smart_size
-from alpamayo_dflash.target.layers import run_layers
-from alpamayo_dflash.target.load import OPTIONAL_TENSORS
-from alpamayo_dflash.target.model import time_grid
-from alpamayo_dflash.target.prompt import CAMERA_TEXT, build_prompt, render
+from alpamayo_dflash.target.motion import (
+    action_of_tokens,
+    decode_history,
+    encode_history,
+    initial_speed,
+    tokens_of_action,
+)
+from alpamayo_dflash.target.prompt import CAMERA_TEXT, Prompt, PromptEmbeddings, build_prompt, render
+from alpamayo_dflash.target.qwen3 import run_layers
 
 GIVEN = os.environ.get("ALPAMAYO_GOLDEN")
 ROOT = Path(GIVEN) if GIVEN else Path(__file__).resolve().parents[3] / "shared" / "golden"

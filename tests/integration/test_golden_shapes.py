@@ -14,7 +14,7 @@ import torch
 from golden_writer import SET_B, SET_C, write_set
 from safetensors.torch import load_file, save_file
 
-from alpamayo_dflash.target import Alpamayo
+from alpamayo_dflash.target.alpamayo import Alpamayo
 
 GOLDEN_TESTS = Path(__file__).with_name("test_golden.py")
 

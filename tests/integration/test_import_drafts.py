@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alpamayo_dflash import Alpamayo, DFlashDraft, SpeculativeDecoder
-from alpamayo_dflash.decode import Verifier
-from alpamayo_dflash.draft import DraftConfig
-from alpamayo_dflash.draft.config import FULL_CONTEXT
+from alpamayo_dflash.decode.verify import Verifier
+from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.draft.formats import to_json
 
 TAPS = [0, 2]

@@ -10,16 +10,19 @@ import torch
 from random_target import random_target
 from torch.nn import functional
 
-from alpamayo_dflash.clips import ClipError, ClipSource
-from alpamayo_dflash.decode import Sampling, SpeculativeDecoder, teacher_forced
-from alpamayo_dflash.distill import DistillConfig, DistillData
+from alpamayo_dflash.clips.source import ClipError, ClipSource
+from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from alpamayo_dflash.decode.rollouts import Rollouts, teacher_forced
 from alpamayo_dflash.distill import run as distill_run
+from alpamayo_dflash.distill.config import DistillConfig
+from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.writer import RankWriter
-from alpamayo_dflash.layers import LayersConfig, read_choice
 from alpamayo_dflash.layers import run as layers_run
-from alpamayo_dflash.layers.rollout import Rollouts
-from alpamayo_dflash.target import Alpamayo
-from alpamayo_dflash.world import WorldConfig
+from alpamayo_dflash.layers.choice import read_choice
+from alpamayo_dflash.layers.config import LayersConfig
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.run import run as write_world
 
 LAYERS, MAX_TOKENS, CONTEXT = 4, 12, 5

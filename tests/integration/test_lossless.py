@@ -11,23 +11,15 @@ import torch
 from proposers import NotANumber, Oracle, Random, Reduced
 from random_target import random_prompt, random_target
 
-from alpamayo_dflash.decode import (
-    DecodeConfig,
-    Recorder,
-    Sampling,
-    SpeculativeDecoder,
-    StageTimer,
-    StopReason,
-    chi_square,
-    count_texts,
-    engine,
-    joint_distribution,
-    teacher_forced,
-)
-from alpamayo_dflash.decode.chooser import Chooser
-from alpamayo_dflash.decode.config import Request
-from alpamayo_dflash.decode.observer import SPANS
+from alpamayo_dflash.decode import round_device as engine
+from alpamayo_dflash.decode.config import DecodeConfig, Request, Sampling
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from alpamayo_dflash.decode.observer import SPANS, Recorder, StageTimer
+from alpamayo_dflash.decode.rollouts import teacher_forced
+from alpamayo_dflash.decode.sampling import Chooser
+from alpamayo_dflash.decode.stops import StopReason
 from alpamayo_dflash.draft.config import FULL_CONTEXT
+from alpamayo_dflash.evaluate.distribution import chi_square, count_texts, joint_distribution
 
 LIMIT = 20
 PROMPT_SEEDS = (0, 1, 3, 5)
@@ -202,9 +194,9 @@ def test_caches_and_trajectories_are_equal(
 
 def test_the_handed_cache_is_the_teacher_forced_one(monkeypatch, target, prompts, truth):
     """Keys and values of the text alone, in order, as one plain chain gives them."""
-    from alpamayo_dflash.decode.tail import ROOT
+    from alpamayo_dflash.decode.cache import ROOT
+    from alpamayo_dflash.decode.tree import Tree
     from alpamayo_dflash.decode.verify import Verifier
-    from alpamayo_dflash.decode.walk import Tree
 
     prefixes = handed_over(monkeypatch, target)
     expected = truth[1, 0.6, 6]
@@ -712,7 +704,8 @@ def golden_prompt(name):
     """Load a case, its target and its prompt."""
     from safetensors.torch import load_file
 
-    from alpamayo_dflash.target import Alpamayo, Prompt
+    from alpamayo_dflash.target.alpamayo import Alpamayo
+    from alpamayo_dflash.target.prompt import Prompt
 
     case = load_file(name.with_suffix(".safetensors"))
     single = load_file(name.parent / f"{name.stem.removesuffix('_multi')}.safetensors")
@@ -767,9 +760,9 @@ def test_golden_case(name, kind):
 @pytest.mark.parametrize("name", MULTI, ids=lambda name: f"{name.parents[1].name}-{name.stem}")
 def test_golden_samples_of_different_lengths(name):
     """Three texts that part on the way, as one tree of rows; the expert reads each one's own part of it."""
-    from alpamayo_dflash.decode import Verifier
-    from alpamayo_dflash.decode.tail import ROOT
-    from alpamayo_dflash.decode.walk import Tree
+    from alpamayo_dflash.decode.cache import ROOT
+    from alpamayo_dflash.decode.tree import Tree
+    from alpamayo_dflash.decode.verify import Verifier
 
     target, prompt, case, _ = golden_prompt(name)
     stop = target.special.traj_future_start

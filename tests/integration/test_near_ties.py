@@ -7,18 +7,20 @@ import torch
 from proposers import Oracle
 from random_target import random_prompt, random_target
 
-from alpamayo_dflash.decode import Sampling, SpeculativeDecoder
+from alpamayo_dflash.decode.cache import ROOT
+from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.sampling import choose
-from alpamayo_dflash.decode.tail import ROOT
-from alpamayo_dflash.decode.walk import Tree
-from alpamayo_dflash.draft import DFlashDraft, DraftConfig
+from alpamayo_dflash.decode.tree import Tree
+from alpamayo_dflash.draft.config import DraftConfig
+from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.arms import Arms
 from alpamayo_dflash.evaluate.config import EvaluateConfig
 from alpamayo_dflash.evaluate.near_ties import Loop, choices_within, parting
 from alpamayo_dflash.evaluate.run import _identity
-from alpamayo_dflash.target import Alpamayo
-from alpamayo_dflash.tiny import checkpoint_path
-from alpamayo_dflash.tiny.validate import held_out
+from alpamayo_dflash.standins.validate import held_out
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.checkpoint import checkpoint_path
 
 BLOCK, PROMPTS, LIMIT, OFF = 8, 24, 24, 0.02
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from alpamayo_dflash.artefacts import folder_hash, read_json
+from alpamayo_dflash.bench.figures import figures, medians, spread
+from alpamayo_dflash.bench.floors import TextShape, floors
 from alpamayo_dflash.cli.main import main
-from alpamayo_dflash.evaluate.bench import figures, floors, spread
-from alpamayo_dflash.evaluate.bench.figures import medians
-from alpamayo_dflash.evaluate.bench.floors import TextShape
-from alpamayo_dflash.tiny import checkpoint_path, world_figures_path
-from alpamayo_dflash.world.measure import violations
+from alpamayo_dflash.common.artefacts import folder_hash, read_json
+from alpamayo_dflash.evaluate.hardness import violations
+from alpamayo_dflash.standins.config import world_figures_path
+from alpamayo_dflash.target.checkpoint import checkpoint_path
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 TAPS = "1,2,4,6"

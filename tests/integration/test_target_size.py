@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from alpamayo_dflash.artefacts import folder_hash, read_json
+from alpamayo_dflash.bench import memory as target_size
+from alpamayo_dflash.bench.config import MeasureTargetConfig
+from alpamayo_dflash.bench.memory import passed
 from alpamayo_dflash.cli.main import main
-from alpamayo_dflash.evaluate import target_size
-from alpamayo_dflash.evaluate.target_size import HostWatch, MeasureTargetConfig, host_memory, passed
+from alpamayo_dflash.common.artefacts import folder_hash, read_json
+from alpamayo_dflash.common.machine import HostWatch, host_memory
 
 MIB = 2**20
 
@@ -96,7 +98,7 @@ def test_loading_maps_no_more_than_it_was_allowed(
     from safetensors.torch import save_file
     from torch import nn
 
-    from alpamayo_dflash.target import load
+    from alpamayo_dflash.target import checkpoint as load
 
     shard = tmp_path / "model.safetensors"
     save_file({"weight": torch.ones(96 * MIB, dtype=torch.bfloat16)}, shard)
@@ -140,7 +142,7 @@ def test_the_bounds(changes: dict[str, Any], expected: bool) -> None:
 def test_shared_storage_counts_once(checkpoint: Path) -> None:
     import torch
 
-    from alpamayo_dflash.target import Alpamayo
+    from alpamayo_dflash.target.alpamayo import Alpamayo
 
     target = Alpamayo.from_pretrained(checkpoint, dtype=torch.bfloat16)
     plain = sum(tensor.nbytes for tensor in (*target.parameters(), *target.buffers()))

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from alpamayo_dflash.decode.score import teacher_forced
-from alpamayo_dflash.target import Alpamayo
-from alpamayo_dflash.tiny import TinyTrainConfig, checkpoint_path
-from alpamayo_dflash.tiny.scenes import IGNORE, SceneStream
-from alpamayo_dflash.tiny.training import BatchForward, learning_rate, train_steps
-from alpamayo_dflash.tiny.validate import held_out, look
+from alpamayo_dflash.decode.rollouts import teacher_forced
+from alpamayo_dflash.standins.config import TinyTrainConfig
+from alpamayo_dflash.standins.scenes import IGNORE, SceneStream
+from alpamayo_dflash.standins.training import BatchForward, learning_rate, train_steps
+from alpamayo_dflash.standins.validate import held_out, look
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.checkpoint import checkpoint_path
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,9 @@ def test_the_batched_forward_is_the_targets_own(tiny, batch):
 
 def _prompt(stream, row):
     """The prompt of a row of the stream's first batch."""
-    from alpamayo_dflash.tiny.scenes import TRAINING, stream_seed
-    from alpamayo_dflash.world import sample_scene, window
+    from alpamayo_dflash.standins.scenes import TRAINING, stream_seed
+    from alpamayo_dflash.world.events import sample_scene
+    from alpamayo_dflash.world.render import window
 
     return stream.target.prompt(window(sample_scene(stream_seed(stream.seed, TRAINING, 0, row))))
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alpamayo_dflash.artefacts import folder_hash
+from alpamayo_dflash.common.artefacts import folder_hash
 from alpamayo_dflash.distill.shards import shard_path
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
-from alpamayo_dflash.draft import DFlashDraft
-from alpamayo_dflash.train import TrainConfig
+from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train import trainer as trainer_module
+from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.run import run
 
 V, C, LAYERS, TAPS, CONTEXT = 64, 32, 3, (0, 2), 6
@@ -232,7 +232,7 @@ def test_a_run_with_other_options_does_not_continue(made, tmp_path):
 TORCHRUN = """
 import sys
 from pathlib import Path
-from alpamayo_dflash.train import TrainConfig
+from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.run import run
 target, data, out = sys.argv[1:]
 run(TrainConfig(target, Path(data), Path(out), num_epochs=1, batch_size=48, learning_rate=3e-3,

@@ -8,12 +8,15 @@ import pytest
 import torch
 from random_target import random_prompt, random_target
 
-from alpamayo_dflash.artefacts import folder_hash
-from alpamayo_dflash.decode import DecodeConfig, SpeculativeDecoder, teacher_forced
+from alpamayo_dflash.common.artefacts import folder_hash
+from alpamayo_dflash.decode.config import DecodeConfig
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from alpamayo_dflash.decode.rollouts import teacher_forced
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
-from alpamayo_dflash.draft import DFlashDraft, DraftConfig
-from alpamayo_dflash.train import TrainConfig
+from alpamayo_dflash.draft.config import DraftConfig
+from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.checkpoint import load_checkpoint
+from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.run import run
 
 TAPS, CONTEXT, TOKENS, PROMPTS = (0, 2), 24, 18, 6  # the prompts are shorter than the context

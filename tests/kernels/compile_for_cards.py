@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alpamayo_dflash.kernels import attention, launch, product
+from alpamayo_dflash.kernels import attention, product
 
 HEADS, KV_HEADS, DIM = 32, 8, 128  # R1's
 POINTERS = {"length_ptr": "*i64", "mask_ptr": "*u8", "top_ptr": "*fp32", "mass_ptr": "*fp32"}
@@ -38,10 +38,10 @@ def shared(kernel, constants, *, warps, stages, capability, floats=()):
 def main():
     capability, available = int(sys.argv[1]), int(sys.argv[2])
     for rows, blocks, gated in (
-        (16, launch._NARROW, False),
-        (16, launch._NARROW_GATED, True),
-        (64, launch._NARROW, False),
-        (64, launch._WIDE_GATED, True),
+        (16, product._NARROW, False),
+        (16, product._NARROW_GATED, True),
+        (64, product._NARROW, False),
+        (64, product._WIDE_GATED, True),
     ):
         constants = {"GATED": gated, "SWAP": blocks.swap, "BLOCK_R": rows}
         constants |= {"BLOCK_N": blocks.columns, "BLOCK_K": blocks.inner}
@@ -50,7 +50,7 @@ def main():
             product.product_kernel, constants, warps=blocks.warps, stages=stages, capability=capability
         )
         print(f"product of {rows} rows, gated {gated}, {stages} stages", taken, sep="\t")
-    for folded, plan in launch._PLANS.items():
+    for folded, plan in attention._PLANS.items():
         fitted = plan.fitted(DIM, available)
         constants = {"HEADS": HEADS, "KV_HEADS": KV_HEADS, "DIM": DIM}
         constants |= {"BLOCK_M": fitted.rows, "BLOCK_T": fitted.keys}

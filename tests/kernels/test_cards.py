@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-launch = pytest.importorskip("alpamayo_dflash.kernels.launch")
+product = pytest.importorskip("alpamayo_dflash.kernels.product")
+attention = pytest.importorskip("alpamayo_dflash.kernels.attention")
 CARDS = {"H100 and H200": (90, 232_448), "A100": (80, 166_912), "GeForce RTX 4090": (89, 101_376)}
 
 
@@ -26,7 +27,7 @@ def test_blocks_fit(card):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     taken = {name: int(size) for name, size in (line.split("\t") for line in done.stdout.splitlines())}
-    assert len(taken) == 4 + len(launch._PLANS)
+    assert len(taken) == 4 + len(attention._PLANS)
     assert max(taken.values()) <= available, taken
     # The loops' loads are in flight together; otherwise nothing was measured.
     assert max(taken.values()) > available // 2
@@ -35,13 +36,13 @@ def test_blocks_fit(card):
 @pytest.mark.parametrize("available", [232_448, 166_912, 101_376, 49_152])
 @pytest.mark.parametrize("dim", [16, 64, 128, 256])
 def test_plans_keep_to_what_there_is(available, dim):
-    for plan in launch._PLANS.values():
+    for plan in attention._PLANS.values():
         fitted = plan.fitted(dim, available)
         assert 2 * fitted.rows * dim + 4 * fitted.keys * dim * fitted.stages <= available
         assert fitted.stages >= 2 and fitted.keys >= 16 and fitted.rows >= 16
 
 
 def test_the_largest_cards_take_the_plans_as_they_are():
-    assert all(plan.fitted(128, 232_448) == plan for plan in launch._PLANS.values())
-    assert launch._NARROW.staged(64, False, 232_448) == launch._NARROW.stages
-    assert launch._WIDE_GATED.staged(64, True, 232_448) == launch._WIDE_GATED.stages
+    assert all(plan.fitted(128, 232_448) == plan for plan in attention._PLANS.values())
+    assert product._NARROW.staged(64, False, 232_448) == product._NARROW.stages
+    assert product._WIDE_GATED.staged(64, True, 232_448) == product._WIDE_GATED.stages

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from alpamayo_dflash.decode import chooser as module
-from alpamayo_dflash.decode.chooser import Chooser
+from alpamayo_dflash.decode import sampling as module
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.noise import row_noise, stream_keys, token_noise
+from alpamayo_dflash.decode.sampling import Chooser
 
 pytest.importorskip("triton")
 VOCAB = 300

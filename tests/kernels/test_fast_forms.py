@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from alpamayo_dflash.decode import DecodeConfig, Recorder, SpeculativeDecoder
 from alpamayo_dflash.decode import verify as verify_module
-from alpamayo_dflash.decode.passes import FusedModel
-from alpamayo_dflash.draft import DFlashDraft, DraftConfig
-from alpamayo_dflash.draft.config import FULL_CONTEXT
-from alpamayo_dflash.target.fused import FusedDecoder
-from alpamayo_dflash.target.storage import share_storage
+from alpamayo_dflash.decode.config import DecodeConfig
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from alpamayo_dflash.decode.forward import FusedModel
+from alpamayo_dflash.decode.observer import Recorder
+from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
+from alpamayo_dflash.draft.model import DFlashDraft
+from alpamayo_dflash.target.qwen3_fused import FusedDecoder
+from alpamayo_dflash.target.weights import share_storage
 
 pytest.importorskip("triton")
 
@@ -38,7 +40,7 @@ def draft_of(target=None, *, hidden=128, vocab=90, block=4, context=6, heads=4, 
 @pytest.mark.parametrize("window", [6, FULL_CONTEXT])
 @torch.inference_mode()
 def test_the_fast_draft_says_what_the_plain_one_says(window):
-    from alpamayo_dflash.draft.fast import FastDraft, places
+    from alpamayo_dflash.draft.fused import FastDraft, places
 
     # A prompt shorter than the context; a draft that sees every state has room for the longest prompt.
     draft, samples, per_sample, prompt = draft_of(context=window), 2, 24, 4
@@ -143,7 +145,7 @@ def test_both_forms_of_a_draft_propose_the_same_in_a_decoder(monkeypatch, tmp_pa
 
 @torch.inference_mode()
 def test_a_text_that_went_wrong_leaves_nothing_behind():
-    from alpamayo_dflash.draft.fast import FastDraft
+    from alpamayo_dflash.draft.fused import FastDraft
 
     draft, per_sample = draft_of(), 64
     generator = torch.Generator().manual_seed(0)

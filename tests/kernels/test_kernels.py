@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from alpamayo_dflash.target.layers import rms_norm, rotate
+from alpamayo_dflash.target.qwen3 import rms_norm, rotate
 
-launch = pytest.importorskip("alpamayo_dflash.kernels.launch")
+product = pytest.importorskip("alpamayo_dflash.kernels.product")
+rows_ = pytest.importorskip("alpamayo_dflash.kernels.rows")
+attention = pytest.importorskip("alpamayo_dflash.kernels.attention")
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -18,16 +20,16 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 )
 def test_product(rows, columns, inner):
     x, weight = normal(rows, inner), normal(columns, inner, seed=1)
-    parts = launch.product(x, weight)
+    parts = product.product(x, weight)
     assert parts.shape[1:] == (rows, columns)
     torch.testing.assert_close(parts.sum(0), functional.linear(x, weight), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        launch.whole_product(x, weight), functional.linear(x, weight), rtol=1e-4, atol=1e-4
+        product.whole_product(x, weight), functional.linear(x, weight), rtol=1e-4, atol=1e-4
     )
 
 
 def test_a_few_columns_are_computed_in_parts():
-    assert len(launch.product(normal(2, 1024), normal(64, 1024))) == 8
+    assert len(product.product(normal(2, 1024), normal(64, 1024))) == 8
 
 
 def test_a_rows_product_depends_on_that_row_alone():
@@ -35,7 +37,7 @@ def test_a_rows_product_depends_on_that_row_alone():
     changed = x.clone()
     changed[:3] = normal(3, 256, seed=2)
     changed[7] = changed[4]
-    first, second = launch.product(x, weight), launch.product(changed, weight)
+    first, second = product.product(x, weight), product.product(changed, weight)
     assert torch.equal(first[:, 3:7], second[:, 3:7])
     assert torch.equal(second[:, 7], second[:, 4])
 
@@ -45,7 +47,7 @@ def test_a_rows_product_depends_on_that_row_alone():
 def test_gated_product(rows, inner):
     x, weight = normal(rows, inner), normal(2 * 80, inner, seed=1)
     gate, up = functional.linear(x, weight).chunk(2, dim=-1)
-    got = launch.gated_product(x, weight)
+    got = product.gated_product(x, weight)
     torch.testing.assert_close(got, functional.silu(gate) * up, rtol=1e-4, atol=1e-4)
 
 
@@ -57,7 +59,7 @@ def test_add_norm(parts, residual):
     hidden = normal(5, 96) if residual else None
     added = normal(parts, 5, 96, seed=1) if parts else None
     weight = normal(96, seed=2)
-    total, normed = launch.add_norm(hidden, added, weight, 1e-6)
+    total, normed = rows_.add_norm(hidden, added, weight, 1e-6)
     expected = torch.zeros(5, 96)
     if hidden is not None:
         expected = expected + hidden
@@ -78,7 +80,7 @@ def test_rotate_store(heads, kv_heads, dim):
     angles = normal(rows, dim // 2, seed=3).repeat(1, 2)
     rotary = angles.cos(), angles.sin()
     keys, values = torch.full((10, kv_heads, dim), 5.0), torch.full((10, kv_heads, dim), 6.0)
-    got = launch.rotate_store(parts, norms, 1e-6, rotary, keys, values, entries)
+    got = rows_.rotate_store(parts, norms, 1e-6, rotary, keys, values, entries)
     q, k, v = parts.sum(0).view(rows, -1, dim).split((heads, kv_heads, kv_heads), dim=1)
     torch.testing.assert_close(got, rotate(rms_norm(q, norms[0], 1e-6), *rotary))
     torch.testing.assert_close(keys[entries], rotate(rms_norm(k, norms[1], 1e-6), *rotary))
@@ -108,10 +110,10 @@ def test_attend_merges_the_prompt_with_a_masked_tail(length, rows):
         attn_mask=seen,
         enable_gqa=True,
     )
-    got = launch.attend(q, keys, values, torch.tensor([length]), mask)
+    got = attention.attend(q, keys, values, torch.tensor([length]), mask)
     torch.testing.assert_close(got.view(rows, heads, dim), expected.transpose(0, 1), rtol=1e-4, atol=1e-5)
     if length == 0:
-        alone = launch.attend(q, keys, values, torch.tensor([0]), mask, prompt=False)
+        alone = attention.attend(q, keys, values, torch.tensor([0]), mask, prompt=False)
         torch.testing.assert_close(
             alone.view(rows, heads, dim), expected.transpose(0, 1), rtol=1e-4, atol=1e-5
         )

@@ -8,7 +8,7 @@ import torch
 from alpamayo_dflash.decode import steps
 from alpamayo_dflash.decode.stops import StopRules
 
-step_launch = pytest.importorskip("alpamayo_dflash.decode.step_launch")
+steps_triton = pytest.importorskip("alpamayo_dflash.decode.steps_triton")
 E, T, EOS, PERIOD = 3, 4, 5, 6
 CPU = torch.device("cpu")
 IDS = torch.tensor([0, 1, 2, E, T, EOS, PERIOD, 7, 8])
@@ -54,7 +54,7 @@ def test_kernels_are_the_plain_steps_and_these_the_rules(mode, marks, reduced):
         ids = IDS.flip(0) if reduced else None
         before = snapshot(state)
         steps.propose(state, known, columns, finite, ids)
-        step_launch.propose(other, known, columns, finite, ids)
+        steps_triton.propose(other, known, columns, finite, ids)
         expected, got = snapshot(state), snapshot(other)
         for name, value in expected.items():
             assert torch.equal(value, got[name]), (name, seed)
@@ -72,13 +72,13 @@ def test_kernels_are_the_plain_steps_and_these_the_rules(mode, marks, reduced):
         settled = torch.rand(len(choices), generator=generator) > 0.1
         finite = torch.rand(len(choices), generator=generator) > 0.1
         steps.accept(state, known, choices, settled, finite)
-        step_launch.accept(other, known, choices, settled, finite)
+        steps_triton.accept(other, known, choices, settled, finite)
         expected, got = snapshot(state), snapshot(other)
         for name, value in expected.items():
             assert torch.equal(value, got[name]), (name, seed)
         # What was not settled is walked again, and only that.
         steps.accept(state, known, choices, torch.ones_like(settled), finite)
-        step_launch.accept(other, known, choices, torch.ones_like(settled), finite)
+        steps_triton.accept(other, known, choices, torch.ones_like(settled), finite)
         assert not state.pending.any()
         for name, value in snapshot(state).items():
             assert torch.equal(value, snapshot(other)[name]), (name, seed)
@@ -103,6 +103,6 @@ def test_autoregressive_rows():
     other = copy.deepcopy(state)
     known = steps.Marks.of(rules())
     steps.propose(state, known, None, None, None)
-    step_launch.propose(other, known, None, None, None)
+    steps_triton.propose(other, known, None, None, None)
     for name in ("row_tokens", "row_positions", "row_slots", "next_positions", "seen", "pending"):
         assert torch.equal(getattr(state, name), getattr(other, name)), name

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from alpamayo_dflash import DFlashDraft
-from alpamayo_dflash.draft import DraftConfig
-from alpamayo_dflash.draft.config import FULL_CONTEXT
+from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 
 dflash = pytest.importorskip("dflash", reason="the package dflash 0.1.0 is not installed")
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from alpamayo_dflash.artefacts import git_revision, read_json, write_json
+from alpamayo_dflash.common.artefacts import git_revision, read_json, write_json
 
 
 def test_lists_of_numbers_take_one_line_and_nothing_changes(tmp_path):

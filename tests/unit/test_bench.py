@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from alpamayo_dflash.artefacts import read_json
+from alpamayo_dflash.bench.clocks import RoundClock
+from alpamayo_dflash.bench.config import BenchConfig
+from alpamayo_dflash.bench.figures import figures, spread
+from alpamayo_dflash.bench.floors import draft_of, floors
+from alpamayo_dflash.bench.profile import short_name
+from alpamayo_dflash.bench.setup import coc_quantiles
 from alpamayo_dflash.cli import main as cli
+from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.decode.observer import RoundTrace
 from alpamayo_dflash.decode.replay import Replay, passes, rate_for
 from alpamayo_dflash.decode.steps import State
-from alpamayo_dflash.evaluate.bench import BenchConfig, figures, floors, spread
-from alpamayo_dflash.evaluate.bench.clocks import RoundClock
-from alpamayo_dflash.evaluate.bench.floors import draft_of
-from alpamayo_dflash.evaluate.bench.profile import short_name
-from alpamayo_dflash.evaluate.bench.setup import coc_quantiles
 
 
 def test_expected_passes():

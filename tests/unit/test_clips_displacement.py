@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from alpamayo_dflash.clips.displacement import constant_velocity, min_ade
+from alpamayo_dflash.clips.window import constant_velocity, min_ade
 
 
 def test_min_ade_takes_the_best_sample_and_ignores_height() -> None:

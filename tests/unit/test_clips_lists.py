@@ -7,8 +7,8 @@ import json
 import pandas as pd
 import pytest
 
-from alpamayo_dflash.clips import ClipSource, parse_cameras, parse_chunks, read_clip_list
-from alpamayo_dflash.clips.source import _ranges
+from alpamayo_dflash.clips.lists import parse_cameras, parse_chunks, read_clip_list
+from alpamayo_dflash.clips.source import ClipSource, _ranges
 
 
 def test_chunks_are_numbers_and_ranges():

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from alpamayo_dflash.decode.check import chi_square
+from alpamayo_dflash.evaluate.distribution import chi_square
 
 JOINT = {(1,): 0.5, (2, 1): 0.3, (2, 2): 0.15, (3,): 0.049}
 

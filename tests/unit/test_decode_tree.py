@@ -3,8 +3,8 @@ import random
 import numpy as np
 import pytest
 
-from alpamayo_dflash.decode.tail import ROOT, Tail
-from alpamayo_dflash.decode.walk import Tree, walk
+from alpamayo_dflash.decode.cache import ROOT, Tail
+from alpamayo_dflash.decode.tree import Tree, walk
 
 
 def test_a_slot_sees_its_ancestors_and_itself():

@@ -5,10 +5,16 @@ import shutil
 import pytest
 import torch
 
-from alpamayo_dflash.distill import DistillData
 from alpamayo_dflash.distill.config import response_bytes
-from alpamayo_dflash.distill.counts import DEFAULT_HELD_OUT, is_held_out, training_counts
-from alpamayo_dflash.distill.shards import manifest_path, shard_path, table_path
+from alpamayo_dflash.distill.data import DistillData
+from alpamayo_dflash.distill.shards import (
+    DEFAULT_HELD_OUT,
+    is_held_out,
+    manifest_path,
+    shard_path,
+    table_path,
+    training_counts,
+)
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 
 TAPS, HIDDEN, TOP_K, CONTEXT = 2, 4, 3, 5

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from alpamayo_dflash.draft import DraftConfig
+from alpamayo_dflash.draft.config import DraftConfig
 
 GOOD = DraftConfig(
     hidden_size=16,

@@ -6,8 +6,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_draft_config import GOOD
 
-from alpamayo_dflash.draft import DFlashDraft, read_draft, write_draft
-from alpamayo_dflash.draft.formats import from_json, resize_vocabulary, tensor_shapes, to_json
+from alpamayo_dflash.draft.formats import (
+    from_json,
+    read_draft,
+    resize_vocabulary,
+    tensor_shapes,
+    to_json,
+    write_draft,
+)
+from alpamayo_dflash.draft.model import DFlashDraft
 
 ZLAB_LAYER = {
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),

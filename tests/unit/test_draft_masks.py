@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from alpamayo_dflash.draft.masks import anchors, attention_mask, context_slots, label_positions
+from alpamayo_dflash.draft.blocks import anchors, attention_mask, context_slots, label_positions
 
 
 @pytest.mark.parametrize(("length", "stride"), [(0, 1), (1, 1), (2, 1), (9, 1), (9, 3), (10, 3)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_draft_config import GOOD
 
-from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.draft.model import DFlashDraft
 
 V, C, X, B = GOOD.vocab_size, GOOD.hidden_size, GOOD.context_len, GOOD.block_size
 

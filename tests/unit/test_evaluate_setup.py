@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from alpamayo_dflash.clips.lists import take
+from alpamayo_dflash.evaluate.hardness import coc_tokens, figures_of
 from alpamayo_dflash.evaluate.lossless import difference
 from alpamayo_dflash.evaluate.reference import MaskIds, OneAfter
-from alpamayo_dflash.evaluate.setup import take
-from alpamayo_dflash.evaluate.world import coc_tokens, figures_of
 
 
 def test_taking_clips_depends_on_their_ids_alone() -> None:

@@ -4,10 +4,12 @@ import sys
 
 import pytest
 
+from alpamayo_dflash.clips.lists import sample_clips
 from alpamayo_dflash.clips.window import DEFAULT_T0_US
-from alpamayo_dflash.layers import LayersConfig, check_layers, own_device, parse_layers, share_of
+from alpamayo_dflash.common.options import check_layers, parse_layers
+from alpamayo_dflash.common.ranks import own_device, share_of
 from alpamayo_dflash.layers.config import DEFAULT_T0_US as CONFIG_T0_US
-from alpamayo_dflash.layers.sample import sample_clips
+from alpamayo_dflash.layers.config import LayersConfig
 
 
 def test_default_moment_is_that_of_clips():

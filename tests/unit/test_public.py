@@ -11,9 +11,9 @@ import pytest
 
 import alpamayo_dflash
 from alpamayo_dflash import SpeculativeDecoder
-from alpamayo_dflash.artefacts import read_json
 from alpamayo_dflash.cli.main import main
-from alpamayo_dflash.distill import DistillData
+from alpamayo_dflash.common.artefacts import read_json
+from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.draft.formats import from_json
 from alpamayo_dflash.evaluate.config import EvaluateConfig
 from alpamayo_dflash.evaluate.run import _earlier

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from alpamayo_dflash.report import ReportConfig, Table, all_tables, comparison
+from alpamayo_dflash.report.config import ReportConfig
 from alpamayo_dflash.report.run import run
-from alpamayo_dflash.report.tables import WORLD_FIGURES
+from alpamayo_dflash.report.tables import WORLD_FIGURES, Table, all_tables, comparison
 
 TIMES = {"prefill_ms": 50.0, "decode_ms": 100.0, "action_ms": 5.0, "total_ms": 155.0, "tokens": 40}
 

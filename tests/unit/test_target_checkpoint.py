@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alpamayo_dflash.target import Alpamayo, AlpamayoConfig, load
+from alpamayo_dflash.target import checkpoint as load
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.expert import log_spaced
 
 NAME = "vlm.model.language_model.layers.1.self_attn.k_proj.weight"

@@ -11,10 +11,10 @@ import target_factory as factory
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.target import ActionPrefix, Alpamayo
-from alpamayo_dflash.target.actions import ActionSpace, initial_speed, yaw_matrices
+from alpamayo_dflash.target.alpamayo import Alpamayo, time_grid
 from alpamayo_dflash.target.config import ActionSpaceConfig
-from alpamayo_dflash.target.model import time_grid
+from alpamayo_dflash.target.expert import ActionPrefix
+from alpamayo_dflash.target.motion import ActionSpace, initial_speed, yaw_matrices
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from alpamayo_dflash.target.fused import misfit, why_plain
+from alpamayo_dflash.target.qwen3_fused import misfit, why_plain
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

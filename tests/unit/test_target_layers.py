@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alpamayo_dflash.target.layers import rms_norm
+from alpamayo_dflash.target.qwen3 import rms_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

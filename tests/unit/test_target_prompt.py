@@ -9,10 +9,10 @@ import pytest
 import target_factory as factory
 import torch
 
-from alpamayo_dflash.target import Alpamayo, AlpamayoConfig
-from alpamayo_dflash.target.config import HistoryTokenizerConfig
-from alpamayo_dflash.target.history import encode_history
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.config import AlpamayoConfig, HistoryTokenizerConfig
 from alpamayo_dflash.target.images import patches, resize, smart_size
+from alpamayo_dflash.target.motion import encode_history
 from alpamayo_dflash.target.prompt import fuse_history, mrope_positions, render
 from alpamayo_dflash.target.vlm import extract_section
 

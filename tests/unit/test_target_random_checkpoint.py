@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alpamayo_dflash.artefacts import read_json
-from alpamayo_dflash.target import Alpamayo, AlpamayoConfig, load
-from alpamayo_dflash.target import random_checkpoint as random
-from alpamayo_dflash.target.random_config import (
+from alpamayo_dflash.common.artefacts import read_json
+from alpamayo_dflash.standins import untrained as random
+from alpamayo_dflash.standins.blueprint import (
     QWEN_ADDED,
     SHAPES,
     RandomCheckpointConfig,
@@ -23,6 +22,9 @@ from alpamayo_dflash.target.random_config import (
     alpamayo_config,
     vlm_config,
 )
+from alpamayo_dflash.target import checkpoint as load
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.config import AlpamayoConfig
 
 SMALL = RandomCheckpointConfig(size="small")
 # The release's sizes as specification 1.3, 1.4 and 2 give them.
@@ -106,7 +108,7 @@ def test_the_releases_tokenizer_has_its_ids(release: Alpamayo) -> None:
 
 
 def test_the_releases_prompt_is_about_as_long_as_the_real_one(release: Alpamayo) -> None:
-    from alpamayo_dflash.evaluate.target_size import noise_window
+    from alpamayo_dflash.standins.untrained import noise_window
 
     prompt = release.prompt(noise_window(0))
     # The real tokenizer gives 3,006; the made-up one cuts the fixed words in its own way.

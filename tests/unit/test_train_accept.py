@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_train_data import CONFIG, PROMPT, Set, block_data
 
-from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.accept import Acceptance, accepted_prefix, simulate, walk
 
 

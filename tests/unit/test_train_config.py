@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from alpamayo_dflash.train import TrainConfig
-from alpamayo_dflash.train.config import decay_gamma
+from alpamayo_dflash.train.config import TrainConfig, decay_gamma
 
 
 @pytest.mark.parametrize(

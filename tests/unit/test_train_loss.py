@@ -5,18 +5,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from alpamayo_dflash.train import TrainConfig
+from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.data import Batch
 from alpamayo_dflash.train.loss import (
+    BlockLoss,
     ce_weight,
     decay_weights,
     dpace_weights,
     head_rows,
-    learning_rate_factor,
     reduced_teacher,
     row_losses,
 )
-from alpamayo_dflash.train.trainer import BlockLoss
+from alpamayo_dflash.train.optimizer import learning_rate_factor
 
 
 @pytest.fixture

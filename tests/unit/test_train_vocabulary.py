@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from alpamayo_dflash.train.vocabulary import choose_tokens
+from alpamayo_dflash.train.start import choose_tokens
 
 COUNTS = {3: 5, 11: 9, 4: 5, 8: 1, 15: 100}
 MASKED = range(14, 18)

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from alpamayo_dflash.evaluate.hardness import BOUNDS, measure, violations
 from alpamayo_dflash.world.facts import EVENT_SHARES, Event, Facts
 from alpamayo_dflash.world.language import (
     all_facts,
@@ -15,10 +16,10 @@ from alpamayo_dflash.world.language import (
     distribution,
     names,
     read,
+    split_words,
     tempered,
     vocabulary_texts,
 )
-from alpamayo_dflash.world.measure import BOUNDS, measure, split_words, violations
 
 TEMPERATURE, TOP_P = 0.6, 0.98
 FACTS = all_facts()

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from alpamayo_dflash.world.measure import (
-    BOUNDS,
-    END,
-    measure,
-    phrase_tree,
-    split_words,
-    violations,
-    words_given,
-)
+from alpamayo_dflash.evaluate.hardness import BOUNDS, measure, phrase_tree, violations, words_given
+from alpamayo_dflash.world.language import END, split_words
 
 STOP = "Stop for the red light."
 KEEP = "Keep lane since the road is clear"

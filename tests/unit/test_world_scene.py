@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 
 from alpamayo_dflash.clips.window import DEFAULT_CAMERAS, DEFAULT_T0_US
-from alpamayo_dflash.world import (
+from alpamayo_dflash.world.config import WorldConfig
+from alpamayo_dflash.world.events import sample_facts, sample_scene
+from alpamayo_dflash.world.facts import (
     EVENT_SHARES,
+    PERSONS,
+    SIDED,
+    VEHICLES,
+    WITH_PERSON,
+    WITH_VEHICLE,
     Event,
     Facts,
-    WorldConfig,
-    frames,
-    sample_scene,
-    scene_seed,
-    window,
 )
-from alpamayo_dflash.world.facts import PERSONS, SIDED, VEHICLES, WITH_PERSON, WITH_VEHICLE
 from alpamayo_dflash.world.kinematics import STEP_S
-from alpamayo_dflash.world.render import render
-from alpamayo_dflash.world.scene import sample_facts
+from alpamayo_dflash.world.render import frames, render, window
+from alpamayo_dflash.world.scene import scene_seed
 
 MANY = 300
 

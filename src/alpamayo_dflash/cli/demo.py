@@ -10,16 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpamayo_dflash.artefacts import folder_hash, provenance, read_json, write_json
+from alpamayo_dflash.common.artefacts import folder_hash, provenance, read_json, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from alpamayo_dflash.distill import DistillConfig
-    from alpamayo_dflash.evaluate import EvaluateConfig
-    from alpamayo_dflash.layers import LayersConfig
-    from alpamayo_dflash.train import TrainConfig
-    from alpamayo_dflash.world import WorldConfig
+    from alpamayo_dflash.distill.config import DistillConfig
+    from alpamayo_dflash.evaluate.config import EvaluateConfig
+    from alpamayo_dflash.layers.config import LayersConfig
+    from alpamayo_dflash.train.config import TrainConfig
+    from alpamayo_dflash.world.config import WorldConfig
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ class Stages:
 
 def stages(config: DemoConfig, target: str) -> Stages:
     """Turn the demo's options into those of its stages."""
-    from alpamayo_dflash.distill import DistillConfig
-    from alpamayo_dflash.evaluate import EvaluateConfig
-    from alpamayo_dflash.layers import LayersConfig
-    from alpamayo_dflash.train import TrainConfig
-    from alpamayo_dflash.world import WorldConfig
+    from alpamayo_dflash.distill.config import DistillConfig
+    from alpamayo_dflash.evaluate.config import EvaluateConfig
+    from alpamayo_dflash.layers.config import LayersConfig
+    from alpamayo_dflash.train.config import TrainConfig
+    from alpamayo_dflash.world.config import WorldConfig
 
     world, data, train = config.out / "world", config.out / "data", config.out / "train"
     return Stages(
@@ -180,7 +180,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
-    from alpamayo_dflash.tiny import checkpoint_path, world_figures_path
+    from alpamayo_dflash.standins.config import world_figures_path
+    from alpamayo_dflash.target.checkpoint import checkpoint_path
 
     started = time.time()
     torch.set_num_threads(config.threads)
@@ -228,10 +229,9 @@ def _run_stages(plan: Stages, console: Console) -> tuple[dict[str, float], bool]
 
 def _summary(plan: Stages, figures: dict[str, float]) -> dict[str, Any]:
     """The evaluation with its rows, and the world's figures: shipped, and over the training clips."""
-    from alpamayo_dflash.distill import DistillData
-    from alpamayo_dflash.evaluate.world import coc_tokens, figures_of
-    from alpamayo_dflash.target import Alpamayo
-    from alpamayo_dflash.world.measure import BOUNDS
+    from alpamayo_dflash.distill.data import DistillData
+    from alpamayo_dflash.evaluate.hardness import BOUNDS, coc_tokens, figures_of
+    from alpamayo_dflash.target.alpamayo import Alpamayo
 
     evaluation: dict[str, Any] = read_json(plan.evaluate.output_dir / "evaluation.json")
     cot_end = Alpamayo.from_pretrained(plan.evaluate.alpamayo_model).special.cot_end

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alpamayo_dflash.artefacts import to_plain
+from alpamayo_dflash.common.artefacts import to_plain
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,24 @@ class Command:
 
 COMMANDS = {
     "world": Command("world.config:WorldConfig", "world.run:run"),
-    "clips": Command("cli.clips:ClipsConfig", "cli.clips:run"),
-    "tiny-train": Command("tiny.config:TinyTrainConfig", "tiny.run:run"),
-    "measure-tiny": Command("tiny.config:MeasureTinyConfig", "tiny.run:measure"),
-    "measure-world": Command("evaluate.config:MeasureWorldConfig", "evaluate.world:run"),
+    "clips": Command("clips.config:ClipsConfig", "clips.run:run"),
+    "tiny-train": Command("standins.config:TinyTrainConfig", "standins.run:run"),
+    "measure-tiny": Command("standins.config:MeasureTinyConfig", "standins.run:measure"),
+    "measure-world": Command("evaluate.config:MeasureWorldConfig", "evaluate.hardness:run"),
     "layers": Command("layers.config:LayersConfig", "layers.run:run"),
     "distill": Command("distill.config:DistillConfig", "distill.run:run"),
     "train": Command("train.config:TrainConfig", "train.run:run"),
-    "evaluate": Command("evaluate.config:EvaluateConfig", "evaluate.run:run", tables="report:all_tables"),
+    "evaluate": Command(
+        "evaluate.config:EvaluateConfig", "evaluate.run:run", tables="report.tables:all_tables"
+    ),
     "lossless": Command("evaluate.config:LosslessConfig", "evaluate.lossless:run"),
     "distribution": Command("evaluate.config:DistributionConfig", "evaluate.distribution:run"),
-    "write-random-target": Command(
-        "evaluate.target_size:WriteRandomTargetConfig", "evaluate.target_size:write"
-    ),
-    "measure-target": Command("evaluate.target_size:MeasureTargetConfig", "evaluate.target_size:measure"),
-    "bench": Command(
-        "evaluate.bench.config:BenchConfig", "evaluate.bench.run:run", tables="report:bench_tables"
-    ),
-    "bench-kernels": Command("evaluate.bench.config:BenchKernelsConfig", "evaluate.bench.kernels:run"),
+    "write-random-target": Command("standins.config:WriteRandomTargetConfig", "standins.untrained:write"),
+    "measure-target": Command("bench.config:MeasureTargetConfig", "bench.memory:measure"),
+    "bench": Command("bench.config:BenchConfig", "bench.run:run", tables="report.tables:bench_tables"),
+    "bench-kernels": Command("bench.config:BenchKernelsConfig", "bench.kernels:run"),
     "report": Command("report.config:ReportConfig", "report.run:run"),
-    "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables="report:all_tables"),
+    "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables="report.tables:all_tables"),
 }
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alpamayo_dflash.artefacts import atomic_file
 from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, find_snapshot, repo_folder
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, check_cameras
+from alpamayo_dflash.common.artefacts import atomic_file
 
 
 @dataclass

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import check_cameras
 
 
@@ -104,3 +109,65 @@ def _from_parquet(path: Path) -> list[str]:
     if "clip_id" not in table:
         raise ValueError(f"{path}: has no column or index `clip_id`; it has {list(table.columns)}")
     return [str(clip_id) for clip_id in table["clip_id"]]
+
+
+def take(clip_ids: Sequence[str], count: int | None) -> list[str]:
+    """A fixed choice of clips: in the order of their ids' hashes, so that it depends on nothing else.
+
+    Args:
+        clip_ids: what to choose from, in any order.
+        count: how many; None takes all.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if count is not None and count > len(clip_ids):
+        raise ValueError(f"num_samples is {count}, but there are {len(clip_ids)} clips")
+    ordered = sorted(clip_ids, key=lambda clip_id: hashlib.sha256(clip_id.encode()).digest())
+    return ordered[:count]
+
+
+def chosen_clips(
+    source: ClipSource,
+    *,
+    clip_id: str | None = None,
+    clip_ids: Path | None = None,
+    chunks: str | None = None,
+    count: int | None = None,
+) -> list[str]:
+    """The clips to measure on: one, a file's, some chunks', or all.
+
+    Raises:
+        ValueError: a clip is not in the dataset, there are none, or fewer than `count`.
+    """
+    if clip_id is not None:
+        named = [clip_id]
+    elif clip_ids is not None:
+        named = list(dict.fromkeys(read_clip_list(clip_ids)))
+    else:
+        return take(source.clip_ids(None if chunks is None else parse_chunks(chunks)), count)
+    for each in named:
+        source.chunk_of(each)  # refuses a clip that is not there, before anything runs
+    return take(named, count)
+
+
+def sample_clips(
+    clip_ids: Sequence[str], per_rank: int, *, seed: int, rank: int, world_size: int
+) -> list[str]:
+    """Draw this rank's clips.
+
+    All ranks draw the same `per_rank * world_size` clips (all, if there are fewer) and take every
+    `world_size`-th, so one process asked for as many clips as all ranks together scores the same ones.
+
+    Args:
+        clip_ids: the clips to draw from, in an order that is the same on every rank.
+        per_rank: clips a rank.
+        seed: of the draw.
+        rank: of this process.
+        world_size: number of processes.
+
+    Returns:
+        Clip ids in the order drawn; no clip twice, none on two ranks.
+    """
+    order = np.random.default_rng(seed).permutation(len(clip_ids))[: per_rank * world_size]
+    return [clip_ids[index] for index in order[rank::world_size]]

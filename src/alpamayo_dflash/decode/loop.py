@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from alpamayo_dflash.decode.cache import ROOT
 from alpamayo_dflash.decode.config import Request
 from alpamayo_dflash.decode.noise import TokenNoise
 from alpamayo_dflash.decode.observer import Observer, RoundTrace, SampleTrace
 from alpamayo_dflash.decode.proposer import ProposalLike, Proposer
 from alpamayo_dflash.decode.sampling import choose, mask_bias
 from alpamayo_dflash.decode.stops import StopReason, StopRules
-from alpamayo_dflash.decode.tail import ROOT
+from alpamayo_dflash.decode.tree import Tree, Walk, walk
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
-from alpamayo_dflash.decode.walk import Tree, Walk, walk
 
 
 @dataclass

@@ -6,12 +6,11 @@ vocabulary, Vd draft vocabulary, b block size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from alpamayo_dflash.decode.steps import State
+from alpamayo_dflash.decode.steps import State
 
 
 class ProposalLike(Protocol):

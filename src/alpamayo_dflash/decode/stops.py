@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from alpamayo_dflash.decode.config import SentenceEnd
+from alpamayo_dflash.decode.config import DecodeConfig, SentenceEnd
+from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 
 class StopReason(StrEnum):
@@ -101,3 +102,16 @@ class StopRules:
         if self.cot_end is None or self.traj_future_start is None:
             return []
         return [self.cot_end, self.traj_future_start]
+
+
+def stop_rules(target: Qwen3VLTarget, config: DecodeConfig) -> StopRules:
+    """The target's end tokens; the period is looked up in its tokenizer."""
+    period = target.tokenizer.encode(".", add_special_tokens=False).ids
+    special = target.special
+    return StopRules(
+        cot_end=special.cot_end,
+        traj_future_start=special.traj_future_start,
+        eos=special.eos,
+        period=period[0] if len(period) == 1 else None,
+        mode=config.sentence_end,
+    )

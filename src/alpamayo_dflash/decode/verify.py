@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alpamayo_dflash.common.machine import current
 from alpamayo_dflash.decode.cache import Cache
-from alpamayo_dflash.decode.passes import text_model
-from alpamayo_dflash.target.device import current
-from alpamayo_dflash.target.layers import AfterLayer
+from alpamayo_dflash.decode.forward import text_model
 from alpamayo_dflash.target.prompt import Prompt, PromptEmbeddings
+from alpamayo_dflash.target.qwen3 import AfterLayer
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 

@@ -6,13 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alpamayo_dflash.layers.config import (
-    DEFAULT_T0_US,
-    parse_layers,
-    require_positive,
-    require_sampling,
-)
-from alpamayo_dflash.layers.ranks import share_of
+from alpamayo_dflash.common.options import parse_layers, require_positive, require_sampling
+from alpamayo_dflash.common.ranks import share_of
+from alpamayo_dflash.layers.config import DEFAULT_T0_US
 
 EXPECTED_TOKENS = 40
 """Tokens a response in the estimate of disk space: 99 in 100 real responses are shorter (R1: p99 36)."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpamayo_dflash.artefacts import file_hash
+from alpamayo_dflash.common.artefacts import file_hash
 from alpamayo_dflash.distill.shards import (
     TENSOR_NAMES,
     DistillSample,
@@ -20,6 +20,7 @@ from alpamayo_dflash.distill.shards import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 _OPEN_SHARDS = 32
 

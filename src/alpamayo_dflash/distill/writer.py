@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpamayo_dflash.artefacts import write_json
-from alpamayo_dflash.distill import counts
+from alpamayo_dflash.common.artefacts import write_json
+from alpamayo_dflash.common.ranks import require_same
+from alpamayo_dflash.distill import shards as counts
 from alpamayo_dflash.distill.shards import (
     FORMAT,
     DistillSample,
@@ -25,7 +26,6 @@ from alpamayo_dflash.distill.shards import (
     write_shard,
     write_table,
 )
-from alpamayo_dflash.layers.ranks import require_same
 
 if TYPE_CHECKING:
     from torch import Tensor

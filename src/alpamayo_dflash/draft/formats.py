@@ -19,7 +19,7 @@ one layer off costs a sixth of the accepted tokens, and nothing else shows it.
 
 from __future__ import annotations
 
-import pickle  # its error type only: torch.load is called with weights_only
+import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alpamayo_dflash.artefacts import atomic_folder, read_json, write_json
+from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 
 WEIGHTS = "model.safetensors"

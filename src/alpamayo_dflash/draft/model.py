@@ -15,7 +15,7 @@ V vocabulary, Vd draft vocabulary (V where the head is whole).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alpamayo_dflash.draft.blocks import Proposal, attention_mask
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
-from alpamayo_dflash.draft.fast import FastDraft
 from alpamayo_dflash.draft.formats import read_draft, write_draft
-from alpamayo_dflash.draft.masks import attention_mask
-from alpamayo_dflash.target.fused import why_plain
-from alpamayo_dflash.target.layers import rms_norm
-from alpamayo_dflash.target.storage import share_groups
+from alpamayo_dflash.draft.fused import FastDraft
+from alpamayo_dflash.target.qwen3 import rms_norm
+from alpamayo_dflash.target.qwen3_fused import why_plain
+from alpamayo_dflash.target.weights import share_groups
 
 INITIAL_STD = 0.02
 """Standard deviation of new weights, as in Qwen3."""
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """What the draft predicts for a block's masks.
-
-    Attributes:
-        logits: [S, b−1, Vd].
-        token_ids: int64 [Vd], the target's id of each column of a reduced head; None where it is whole.
-    """
-
-    logits: Tensor
-    token_ids: Tensor | None = None
 
 
 class RMSNorm(nn.Module):

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.decode import Observer, Prefilled, Result, Sampling, SpeculativeDecoder, synchronise
+from alpamayo_dflash.common.machine import synchronise
+from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.decode.noise import flow_noise
+from alpamayo_dflash.decode.observer import Observer
 from alpamayo_dflash.decode.proposer import Proposer
+from alpamayo_dflash.decode.verify import Prefilled
 from alpamayo_dflash.evaluate.config import ARMS, EvaluateConfig
 from alpamayo_dflash.evaluate.near_ties import Loop, parting
 from alpamayo_dflash.evaluate.reference import generate
 from alpamayo_dflash.evaluate.rows import Acceptance, ArmRow
-from alpamayo_dflash.target.model import Alpamayo
+from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from alpamayo_dflash.common.options import check_positive
 from alpamayo_dflash.decode.config import DecodeConfig, Sampling, SentenceEnd
 
 ARMS = ("transformers", "autoregressive", "dflash")
@@ -13,13 +14,6 @@ ARMS = ("transformers", "autoregressive", "dflash")
 
 SAMPLED_TEMPERATURE = 0.6
 """Temperature of the sampled identity check where the timed runs are greedy."""
-
-
-def check_positive(**values: int | float | None) -> None:
-    """Raise ValueError for the first value that is below 1; None is let through."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from alpamayo_dflash.artefacts import folder_hash, provenance, to_plain, write_json
-from alpamayo_dflash.clips import ClipSource
-from alpamayo_dflash.decode import Result, SpeculativeDecoder
-from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.clips.lists import chosen_clips
+from alpamayo_dflash.clips.source import ClipSource
+from alpamayo_dflash.common.artefacts import folder_hash, provenance, to_plain, write_json
+from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
+from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.arms import acceptance_of
 from alpamayo_dflash.evaluate.config import LosslessConfig
 from alpamayo_dflash.evaluate.reference import generate
 from alpamayo_dflash.evaluate.rows import LosslessRow, RowStore
-from alpamayo_dflash.evaluate.setup import chosen_clips, open_target
-from alpamayo_dflash.target.model import Alpamayo
+from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 from alpamayo_dflash.target.prompt import Prompt
 
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.decode import Prefilled, SpeculativeDecoder
+from alpamayo_dflash.decode.cache import ROOT
 from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.noise import row_noise, stream_keys
 from alpamayo_dflash.decode.sampling import mask_bias
-from alpamayo_dflash.decode.tail import ROOT
-from alpamayo_dflash.decode.walk import Tree
+from alpamayo_dflash.decode.tree import Tree
+from alpamayo_dflash.decode.verify import Prefilled
 
 
 @dataclass(frozen=True)

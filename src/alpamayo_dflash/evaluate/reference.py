@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +19,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from alpamayo_dflash.decode.config import GREEDY_BELOW
+from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.expert import ActionPrefix
-
-if TYPE_CHECKING:
-    from alpamayo_dflash.target import Alpamayo
-    from alpamayo_dflash.target.prompt import Prompt
-    from alpamayo_dflash.target.vlm import Qwen3VLTarget
+from alpamayo_dflash.target.prompt import Prompt
+from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, NotRequired, TypedDict, TypeVar, cast
 
-from alpamayo_dflash.artefacts import atomic_file, to_plain
+from alpamayo_dflash.common.artefacts import atomic_file, to_plain
 
 
 class ArmRow(TypedDict):

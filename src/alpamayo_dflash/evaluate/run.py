@@ -11,22 +11,25 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from alpamayo_dflash.artefacts import folder_hash, provenance, read_json, to_plain, write_json
-from alpamayo_dflash.clips import ClipSource, Window
 from alpamayo_dflash.clips.cache import find_snapshot
-from alpamayo_dflash.clips.displacement import constant_velocity, min_ade
-from alpamayo_dflash.decode import Sampling, StageTimer, synchronise
-from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.clips.lists import chosen_clips
+from alpamayo_dflash.clips.source import ClipSource
+from alpamayo_dflash.clips.window import Window, constant_velocity, min_ade
+from alpamayo_dflash.common.artefacts import folder_hash, provenance, read_json, to_plain, write_json
+from alpamayo_dflash.common.machine import synchronise
+from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.observer import StageTimer
+from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate import metrics
 from alpamayo_dflash.evaluate.arms import Arms, Run, acceptance_of
 from alpamayo_dflash.evaluate.config import EvaluateConfig
 from alpamayo_dflash.evaluate.rows import ClipRow, Failure, Identity, Named, RowStore, Trajectory
-from alpamayo_dflash.evaluate.setup import chosen_clips, open_target
 from alpamayo_dflash.evaluate.trace import LEGEND, RoundPrinter, piece_of
+from alpamayo_dflash.target.alpamayo import open_target
 from alpamayo_dflash.target.prompt import Prompt
-from alpamayo_dflash.world import Facts, read_facts
+from alpamayo_dflash.world.facts import Facts
 from alpamayo_dflash.world.language import read
-from alpamayo_dflash.world.read import SCENES_FILE
+from alpamayo_dflash.world.read import SCENES_FILE, read_facts
 
 RESULT = "evaluation.json"
 ROWS = "rows.jsonl"

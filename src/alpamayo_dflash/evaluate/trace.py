@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from tokenizers import Tokenizer
 
+
 LEGEND = Text.assemble(
     "each pass: ", ("+accepted", "green"), " ", ("-rejected", "red"), " ", ("=the target's own", "bold cyan")
 )

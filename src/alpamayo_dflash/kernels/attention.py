@@ -9,8 +9,14 @@ Shapes: R rows, H query heads, K KV heads, G = H/K, D head dim, E cache entries,
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from alpamayo_dflash.kernels.limits import fitting_stages, shared_memory
 
 
 @triton.jit
@@ -129,3 +135,115 @@ def merge_kernel(
     share = tl.exp2(top - tl.max(top, axis=0))
     merged = tl.sum(out * share[:, None], axis=0) / tl.sum(mass * share, axis=0)
     tl.store(merged_ptr + place * DIM + d, merged.to(merged_ptr.dtype.element_ty))
+
+
+_LOG2_E = 1.4426950408889634
+_LEAST_TILE = 16
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How attention is cut: rows and keys of a tile, the prompt's stretches, a tail stretch's slots."""
+
+    rows: int
+    keys: int
+    stretches: int
+    warps: int
+    stages: int
+    tail: int = 128
+
+    def fitted(self, dim: int, available: int) -> _Plan:
+        """The plan with as many keys and stages as fit so much shared memory."""
+        plan = self
+        while True:
+            stages = fitting_stages(plan.stages, 4 * plan.keys * dim, 2 * plan.rows * dim, available)
+            if stages >= 2 or (plan.keys <= _LEAST_TILE and plan.rows <= _LEAST_TILE):
+                return replace(plan, stages=max(stages, 1))
+            if plan.keys > _LEAST_TILE:
+                plan = replace(plan, keys=plan.keys // 2)
+            else:
+                plan = replace(plan, rows=plan.rows // 2)
+
+
+_PLANS = {
+    16: _Plan(16, 32, 32, 4, 3),
+    64: _Plan(64, 64, 12, 4, 3),
+    192: _Plan(64, 64, 8, 4, 3),
+    256: _Plan(128, 64, 6, 8, 3),
+    512: _Plan(128, 64, 4, 8, 3),
+    1024: _Plan(128, 128, 1, 8, 3, tail=256),
+}
+"""By the most folded rows (rows times query heads of a KV head) that a plan is for; the last for all more."""
+
+
+def _plan(folded: int) -> _Plan:
+    return next((plan for most, plan in _PLANS.items() if folded <= most), _PLANS[max(_PLANS)])
+
+
+def attend(
+    q_RHD: Tensor,
+    keys_EKD: Tensor,
+    values_EKD: Tensor,
+    length_1: Tensor,
+    mask_RT: Tensor,
+    *,
+    prompt: bool = True,
+) -> Tensor:
+    """Attention of rows over a prompt and a tail behind it in the cache.
+
+    Args:
+        q_RHD: rotated queries.
+        keys_EKD: the prompt's entries, then the tail's.
+        values_EKD: likewise.
+        length_1: int64 [1] on the device, the prompt's entries.
+        mask_RT: uint8, 1 where a row sees a slot of the tail. Every row must see something.
+        prompt: whether there may be a prompt; without, `length_1` is 0.
+
+    Returns:
+        [R, H·D].
+    """
+    rows, heads, dim = q_RHD.shape
+    kv_heads = keys_EKD.shape[1]
+    plan = _plan(rows * (heads // kv_heads)).fitted(dim, shared_memory(q_RHD.device))
+    tiles = triton.cdiv(rows * (heads // kv_heads), plan.rows)
+    stretches = plan.stretches if prompt else 0
+    tail = triton.cdiv(mask_RT.shape[1], plan.tail)
+    count = stretches + tail
+    out = torch.empty(count, rows, heads, dim, dtype=torch.float32, device=q_RHD.device)
+    tops = torch.empty(2, count, rows, heads, dtype=torch.float32, device=q_RHD.device)
+    merged = torch.empty(rows, heads * dim, dtype=q_RHD.dtype, device=q_RHD.device)
+    stretches_kernel[(kv_heads, count, tiles)](
+        q_RHD,
+        keys_EKD,
+        values_EKD,
+        length_1,
+        mask_RT,
+        out,
+        tops[0],
+        tops[1],
+        rows,
+        mask_RT.shape[1],
+        dim**-0.5 * _LOG2_E,
+        stretches,
+        plan.tail,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        DIM=dim,
+        BLOCK_M=plan.rows,
+        BLOCK_T=plan.keys,
+        num_warps=plan.warps,
+        num_stages=plan.stages,
+    )
+    merge_kernel[(rows, heads)](
+        out,
+        tops[0],
+        tops[1],
+        merged,
+        rows,
+        count,
+        HEADS=heads,
+        DIM=dim,
+        BLOCK_J=triton.next_power_of_2(count),
+        num_warps=4,
+    )
+    return merged

@@ -9,8 +9,16 @@ Shapes: R rows, N output columns, I inner dimension, J parts.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from alpamayo_dflash.kernels.limits import fitting_stages, shared_memory
+from alpamayo_dflash.kernels.rows import gate
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -81,3 +89,103 @@ def product_kernel(
         tl.store(
             out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=real[:, None] & (n < columns)[None, :]
         )
+
+
+# Up to 32 rows our products read a layer's weights faster than cuBLAS does, up to here about as fast
+# (docs/log.md, 2026-11-25), and beyond it not.
+FEW_ROWS = 64
+# Programs that fill the 132 multiprocessors of an H100 or H200 about once.
+_FULL = 128
+_INNER_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A product kernel's shape; `swap` as in the kernel."""
+
+    swap: bool
+    columns: int
+    inner: int
+    stages: int
+    warps: int
+
+    def staged(self, rows: int, gated: bool, available: int) -> int:
+        """The stages that fit so much shared memory, at so many rows a program."""
+        stage_bytes = 2 * self.inner * (rows + self.columns * (2 if gated else 1))
+        return max(1, fitting_stages(self.stages, stage_bytes, 0, available))
+
+
+_NARROW = _Blocks(swap=True, columns=64, inner=128, stages=5, warps=4)
+_NARROW_GATED = _Blocks(swap=False, columns=32, inner=128, stages=3, warps=4)
+_WIDE_GATED = _Blocks(swap=True, columns=64, inner=64, stages=4, warps=4)
+
+
+def product(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
+    """X @ weight.T as parts [J, R, N] that are still to be summed; J is 1 where one program takes all."""
+    if not _ours(x_RI):
+        return functional.linear(x_RI, weight_NI).unsqueeze(0)
+    return few_rows_product(x_RI, weight_NI)
+
+
+def few_rows_product(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
+    """`product` by the kernel, at any number of rows."""
+    rows, inner = x_RI.shape
+    columns = len(weight_NI)
+    tiles, parts = triton.cdiv(columns, _NARROW.columns), 1
+    while tiles * parts < _FULL and inner % (2 * parts * _INNER_BLOCK) == 0:
+        parts *= 2
+    dtype = x_RI.dtype if parts == 1 else torch.float32
+    out = torch.empty(parts, rows, columns, dtype=dtype, device=x_RI.device)
+    _launch(x_RI, weight_NI, out, _NARROW, gated=False)
+    return out
+
+
+def _ours(x_RI: Tensor) -> bool:
+    """Whether the kernel is for these rows."""
+    rows, inner = x_RI.shape
+    return rows <= FEW_ROWS and inner % _INNER_BLOCK == 0
+
+
+def whole_product(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
+    """X @ weight.T, [R, N]."""
+    parts = product(x_RI, weight_NI)
+    return parts[0] if len(parts) == 1 else parts.sum(0).to(x_RI.dtype)
+
+
+def gated_product(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
+    """silu(x @ gate.T) · (x @ up.T), [R, N/2], of a weight that holds gate's rows, then up's."""
+    if not _ours(x_RI):
+        return gate(functional.linear(x_RI, weight_NI))
+    return few_rows_gated_product(x_RI, weight_NI)
+
+
+def few_rows_gated_product(x_RI: Tensor, weight_NI: Tensor) -> Tensor:
+    """`gated_product` by the kernel, at any number of rows."""
+    rows = len(x_RI)
+    out = torch.empty(1, rows, len(weight_NI) // 2, dtype=x_RI.dtype, device=x_RI.device)
+    _launch(x_RI, weight_NI, out, _NARROW_GATED if rows <= 16 else _WIDE_GATED, gated=True)
+    return out[0]
+
+
+def _launch(x_RI: Tensor, weight_NI: Tensor, out_JRN: Tensor, blocks: _Blocks, *, gated: bool) -> None:
+    parts, rows, columns = out_JRN.shape
+    inner = x_RI.shape[1]
+    assert x_RI.stride(1) == 1 and weight_NI.is_contiguous()
+    block_rows = min(FEW_ROWS, max(16, triton.next_power_of_2(rows)))
+    product_kernel[(triton.cdiv(columns, blocks.columns), parts, triton.cdiv(rows, block_rows))](
+        x_RI,
+        weight_NI,
+        out_JRN,
+        rows,
+        columns,
+        inner,
+        x_RI.stride(0),
+        inner // parts,
+        GATED=gated,
+        SWAP=blocks.swap,
+        BLOCK_R=block_rows,
+        BLOCK_N=blocks.columns,
+        BLOCK_K=blocks.inner,
+        num_stages=blocks.staged(block_rows, gated, shared_memory(x_RI.device)),
+        num_warps=blocks.warps,
+    )

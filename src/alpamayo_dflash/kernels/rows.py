@@ -8,8 +8,12 @@ Shapes: R rows, C hidden, H query heads, K KV heads, D head dim, E cache entries
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -127,3 +131,102 @@ def gate_kernel(both_ptr, out_ptr, width, BLOCK_C: tl.constexpr):
     dtype = out_ptr.dtype.element_ty
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     tl.store(out_ptr + row * width + c, (silu * up).to(dtype), mask=inside)
+
+
+def gate(both_RN: Tensor) -> Tensor:
+    """silu(gate) · up, [R, N/2], of [R, N] that holds gate, then up."""
+    rows, width = len(both_RN), both_RN.shape[1] // 2
+    out = torch.empty(rows, width, dtype=both_RN.dtype, device=both_RN.device)
+    block = 1024
+    gate_kernel[(rows, triton.cdiv(width, block))](both_RN, out, width, BLOCK_C=block, num_warps=4)
+    return out
+
+
+def add_norm(
+    hidden_RC: Tensor | None,
+    parts_JRC: Tensor | None,
+    weight_C: Tensor,
+    eps: float,
+    normed_RC: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Hidden + the parts' sum, and its RMS norm.
+
+    Args:
+        hidden_RC: the residual, or None.
+        parts_JRC: from `product`, or None; one of the two is there.
+        weight_C: of the norm.
+        eps: of the norm.
+        normed_RC: where to write the norm; a new tensor by default.
+
+    Returns:
+        The sum [R, C] (hidden itself without parts; meaningless without hidden) and the norm [R, C].
+    """
+    like = hidden_RC if hidden_RC is not None else parts_JRC
+    assert like is not None
+    rows, width = like.shape[-2:]
+    normed = like.new_empty(rows, width, dtype=weight_C.dtype) if normed_RC is None else normed_RC
+    residual = hidden_RC is not None and parts_JRC is not None
+    total = torch.empty_like(hidden_RC) if residual and hidden_RC is not None else like
+    add_norm_kernel[(rows,)](
+        like if hidden_RC is None else hidden_RC,
+        like if parts_JRC is None else parts_JRC,
+        weight_C,
+        total,
+        normed,
+        rows,
+        width,
+        eps,
+        RESIDUAL=hidden_RC is not None,
+        PARTS=0 if parts_JRC is None else len(parts_JRC),
+        BLOCK_C=triton.next_power_of_2(width),
+        num_warps=8,
+    )
+    return total, normed
+
+
+def rotate_store(
+    parts_JRN: Tensor,
+    norms: tuple[Tensor, Tensor],
+    eps: float,
+    rotary: tuple[Tensor, Tensor],
+    keys_EKD: Tensor,
+    values_EKD: Tensor,
+    entries_R: Tensor,
+) -> Tensor:
+    """Norm and rotate queries and keys, write keys and values to the cache.
+
+    Args:
+        parts_JRN: the fused product of q, k and v, N = (H + 2K)·D.
+        norms: q's and k's weights [D].
+        eps: of both.
+        rotary: cos and sin [R, D].
+        keys_EKD: the cache's keys of one layer.
+        values_EKD: its values.
+        entries_R: int64, where each row's go.
+
+    Returns:
+        q [R, H, D].
+    """
+    count, rows, width = parts_JRN.shape
+    kv_heads, dim = keys_EKD.shape[1:]
+    heads = width // dim - 2 * kv_heads
+    q = torch.empty(rows, heads, dim, dtype=keys_EKD.dtype, device=keys_EKD.device)
+    block = math.gcd(8, kv_heads)  # q's, k's and v's heads never share a program
+    rotate_store_kernel[(rows, (heads + 2 * kv_heads) // block)](
+        parts_JRN,
+        *norms,
+        *rotary,
+        q,
+        keys_EKD,
+        values_EKD,
+        entries_R,
+        rows,
+        eps,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HALF=dim // 2,
+        PARTS=count,
+        BLOCK_H=block,
+        num_warps=4,
+    )
+    return q

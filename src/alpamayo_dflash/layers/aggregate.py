@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alpamayo_dflash.artefacts import file_hash, provenance, read_json, write_json
+from alpamayo_dflash.common.artefacts import file_hash, provenance, read_json, write_json
+from alpamayo_dflash.common.options import check_layers, parse_layers
+from alpamayo_dflash.common.ranks import require_same
 from alpamayo_dflash.layers.choice import CHOICE_FILE, RULE, choose, progress, reasons
-from alpamayo_dflash.layers.config import LayersConfig, check_layers, parse_layers
-from alpamayo_dflash.layers.ranks import require_same
+from alpamayo_dflash.layers.config import LayersConfig
 from alpamayo_dflash.layers.score import Scores
 
 _NAME = re.compile(r"scores-rank(\d+)of(\d+)\.json")

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from alpamayo_dflash.artefacts import read_json
+from alpamayo_dflash.common.artefacts import read_json
 
 CHOICE_FILE = "layers.json"
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from alpamayo_dflash.artefacts import provenance, read_json, write_json
-from alpamayo_dflash.clips import ClipError, ClipSource, Window, parse_chunks
-from alpamayo_dflash.decode import Sampling
+from alpamayo_dflash.clips.lists import parse_chunks, sample_clips
+from alpamayo_dflash.clips.source import ClipError, ClipSource, progressing_windows
+from alpamayo_dflash.clips.window import Window
+from alpamayo_dflash.common.artefacts import list_hash, provenance, read_json, write_json
+from alpamayo_dflash.common.options import check_layers, parse_layers
+from alpamayo_dflash.common.ranks import own_device, require_same, share_of
+from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.rollouts import Rollouts
 from alpamayo_dflash.layers.aggregate import aggregate, scores_path
 from alpamayo_dflash.layers.choice import CHOICE_FILE
-from alpamayo_dflash.layers.config import LayersConfig, check_layers, parse_layers
-from alpamayo_dflash.layers.inputs import list_hash, load_target, progressing_windows
-from alpamayo_dflash.layers.plot import plot_scores
-from alpamayo_dflash.layers.ranks import own_device, require_same, share_of
-from alpamayo_dflash.layers.rollout import Rollouts
-from alpamayo_dflash.layers.sample import sample_clips
+from alpamayo_dflash.layers.config import LayersConfig
 from alpamayo_dflash.layers.score import Scores, score_response
-
-if TYPE_CHECKING:
-    from alpamayo_dflash.target import Alpamayo
+from alpamayo_dflash.report.plots import plot_scores
+from alpamayo_dflash.target.alpamayo import Alpamayo, load_target
 
 PLOT_FILE = "layers.png"
 

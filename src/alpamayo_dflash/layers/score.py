@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from alpamayo_dflash.decode.sampling import mask_bias
-
-if TYPE_CHECKING:
-    from alpamayo_dflash.target import Alpamayo
+from alpamayo_dflash.target.alpamayo import Alpamayo
 
 
 @dataclass

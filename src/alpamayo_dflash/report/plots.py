@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alpamayo_dflash.common.artefacts import atomic_file
 from alpamayo_dflash.report.tables import ARM_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 # Okabe and Ito's colours, told apart also by readers with colour blindness.
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
@@ -29,8 +31,6 @@ def _figure(title: str, width: float = 7.0, height: float = 3.2) -> tuple[Figure
 
 
 def _save(figure: Figure, path: Path) -> None:
-    from alpamayo_dflash.artefacts import atomic_file
-
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
@@ -150,3 +150,34 @@ def all_plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
     if result.get("training"):
         training(result, add("training"))
     return drawn
+
+
+def plot_scores(content: Mapping[str, Any], path: Path) -> None:
+    """Draw cosine and early-exit cross-entropy by layer, the chosen taps marked.
+
+    Args:
+        content: what `layers.json` holds.
+        path: the PNG to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    ce = {int(layer): value for layer, value in content["early_exit_ce"].items()}
+    layers = sorted(ce)
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.plot(range(len(content["cosine"])), content["cosine"], marker="o", color="tab:blue")
+    above.set_ylabel("cosine to the last layer")
+    above.set_title(f"Scores over {content['tokens']} generated tokens; lines mark the taps")
+    below.plot(layers, [ce[layer] for layer in layers], marker="o", color="tab:orange")
+    below.set_ylabel("early-exit cross-entropy (nats)")
+    below.set_xlabel("target layer")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        for tap in content["target_layers"]:
+            axes.axvline(tap, color="tab:green", linestyle="--", linewidth=1)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -6,14 +6,12 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from alpamayo_dflash.artefacts import atomic_file, read_json
+from alpamayo_dflash.common.artefacts import atomic_file, read_json
+from alpamayo_dflash.report.config import ReportConfig
 from alpamayo_dflash.report.plots import all_plots
 from alpamayo_dflash.report.tables import Table, all_tables
-
-if TYPE_CHECKING:
-    from alpamayo_dflash.report.config import ReportConfig
 
 _NEEDED = ("clips", "lossless", "acceptance_length", "acceptance_rate", "arms", "speedup")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
+
 ARM_NAMES = {
     "transformers": "transformers",
     "autoregressive": "autoregressive",

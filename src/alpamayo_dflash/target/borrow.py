@@ -15,14 +15,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from alpamayo_dflash.target.actions import ActionSpace
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.checkpoint import OPTIONAL_TENSORS, VLMFiles
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.expert import FourierFeatures
-from alpamayo_dflash.target.load import OPTIONAL_TENSORS, VLMFiles
-from alpamayo_dflash.target.model import Alpamayo
-from alpamayo_dflash.target.storage import share_storage
+from alpamayo_dflash.target.motion import ActionSpace
 from alpamayo_dflash.target.tokenizer import check_ids
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
+from alpamayo_dflash.target.weights import share_storage
 
 _EXPERT_PARTS = ("expert", "action_in_proj", "action_out_proj", "action_space")
 # Small modules of ours that get their tensors; the large ones are theirs.

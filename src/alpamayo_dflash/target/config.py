@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from alpamayo_dflash.artefacts import read_json
+from alpamayo_dflash.common.artefacts import read_json
 
 Version = Literal["r1", "1.5"]
 

@@ -20,7 +20,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig, Q
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer, Qwen3VLTextRMSNorm
 
 from alpamayo_dflash.target.config import ActionProjectionConfig
-from alpamayo_dflash.target.layers import Attend, rms_norm
+from alpamayo_dflash.target.qwen3 import Attend, rms_norm
 
 _MLP_NORM_EPS = 1e-5
 ACTION_CHANNELS = 2

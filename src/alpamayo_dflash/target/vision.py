@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from alpamayo_dflash.target.layers import rotate
+from alpamayo_dflash.target.qwen3 import rotate
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from alpamayo_dflash.target.inputs import read_inputs
-from alpamayo_dflash.target.layers import AfterLayer, rope_settings, rotary_tables
-from alpamayo_dflash.target.prompt import PatchShape, Prompt, PromptEmbeddings
+from alpamayo_dflash.target.prompt import PatchShape, Prompt, PromptEmbeddings, read_inputs
+from alpamayo_dflash.target.qwen3 import AfterLayer, rope_settings, rotary_tables
 from alpamayo_dflash.target.tokenizer import EndTokens
 from alpamayo_dflash.target.vision import encode_images
 

@@ -2,9 +2,3 @@
 
 The stage is `alpamayo_dflash.train.run.run`; only its config is imported here, because torch is heavy.
 """
-
-from __future__ import annotations
-
-from alpamayo_dflash.train.config import TrainConfig
-
-__all__ = ["TrainConfig"]

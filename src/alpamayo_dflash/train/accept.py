@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.data import BlockData, Blocks
 
 _BATCH = 256

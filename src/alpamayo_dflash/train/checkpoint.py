@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alpamayo_dflash.artefacts import atomic_folder, read_json, write_json
-from alpamayo_dflash.draft import DFlashDraft, read_draft
-from alpamayo_dflash.draft.formats import KEPT_IDS, read_tensors, write_files
+from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json
+from alpamayo_dflash.draft.formats import KEPT_IDS, read_draft, read_tensors, write_files
+from alpamayo_dflash.draft.model import DFlashDraft
 
 STATE = "trainer.json"
 OPTIMIZER = "optimizer.safetensors"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alpamayo_dflash.distill.counts import DEFAULT_HELD_OUT
-from alpamayo_dflash.layers.config import parse_layers
+from alpamayo_dflash.common.options import at_least, parse_layers
+from alpamayo_dflash.distill.shards import DEFAULT_HELD_OUT
 
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_NUM_LAYERS = 5
@@ -113,16 +113,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check ranges, and that options which need each other are given together."""
         for name in ("num_epochs", "batch_size", "stride", "log_interval"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in ("max_steps", "num_draft_layers", "context_len"):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
+                at_least(name, getattr(self, name), 1)
         for name in (
             *("warmup_steps", "weight_decay", "save_every", "num_workers", "cache_gib"),
             "draft_vocab_size",
         ):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 0)
+                at_least(name, getattr(self, name), 0)
         for name in ("learning_rate", "embed_lr_scale", "kl_temperature", "prefix_weight_gamma"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -131,7 +131,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 to 1")
         if self.block_size is not None:
-            _at_least("block_size", self.block_size, 2)
+            at_least("block_size", self.block_size, 2)
         if self.held_out_chunks is None and not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}; it must be above 0 and below 1")
         parse_layers(self.target_layers)
@@ -142,11 +142,6 @@ class TrainConfig:
             raise ValueError("full_vocab resizes an existing draft; give init_from too")
         if self.draft_vocab_size and self.train_embeddings:
             raise ValueError("draft_vocab_size takes rows of the target's head; train_embeddings has its own")
-
-
-def _at_least(name: str, value: float, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be {least} or more")
 
 
 def decay_gamma(block_size: int, given: float | None) -> float:

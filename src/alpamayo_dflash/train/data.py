@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.distill import DistillData, DistillSample
-from alpamayo_dflash.distill.counts import is_held_out
-from alpamayo_dflash.draft import DraftConfig
-from alpamayo_dflash.draft.masks import anchors, context_slots, label_positions
+from alpamayo_dflash.distill.data import DistillData
+from alpamayo_dflash.distill.shards import DistillSample, is_held_out
+from alpamayo_dflash.draft.blocks import anchors, context_slots, label_positions
+from alpamayo_dflash.draft.config import DraftConfig
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

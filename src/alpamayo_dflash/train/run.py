@@ -11,20 +11,26 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from alpamayo_dflash.artefacts import file_hash, folder_hash, provenance, read_json, to_plain, write_json
-from alpamayo_dflash.distill import DistillData, DistillSample
-from alpamayo_dflash.distill.counts import training_counts
-from alpamayo_dflash.distill.shards import MANIFEST_FILE
-from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.clips.lists import parse_chunks
+from alpamayo_dflash.common.artefacts import (
+    file_hash,
+    folder_hash,
+    provenance,
+    read_json,
+    to_plain,
+    write_json,
+)
+from alpamayo_dflash.common.processes import Processes, join
+from alpamayo_dflash.common.progress import Live, Silent
+from alpamayo_dflash.distill.data import DistillData
+from alpamayo_dflash.distill.shards import MANIFEST_FILE, DistillSample, training_counts
+from alpamayo_dflash.draft.model import DFlashDraft
+from alpamayo_dflash.target.checkpoint import FrozenTarget, read_target
 from alpamayo_dflash.train.checkpoint import read_state
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.data import BlockData, split_samples
-from alpamayo_dflash.train.frozen import FrozenTarget, check_data, read_target
-from alpamayo_dflash.train.processes import Processes, join
-from alpamayo_dflash.train.progress import Live, Silent
-from alpamayo_dflash.train.start import first_draft
+from alpamayo_dflash.train.start import Vocabulary, check_data, choose_tokens, end_token_ids, first_draft
 from alpamayo_dflash.train.trainer import Progress, Trainer
-from alpamayo_dflash.train.vocabulary import Vocabulary, choose_tokens, end_token_ids
 
 SUMMARY = "train.json"
 
@@ -212,8 +218,6 @@ def _outside(samples: Sequence[DistillSample], token_ids: Tensor | None, unlabel
 def _held_out_chunks(config: TrainConfig) -> list[int] | None:
     if config.held_out_chunks is None:
         return None
-    from alpamayo_dflash.clips import parse_chunks
-
     return parse_chunks(config.held_out_chunks)
 
 

@@ -11,25 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alpamayo_dflash.draft import DFlashDraft
+from alpamayo_dflash.common.processes import Processes
+from alpamayo_dflash.common.progress import Monitor
+from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.accept import simulate
 from alpamayo_dflash.train.checkpoint import load_checkpoint, save_checkpoint
-from alpamayo_dflash.train.config import TrainConfig, decay_gamma
+from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.data import Batch, BlockData, Blocks, read_ahead, step_count, step_share
-from alpamayo_dflash.train.loss import (
-    ce_weight,
-    decay_weights,
-    dpace_weights,
-    head_rows,
+from alpamayo_dflash.train.loss import BlockLoss, ce_weight
+from alpamayo_dflash.train.optimizer import (
+    MAX_GRADIENT_NORM,
+    WARMUP_SHARE,
     learning_rate_factor,
-    reduced_teacher,
-    row_losses,
+    make_optimizer,
 )
-from alpamayo_dflash.train.processes import Processes
-from alpamayo_dflash.train.progress import Monitor
-
-WARMUP_SHARE = 0.1
-MAX_GRADIENT_NORM = 1.0
 
 
 @dataclass
@@ -50,59 +45,6 @@ class Progress:
     best_step: int = -1
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     losses: list[dict[str, Any]] = field(default_factory=list)
-
-
-class BlockLoss(nn.Module):
-    """The draft with its loss, as one module for DDP."""
-
-    def __init__(self, draft: DFlashDraft, config: TrainConfig) -> None:
-        super().__init__()
-        self.draft = draft
-        self.options = config
-        block_size = draft.config.block_size
-        gamma = decay_gamma(block_size, config.prefix_weight_gamma)
-        self._decay_B = decay_weights(block_size - 1, gamma)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted sums over the batch's label rows.
-
-        Labels that a reduced head has no row for get no weight in CE, and rows of which it keeps none of the
-        target's stored logits none in KL; so the two have sums of weights of their own.
-
-        Returns:
-            weighted sums of CE and of KL, with gradient, and detached (sum of CE's weights, sum of KL's
-            weights, CE, KL, labels without a row of the head) [5].
-        """
-        draft = self.draft
-        labelled_SB = batch.labelled
-        hidden_RC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries, labelled_SB)
-        teacher = None
-        if batch.teacher_logits is not None and batch.teacher_ids is not None:
-            teacher = (batch.teacher_logits, batch.teacher_ids)
-        labels_R = batch.labels[labelled_SB]
-        has_label_R = has_teacher_R = torch.ones_like(labels_R, dtype=torch.bool)
-        if draft.token_ids is not None:
-            labels_R, has_label_R = head_rows(labels_R, draft.token_ids)
-            if teacher is not None:
-                teacher, has_teacher_R = reduced_teacher(teacher, draft.token_ids)
-        ce_R, kl_R = row_losses(
-            hidden_RC, draft.head, labels_R, teacher, temperature=self.options.kl_temperature
-        )
-        # A token that the draft cannot propose has an infinite cross-entropy, and D-PACE is to know that.
-        weight_R = self._weights(ce_R.detach().masked_fill(~has_label_R, torch.inf), labelled_SB)
-        ce_weight_R, kl_weight_R = weight_R * has_label_R, weight_R * has_teacher_R
-        ce = (ce_weight_R * ce_R).sum()
-        kl = torch.zeros_like(ce) if kl_R is None else (kl_weight_R * kl_R).sum()
-        outside = (~has_label_R).sum().to(ce)
-        sums = (ce_weight_R.sum(), kl_weight_R.sum(), ce.detach(), kl.detach(), outside)
-        return ce, kl, torch.stack(sums)
-
-    def _weights(self, ce_R: Tensor, labelled_SB: Tensor) -> Tensor:
-        if self.options.position_weights == "decay":
-            return self._decay_B.to(ce_R.device).expand(labelled_SB.shape)[labelled_SB]
-        ce_SB = torch.zeros(labelled_SB.shape, device=ce_R.device)
-        ce_SB[labelled_SB] = ce_R
-        return dpace_weights(ce_SB, labelled_SB, self.options.dpace_alpha)[labelled_SB]
 
 
 class Trainer:
@@ -145,7 +87,7 @@ class Trainer:
             self.total_steps = min(self.total_steps, config.max_steps)
         warmup = config.warmup_steps
         self.warmup_steps = math.ceil(WARMUP_SHARE * self.total_steps) if warmup is None else warmup
-        self.optimizer = _optimizer(draft, config, processes.world_size)
+        self.optimizer = make_optimizer(draft, config, processes.world_size)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.loss: nn.Module = BlockLoss(draft, config)
         if processes.world_size > 1:
@@ -296,21 +238,3 @@ class Trainer:
             "total_steps": self.total_steps,
             "parents": self.parents,
         }
-
-
-def _optimizer(draft: DFlashDraft, config: TrainConfig, world_size: int) -> torch.optim.Optimizer:
-    """AdamW: weight decay on matrices only, the embeddings at their own rate."""
-    rate = config.learning_rate * (world_size if config.scale_lr else 1)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in draft.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        embeds = name.startswith(("embed_tokens.", "lm_head."))
-        decay = 0.0 if embeds or parameter.ndim < 2 else config.weight_decay
-        groups.setdefault((rate * config.embed_lr_scale if embeds else rate, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
-        lr=rate,
-        betas=(0.9, 0.95),
-        fused=True,
-    )

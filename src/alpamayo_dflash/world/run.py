@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from alpamayo_dflash.artefacts import atomic_file, provenance, read_json, write_json
 from alpamayo_dflash.clips.cache import EGOMOTION, chunk_file, repo_folder
+from alpamayo_dflash.common.artefacts import atomic_file, provenance, read_json, write_json
 from alpamayo_dflash.world.config import WorldConfig
+from alpamayo_dflash.world.events import sample_facts
 from alpamayo_dflash.world.facts import EVENT_SHARES
 from alpamayo_dflash.world.language import coc
 from alpamayo_dflash.world.read import SCENES_FILE, SceneRecord
-from alpamayo_dflash.world.scene import clip_id_of, sample_facts, scene_seed
+from alpamayo_dflash.world.scene import clip_id_of, scene_seed
 from alpamayo_dflash.world.write import FEATURES, write_chunk, zip_members
 
 MANIFEST = "world.json"

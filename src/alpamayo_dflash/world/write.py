@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from alpamayo_dflash.artefacts import atomic_file
 from alpamayo_dflash.clips.cache import EGOMOTION, chunk_file
 from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, DEFAULT_T0_US, STEP_S
+from alpamayo_dflash.common.artefacts import atomic_file
+from alpamayo_dflash.world.events import sample_scene
 from alpamayo_dflash.world.render import HEIGHT, WIDTH, render
-from alpamayo_dflash.world.scene import Scene, sample_scene, scene_seed
+from alpamayo_dflash.world.scene import Scene, scene_seed
 
 FEATURES = (*(CAMERAS[index] for index in DEFAULT_CAMERAS), EGOMOTION)
 VIDEO_STEPS = range(-7, 2)  # frames, in tenths of a second after t0

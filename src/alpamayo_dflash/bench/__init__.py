@@ -1,0 +1,1 @@
+"""Times beside a floor: the speed and the memory of decoding."""

@@ -1,0 +1,78 @@
+"""How things are timed: whole calls by the host's clock, graphs by the device's, rounds from end to end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from alpamayo_dflash.common.machine import synchronise
+from alpamayo_dflash.decode.observer import Observer, RoundTrace
+from alpamayo_dflash.decode.round_device import CapturedCall
+
+_WARM = 3
+
+
+def wall_ms(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    """Milliseconds of whole calls, launches included."""
+    wait = synchronise(device)
+    times = []
+    for index in range(repeats + _WARM):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        if index >= _WARM:
+            times.append(round((time.perf_counter() - start) * 1e3, 4))
+    return times
+
+
+def graph_ms(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    """Milliseconds of replays of a call as a CUDA graph; on a CPU of the call."""
+    if device.type != "cuda":
+        return wall_ms(call, repeats, device)
+    captured = CapturedCall(call)
+    times = []
+    for index in range(repeats + _WARM):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        captured.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if index >= _WARM:
+            times.append(round(start.elapsed_time(end), 4))
+    return times
+
+
+def ceilings(repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
+    """The rate of reading (2 GiB on a GPU), bytes a second, and of a large product, operations a second."""
+    gpu = device.type == "cuda"
+    size, side = (2**29, 8192) if gpu else (2**22, 512)
+    values = torch.randn(size, device=device)
+    read = [size * 4 / (ms / 1e3) for ms in graph_ms(values.sum, repeats, device)]
+    del values
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = [2 * side**3 / (ms / 1e3) for ms in graph_ms(lambda: a @ b, repeats, device)]
+    return {"read_bytes_per_s": read, "product_flop_per_s": product}
+
+
+class RoundClock(Observer):
+    """Takes the time from each round's report to the next one's, host work included.
+
+    A text's first round is left out: before it the draft reads the prompt's states.
+
+    Attributes:
+        times_ms: of the other rounds watched.
+    """
+
+    def __init__(self) -> None:
+        self.times_ms: list[float] = []
+        self._last = 0.0
+
+    def on_round(self, trace: RoundTrace) -> None:
+        """A report has been read: the device is idle."""
+        now = time.perf_counter()
+        if trace.index:
+            self.times_ms.append(round((now - self._last) * 1e3, 4))
+        self._last = now

@@ -1,0 +1,149 @@
+"""What a user sets about the benchmarks. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from alpamayo_dflash.common.options import numbers
+from alpamayo_dflash.decode.config import MOST_BLOCK, Sampling
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure the engine's speed.
+
+    Attributes:
+        target: `random:r1-10b`, `random:medium`, `random:small` (random weights of that size), `tiny`, or a
+            checkpoint.
+        device: torch device.
+        rows: rows of the verify passes that are timed, with commas between; the block's own are timed too.
+        draft_layers: layers of the drafts that are timed; the first one's drafts decode.
+        block_size: of the drafts.
+        context_len: of the drafts.
+        draft_vocab: tokens of the drafts' reduced head.
+        coc_tokens: tokens of the text that decode figures are for.
+        acceptance: acceptance length that the replay gives texts of that length.
+        temperature: of sampling.
+        repeats: of each timing.
+        texts: how many texts of each kind are decoded, the first of them untimed.
+        lossless_prompts: prompts on which speculative and autoregressive texts are compared.
+        row_width: rows of both loops' passes where they must be equal; the block's by default.
+        coc_counts: CSV of CoC lengths (columns tokens, steps); empty leaves the table of lengths out.
+        transformers: time transformers too.
+        seed: of weights, prompts and noise.
+        out: the JSON file to write.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    target: str = "random:r1-10b"
+    device: str = "cuda"
+    rows: str = "1,8,16,32,48,64,96,256"
+    draft_layers: str = "2,5"
+    block_size: int = 8
+    context_len: int = 64
+    draft_vocab: int = 4096
+    coc_tokens: int = 17
+    acceptance: float = 6.25
+    temperature: float = 0.6
+    repeats: int = 30
+    texts: int = 48
+    lossless_prompts: int = 20
+    row_width: int | None = None
+    coc_counts: str = ""
+    transformers: bool = True
+    seed: int = 0
+    out: Path = Path("docs/results/engine.json")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        least = {"block_size": 2, "context_len": 1, "draft_vocab": 1, "coc_tokens": 2, "repeats": 2}
+        for name, value in (least | {"texts": 3, "lossless_prompts": 0}).items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {value}")
+        if self.row_width is not None and self.row_width < 1:
+            raise ValueError(f"row_width is {self.row_width}; it must be at least 1, or left out")
+        if self.block_size > MOST_BLOCK:
+            raise ValueError(f"block_size is {self.block_size}; it must be at most {MOST_BLOCK}")
+        Sampling(self.temperature)
+        _ = self.row_counts, self.layer_counts
+
+    @property
+    def row_counts(self) -> list[int]:
+        """Rows of the timed passes, ascending, the block's among them."""
+        return sorted({*numbers(self.rows, "rows"), self.block_size})
+
+    @property
+    def layer_counts(self) -> list[int]:
+        """Layers of the timed drafts, in the order given."""
+        return list(dict.fromkeys(numbers(self.draft_layers, "draft_layers")))
+
+
+@dataclass(frozen=True)
+class BenchKernelsConfig:
+    """Measure the project's kernels against the libraries', at R1's sizes, on a GPU.
+
+    Attributes:
+        device: torch device.
+        rows: rows, with commas between.
+        prompt: prompt tokens of the attention.
+        repeats: of each timing.
+        seed: of the random numbers.
+        out: the JSON file to write.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    device: str = "cuda"
+    rows: str = "1,8,16,32,48,64,96,256"
+    prompt: int = 3008
+    repeats: int = 30
+    seed: int = 0
+    out: Path = Path("docs/results/kernels.json")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, least in (("prompt", 1), ("repeats", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        _ = self.row_counts
+
+    @property
+    def row_counts(self) -> list[int]:
+        """Rows, ascending."""
+        return sorted(set(numbers(self.rows, "rows")))
+
+
+@dataclass(frozen=True)
+class MeasureTargetConfig:
+    """Measure a target's loading and memory, and run one window of noise images to a trajectory.
+
+    Attributes:
+        target: folder of the checkpoint.
+        device: torch device.
+        dtype: of the weights; the checkpoint's own where it is left out (float32 on a CPU).
+        max_tokens: limit of generated tokens.
+        prompt_capacity: the longest prompt that the cache holds, tokens.
+        seed: of the images and of sampling.
+        cold: ask the system to forget the weight files first, so that they are read from the disk.
+        out: the JSON file to write.
+    """
+
+    target: Path
+    device: str = "cuda"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    max_tokens: int = 32
+    prompt_capacity: int = 4096
+    seed: int = 0
+    cold: bool = False
+    out: Path = Path("docs/results/target_h200.json")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("max_tokens", "prompt_capacity"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -1,0 +1,68 @@
+"""The stage: measure, compare, write the results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+
+from alpamayo_dflash.bench.config import BenchConfig
+from alpamayo_dflash.bench.decode import measure
+from alpamayo_dflash.bench.figures import REPLAYED, coc_means, figures, quartiles, spread
+from alpamayo_dflash.bench.floors import floors
+from alpamayo_dflash.bench.profile import profile
+from alpamayo_dflash.bench.setup import Bench
+from alpamayo_dflash.bench.widths import compare
+from alpamayo_dflash.common.artefacts import provenance, write_json
+from alpamayo_dflash.common.machine import driver_version
+
+
+def run(config: BenchConfig) -> dict[str, Any]:
+    """Measure, and write the results.
+
+    Raises:
+        ValueError: the target cannot be loaded or the device is not there.
+    """
+    started = time.time()
+    bench = Bench(config)
+    raw = measure(bench)
+    keys = figures(raw)
+    found: dict[str, Any] = {
+        "figures": keys,
+        "spread": spread(raw),
+        "replayed": [key for key in REPLAYED if key in keys],
+        "floors": floors(raw),
+        "coc_lengths": coc_means(raw),
+        "profile": profile(bench),
+        "lossless": None,
+    }
+
+    def write() -> None:
+        made = provenance(config=config, seed=config.seed, device=config.device, started=started)
+        rest = {"timings": quartiles(raw), "raw": raw, "gpu": gpu(bench.device), "provenance": made}
+        write_json(config.out, found | rest)
+
+    write()  # what took minutes is kept, whatever happens to the rest
+    if config.lossless_prompts:
+        print(f"bench: timed; comparing texts on {config.lossless_prompts} prompts", file=sys.stderr)
+        found["lossless"] = compare(bench)
+        write()
+    passed = found["lossless"] is None or found["lossless"]["passed"]
+    return {key: value for key, value in found.items() if key != "profile"} | {
+        "out": str(config.out),
+        "passed": passed,
+    }
+
+
+def gpu(device: torch.device) -> dict[str, Any] | None:
+    """The card, its driver, and the memory taken; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "driver": driver_version(),
+        "cuda": torch.version.cuda,
+        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3),
+    }

@@ -1,0 +1,191 @@
+"""What every stage shares: atomic writes, hashes, and the record of where an artefact came from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# The packages whose versions can change a number.
+_LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "numpy", "physical_ai_av", "av")
+_RECORDED = ("alpamayo-dflash", *_LIBRARIES)
+
+_NUMBERS = re.compile(r"\[\n\s*([-+.0-9eE,\s]+?)\n\s*\]")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes `path`'s place on success and is removed on error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes files that only their owner may read
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; it takes `path`'s place, whole, on success."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        # A folder cannot be replaced in one step: the old one goes aside, so that a whole one always exists.
+        aside = temporary.with_name(f"{temporary.name}.old")
+        if path.exists():
+            path.replace(aside)
+        temporary.replace(path)
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; a list of numbers takes one line.
+
+    Dataclasses and paths are converted.
+    """
+    text = json.dumps(to_plain(value), indent=1, allow_nan=False) + "\n"
+    # Only between elements does JSON break lines, so nothing inside a string is touched.
+    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ValueError: the file is missing or is not JSON; the message names it.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def to_plain(value: Any) -> Any:
+    """Turn dataclasses, paths, tuples and mappings into what JSON holds."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def file_hash(path: Path | str) -> str:
+    """The SHA-256 of a file, in hex."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def folder_hash(path: Path | str) -> str:
+    """The SHA-256 over the names and contents of a folder's files, hidden ones left out."""
+    path = Path(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        relative = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in relative.parts):
+            digest.update(f"{relative.as_posix()}\0{file_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout the package lies in, with `-dirty` if it has changes.
+
+    Outside a checkout (in a container, say) it is what `ALPAMAYO_DFLASH_REVISION` says, or None.
+    """
+    return _described() or os.environ.get("ALPAMAYO_DFLASH_REVISION") or None
+
+
+def _described() -> str | None:
+    git = shutil.which("git")
+    if git is None:
+        return None
+    try:
+        answer = subprocess.run(  # noqa: S603
+            [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that can change a number."""
+    found = {"python": platform.python_version()}
+    for name in _RECORDED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def provenance(
+    *,
+    config: Any = None,
+    parents: Mapping[str, str] | None = None,
+    seed: int | None = None,
+    device: str = "cpu",
+    started: float | None = None,
+) -> dict[str, Any]:
+    """The record kept with every artefact.
+
+    Args:
+        config: the stage's config (a dataclass or plain values).
+        parents: name to hash of each artefact it was made from.
+        seed: the seed, where there is one.
+        device: a torch device string.
+        started: `time.time()` when the stage began; the wall time is taken from it.
+    """
+    # Here, so that who only reads artefacts loads no torch.
+    from alpamayo_dflash.common.machine import device_name
+
+    return {
+        "config": to_plain(config),
+        "parents": dict(parents or {}),
+        "seed": seed,
+        "device": device_name(device),
+        "versions": versions(),
+        "revision": git_revision(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "wall_s": None if started is None else round(time.time() - started, 3),
+    }
+
+
+def list_hash(names: Sequence[str]) -> str:
+    """A short hash of a list of names and of its order: what tells two lists of clips apart."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]

@@ -1,0 +1,216 @@
+"""The machine: its devices, their names and clocks, and the memory that a process takes on host and GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import torch
+
+
+def device_name(device: str) -> str:
+    """A device's own name: the GPU's, or the processor's architecture and count of cores."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def synchronise(device: torch.device) -> Callable[[], None]:
+    """What to call before reading the clock: waits for a GPU, does nothing on a CPU."""
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None
+
+
+_GIB = 2**30
+_SAMPLE_EVERY_S = 0.005
+_T = TypeVar("_T")
+
+
+def host_memory() -> dict[str, int]:
+    """This process's resident memory in bytes, from /proc (Linux).
+
+    Returns:
+        `VmRSS` now, `VmHWM` the highest so far, `RssAnon` its own, `RssFile` mapped files (pages that the
+        system may take back at any time), `RssShmem` shared.
+    """
+    wanted = ("VmRSS", "VmHWM", "RssAnon", "RssFile", "RssShmem")
+    found = {}
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        name, _, rest = line.partition(":")
+        if name in wanted:
+            found[name] = int(rest.split()[0]) * 1024
+    return found
+
+
+class HostWatch:
+    """Watches this process's resident memory while it is open.
+
+    The kernel's own high-water mark is the peak; where it may be set back it is, on opening. The split into
+    own and mapped memory is sampled by a thread.
+
+    Attributes:
+        before: `host_memory` on opening.
+        after: on closing.
+        peak_bytes: the highest resident memory.
+        peak_was_reset: whether the mark was set back; if not, the peak may be an older one's.
+        split_peaks: the highest sampled value of each kind, bytes.
+    """
+
+    def __init__(self) -> None:
+        self.before: dict[str, int] = {}
+        self.after: dict[str, int] = {}
+        self.peak_bytes = 0
+        self.peak_was_reset = False
+        self.split_peaks: dict[str, int] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Self:
+        """Set the mark back and begin."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self.peak_was_reset = True
+        except OSError:
+            self.peak_was_reset = False  # some containers forbid it; the results say so
+        self.before = host_memory()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Read the mark and stop."""
+        self._stop.set()
+        self._thread.join()
+        self.after = host_memory()
+        self._keep(self.after)
+        self.peak_bytes = self.after["VmHWM"]
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_SAMPLE_EVERY_S):
+            self._keep(host_memory())
+
+    def _keep(self, memory: dict[str, int]) -> None:
+        for name, value in memory.items():
+            self.split_peaks[name] = max(value, self.split_peaks.get(name, 0))
+
+
+class GpuMemory:
+    """The allocator's figures in bytes; on a CPU all of them are 0.
+
+    Making one brings CUDA up, so that its own memory counts as there before the load.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self.used = device.type == "cuda"
+        self._device = device
+        self._cuda = torch.cuda
+        self._reserved = 0
+        if self.used:
+            torch.ones(8, device=device).sum().item()
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def wait(self) -> None:
+        """Wait for the GPU."""
+        if self.used:
+            self._cuda.synchronize(self._device)
+
+    def allocated(self) -> int:
+        """What tensors hold now."""
+        return self._cuda.memory_allocated(self._device) if self.used else 0
+
+    def reserved(self) -> int:
+        """The most that the allocator has taken from the device."""
+        if not self.used:
+            return 0
+        self._reserved = max(self._reserved, self._cuda.max_memory_reserved(self._device))
+        return self._reserved
+
+    def phase_peak(self) -> int:
+        """The most that tensors held since the last call."""
+        if not self.used:
+            return 0
+        self.wait()
+        peak = self._cuda.max_memory_allocated(self._device)
+        self.reserved()  # the reset forgets that peak too
+        self._cuda.reset_peak_memory_stats(self._device)
+        return peak
+
+    def context(self) -> int:
+        """What the device holds beside the allocator's: the context, kernels, and other processes."""
+        if not self.used:
+            return 0
+        free, total = self._cuda.mem_get_info(self._device)
+        return total - free - self._cuda.memory_reserved(self._device)
+
+    def above(self, call: Callable[[], _T]) -> tuple[_T, int]:
+        """A call's value and the most that it held beyond what was held before."""
+        self.phase_peak()
+        before = self.allocated()
+        value = call()
+        return value, self.phase_peak() - before
+
+    def describe(self) -> dict[str, Any]:
+        """The device and what drives it."""
+        import torch
+
+        properties = self._cuda.get_device_properties(self._device)
+        return {
+            "name": properties.name,
+            "total_gib": gib(properties.total_memory),
+            "driver": driver_version(),
+            "cuda": torch.version.cuda,
+        }
+
+
+def driver_version() -> str | None:
+    """The GPU driver's version; None where its tool is missing or fails."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    try:
+        answer = subprocess.run(  # noqa: S603
+            [tool, "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return None
+    lines = answer.stdout.split()
+    return lines[0] if lines else None
+
+
+def gib(size: int) -> float:
+    """Bytes as GiB, to four decimals."""
+    return round(size / _GIB, 4)
+
+
+def check_device(name: torch.device | str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        ValueError: the name is no device's, or this machine has none such.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(name)!r} cannot be used here: {reason}") from None
+    return device
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one: kernels, streams and graphs belong to that, wherever the tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

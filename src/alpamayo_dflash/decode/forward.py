@@ -1,0 +1,200 @@
+"""The target's text model over a cache, in its plain form and in its fast one.
+
+Both take device tensors only and read nothing back, so that a pass can be captured in a CUDA graph. Attention
+of rows is (prompt part, unmasked) and (tail part, masked): the plain form makes one mask of both, the fast
+one merges the two by log-sum-exp.
+
+Shapes: P prompt tokens, R rows, H heads, K KV heads, D head dim, C hidden, V vocabulary, T tail slots,
+E cache entries.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from alpamayo_dflash.decode.cache import Cache
+from alpamayo_dflash.target.qwen3 import AfterLayer, run_layers
+from alpamayo_dflash.target.qwen3_fused import FusedDecoder, FusedLayer, why_plain
+from alpamayo_dflash.target.vlm import Qwen3VLTarget
+from alpamayo_dflash.target.weights import Linear, padded
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class TextModel(Protocol):
+    """Runs the decoder layers over prompts and rows, and the head."""
+
+    def prompt(self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer) -> Tensor:
+        """Read a prompt from embeddings [P, C]: write its keys and values.
+
+        Returns:
+            [1, C], the last row behind the final norm.
+        """
+        ...
+
+    def rows(
+        self,
+        tokens_R: Tensor,
+        slots_R: Tensor,
+        rotary: Rotary,
+        seen_RT: Tensor,
+        after_layer: AfterLayer | None,
+    ) -> Tensor:
+        """Run rows: write their keys and values to slots of the tail.
+
+        Args:
+            tokens_R: int64 ids.
+            slots_R: int64; padding rows write behind the last slot.
+            rotary: cos and sin [R, D].
+            seen_RT: uint8, which slots of the tail each row sees.
+            after_layer: as in `run_layers`.
+
+        Returns:
+            [R, C] behind the final norm.
+        """
+        ...
+
+    def logits(self, normed_RC: Tensor) -> Tensor:
+        """[R, V or more] in some float type, unmasked; columns from V on mean nothing."""
+        ...
+
+
+def text_model(target: Qwen3VLTarget, cache: Cache) -> TextModel:
+    """The fast form where it runs, else the plain one; on a GPU that is said, with its reason."""
+    reason = why_plain(target.text_layers, target.embedding, target.vlm.lm_head)
+    if reason is None:
+        return FusedModel(target, cache)
+    cuda = target.device.type == "cuda"
+    if cuda:
+        warnings.warn(f"the target runs in its plain, slower form: {reason}", stacklevel=2)
+    return PlainModel(target, cache, any_length=cuda)
+
+
+class PlainModel:
+    """One masked attention over prompt and tail, PyTorch's operations, the modules' own weights.
+
+    Args:
+        target: the model.
+        cache: of its prompt and rows.
+        any_length: read the prompt's length on the device, so that one captured pass serves every prompt;
+            attention then runs over the whole capacity. Otherwise over the prompt's entries alone.
+    """
+
+    def __init__(self, target: Qwen3VLTarget, cache: Cache, *, any_length: bool = False) -> None:
+        self._target, self._cache, self._any_length = target, cache, any_length
+
+    def prompt(self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer) -> Tensor:
+        """See TextModel."""
+        keys, values, length = self._cache.layer_keys, self._cache.layer_values, len(hidden_PC)
+
+        def attend(layer: int, q_PHD: Tensor, k_PKD: Tensor, v_PKD: Tensor) -> Tensor:
+            keys[layer][:length] = k_PKD
+            values[layer][:length] = v_PKD
+            return _attention(q_PHD, k_PKD, v_PKD, None)
+
+        hidden = run_layers(self._target.text_layers, hidden_PC, rotary, attend, after_layer)
+        return self._target.final_norm(hidden[-1:])
+
+    def rows(
+        self,
+        tokens_R: Tensor,
+        slots_R: Tensor,
+        rotary: Rotary,
+        seen_RT: Tensor,
+        after_layer: AfterLayer | None,
+    ) -> Tensor:
+        """See TextModel."""
+        cache, slots = self._cache, seen_RT.shape[1]
+        keys, values = cache.layer_keys, cache.layer_values
+        entries_R = slots_R + cache.length_1
+        length = (cache.prompt_capacity if self._any_length else cache.prompt_length) + slots
+        # The slot of each entry; the prompt's are below 0.
+        slot_E = torch.arange(length, device=seen_RT.device) - cache.length_1
+        seen_RE = (seen_RT != 0).index_select(1, slot_E.clamp(0, slots - 1)) & (slot_E < slots)
+        mask_RE = torch.zeros(seen_RE.shape, dtype=keys[0].dtype, device=seen_RT.device)
+        mask_RE.masked_fill_(~(seen_RE | (slot_E < 0)), float("-inf"))
+
+        def attend(layer: int, q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor) -> Tensor:
+            keys[layer].index_copy_(0, entries_R, k_RKD)
+            values[layer].index_copy_(0, entries_R, v_RKD)
+            return _attention(q_RHD, keys[layer][:length], values[layer][:length], mask_RE)
+
+        hidden = functional.embedding(tokens_R, self._target.embedding)
+        hidden = run_layers(self._target.text_layers, hidden, rotary, attend, after_layer)
+        return self._target.final_norm(hidden)
+
+    def logits(self, normed_RC: Tensor) -> Tensor:
+        """See TextModel."""
+        return self._target.logits(normed_RC)
+
+
+class FusedModel:
+    """Fused weights and the project's kernels (`target.fused`, `kernels`)."""
+
+    def __init__(self, target: Qwen3VLTarget, cache: Cache) -> None:
+        self._target, self._cache = target, cache
+        text = target.vlm.model.language_model
+        self._decoder = FusedDecoder(target.text_layers, text.norm)
+        self._head = Linear(padded(target.head))
+
+    def prompt(self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer) -> Tensor:
+        """See TextModel."""
+        cache, length = self._cache, len(hidden_PC)
+        entries_P = torch.arange(length, device=hidden_PC.device)
+
+        def attend(index: int, layer: FusedLayer, normed_PC: Tensor) -> Tensor:
+            q_PHD = self._store(index, layer, normed_PC, rotary, entries_P)
+            keys, values = cache.layer_keys[index][:length], cache.layer_values[index][:length]
+            return _attention(q_PHD, keys, values, None).flatten(-2)
+
+        return self._decoder(hidden_PC, attend, after_layer, last=1)
+
+    def rows(
+        self,
+        tokens_R: Tensor,
+        slots_R: Tensor,
+        rotary: Rotary,
+        seen_RT: Tensor,
+        after_layer: AfterLayer | None,
+    ) -> Tensor:
+        """See TextModel."""
+        from alpamayo_dflash.kernels.attention import attend
+
+        cache = self._cache
+        entries_R = slots_R + cache.length_1
+
+        def attention(index: int, layer: FusedLayer, normed_RC: Tensor) -> Tensor:
+            q_RHD = self._store(index, layer, normed_RC, rotary, entries_R)
+            return attend(q_RHD, cache.layer_keys[index], cache.layer_values[index], cache.length_1, seen_RT)
+
+        hidden = functional.embedding(tokens_R, self._target.embedding)
+        return self._decoder(hidden, attention, after_layer)
+
+    def logits(self, normed_RC: Tensor) -> Tensor:
+        """See TextModel."""
+        return self._head(normed_RC)
+
+    def _store(
+        self, index: int, layer: FusedLayer, normed_RC: Tensor, rotary: Rotary, entries_R: Tensor
+    ) -> Tensor:
+        """Keys and values of rows to the cache; their queries [R, H, D]."""
+        keys, values = self._cache.layer_keys[index], self._cache.layer_values[index]
+        return layer.queries(normed_RC, rotary, keys, values, entries_R)
+
+
+def _attention(q_RHD: Tensor, k_TKD: Tensor, v_TKD: Tensor, mask_RT: Tensor | None) -> Tensor:
+    """PyTorch's attention, [R, H, D]; causal without a mask."""
+    out = functional.scaled_dot_product_attention(
+        q_RHD.transpose(0, 1).unsqueeze(0),
+        k_TKD.transpose(0, 1).unsqueeze(0),
+        v_TKD.transpose(0, 1).unsqueeze(0),
+        attn_mask=mask_RT,
+        is_causal=mask_RT is None,
+        enable_gqa=True,
+    )
+    return out.squeeze(0).transpose(0, 1)

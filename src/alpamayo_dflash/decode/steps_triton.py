@@ -1,0 +1,247 @@
+"""The steps of `decode.steps` as kernels, a program a sample; `decode.step_launch` launches them.
+
+Shapes: S sample, b block, R rows, T slots a sample, E slots of the tail.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alpamayo_dflash.decode.steps import FIELDS, NONE, REASONS, Marks, State
+from alpamayo_dflash.decode.stops import StopReason
+
+_FIELDS = tl.constexpr(len(FIELDS))
+_EMITTED = tl.constexpr(FIELDS.index("emitted"))
+_ACCEPTED = tl.constexpr(FIELDS.index("accepted"))
+_DRAFTED = tl.constexpr(FIELDS.index("drafted"))
+_PROPOSED = tl.constexpr(FIELDS.index("proposed"))
+_REASON = tl.constexpr(FIELDS.index("reason"))
+_FAILED = tl.constexpr(FIELDS.index("failed"))
+_UNSETTLED = tl.constexpr(FIELDS.index("unsettled"))
+_BROKEN = tl.constexpr(FIELDS.index("broken"))
+_ANCHOR = tl.constexpr(FIELDS.index("anchor"))
+_AT_TRAJ = tl.constexpr(REASONS.index(StopReason.TRAJ_FUTURE_START))
+_AT_EOS = tl.constexpr(REASONS.index(StopReason.EOS))
+_AT_LIMIT = tl.constexpr(REASONS.index(StopReason.LIMIT))
+_NONE = tl.constexpr(NONE)
+
+
+@triton.jit
+def propose_kernel(
+    tokens_ptr,
+    lengths_ptr,
+    done_ptr,
+    pending_ptr,
+    limit_ptr,
+    bases_ptr,
+    columns_ptr,
+    finite_ptr,
+    ids_ptr,
+    row_tokens_ptr,
+    row_positions_ptr,
+    next_positions_ptr,
+    row_slots_ptr,
+    seen_ptr,
+    proposed_ptr,
+    drafted_ptr,
+    failed_ptr,
+    per_sample,
+    slots,
+    cot_end,
+    traj_future_start,
+    eos,
+    period,
+    DRAFT: tl.constexpr,
+    REDUCED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Program s: sample s's rows."""
+    sample = tl.program_id(0)
+    length = tl.load(lengths_ptr + sample)
+    base = tl.load(bases_ptr + sample)
+    live = tl.load(done_ptr + sample) == 0
+    anchor = tl.load(tokens_ptr + sample * per_sample + length - 1)
+    row = sample * BLOCK
+    tl.store(row_tokens_ptr + row, anchor)
+    if DRAFT:
+        room = tl.load(limit_ptr) - length
+        bad = 0
+        for step in tl.static_range(BLOCK - 1):
+            bad += tl.load(finite_ptr + sample * (BLOCK - 1) + step).to(tl.int32) == 0
+        sound = bad == 0
+        previous = anchor
+        opened = live
+        proposed = 0
+        drafted = 0
+        own = live
+        for step in tl.static_range(BLOCK - 1):
+            pick = tl.load(columns_ptr + sample * (BLOCK - 1) + step)
+            if REDUCED:
+                pick = tl.load(ids_ptr + pick, mask=sound, other=0)
+            after_end = (previous == cot_end) & (cot_end != _NONE)
+            after_period = (previous == period) & (period != _NONE)
+            is_forced = after_end | after_period
+            token = tl.where(after_end, traj_future_start, tl.where(after_period, cot_end, pick))
+            stopped = (previous == eos) | (previous == traj_future_start)
+            if step == 0:
+                own = ~is_forced
+                tl.store(failed_ptr + sample, (live & own & (room > 1) & (bad > 0)).to(tl.int64))
+            opened = opened & (step < room) & (is_forced | (sound & (room > 1))) & ~stopped
+            own = own & opened & (token == pick)
+            tl.store(row_tokens_ptr + row + step + 1, tl.where(opened, token, 0))
+            proposed += opened.to(tl.int32)
+            drafted += own.to(tl.int32)
+            previous = token
+        tl.store(proposed_ptr + sample, proposed.to(tl.int64))
+        tl.store(drafted_ptr + sample, drafted.to(tl.int64))
+    tl.store(pending_ptr + sample, live.to(tl.int64))
+    e = tl.arange(0, BLOCK_E)
+    for step in tl.static_range(BLOCK):
+        position = length - 1 + step
+        slot = base + position
+        tl.store(row_positions_ptr + row + step, position)
+        tl.store(next_positions_ptr + row + step, position + 1)
+        tl.store(row_slots_ptr + row + step, slot)
+        seen = (e >= base) & (e <= slot)
+        tl.store(seen_ptr + (row + step).to(tl.int64) * slots + e, seen.to(tl.uint8), mask=e < slots)
+
+
+@triton.jit
+def accept_kernel(
+    tokens_ptr,
+    lengths_ptr,
+    previous_ptr,
+    done_ptr,
+    pending_ptr,
+    limit_ptr,
+    row_tokens_ptr,
+    columns_ptr,
+    settled_ptr,
+    finite_ptr,
+    proposed_ptr,
+    drafted_ptr,
+    failed_ptr,
+    report_ptr,
+    per_sample,
+    traj_future_start,
+    eos,
+    BLOCK: tl.constexpr,
+):
+    """Program s: sample s's walk."""
+    sample = tl.program_id(0)
+    length = tl.load(lengths_ptr + sample)
+    limit = tl.load(limit_ptr)
+    proposed = tl.load(proposed_ptr + sample)
+    done = tl.load(done_ptr + sample)
+    pending = tl.load(pending_ptr + sample) != 0
+    row = sample * BLOCK
+    walking = pending
+    unsettled = pending & (limit < 0)  # false, as a value of the loop's type
+    broken = unsettled
+    emitted = 0
+    accepted = 0
+    reason = done
+    report = report_ptr + sample * (_FIELDS + 2 * BLOCK - 1)
+    for step in tl.static_range(BLOCK):
+        token = tl.load(columns_ptr + row + step)
+        unsettled = unsettled | (walking & (tl.load(settled_ptr + row + step).to(tl.int32) == 0))
+        broken = broken | (walking & (tl.load(finite_ptr + row + step).to(tl.int32) == 0))
+        emitted += walking.to(tl.int32)
+        after = tl.where(length + emitted >= limit, _AT_LIMIT, 0)
+        after = tl.where(token == eos, _AT_EOS, after)
+        after = tl.where(token == traj_future_start, _AT_TRAJ, after)
+        reason = tl.where(walking, after, reason)
+        tl.store(report + _FIELDS + step, token)
+        if step < BLOCK - 1:
+            proposal = tl.load(row_tokens_ptr + row + step + 1)
+            tl.store(report + _FIELDS + BLOCK + step, proposal)
+            matched = (step < proposed) & (proposal == token)
+            accepted += (walking & matched).to(tl.int32)
+            walking = walking & matched & (after == 0)
+    if pending & ~unsettled:
+        for step in tl.static_range(BLOCK):
+            if step < emitted:
+                token = tl.load(columns_ptr + row + step)
+                tl.store(tokens_ptr + sample * per_sample + length + step, token)
+        tl.store(previous_ptr + sample, length - 1)
+        tl.store(lengths_ptr + sample, length + emitted)
+        tl.store(done_ptr + sample, reason.to(tl.int64))
+        tl.store(pending_ptr + sample, length * 0)  # zero, as a value of the tensor's type
+    else:
+        emitted = 0
+        accepted = 0
+        reason = done
+    tl.store(report + _EMITTED, emitted.to(tl.int64))
+    tl.store(report + _ACCEPTED, accepted.to(tl.int64))
+    tl.store(report + _DRAFTED, tl.load(drafted_ptr + sample))
+    tl.store(report + _PROPOSED, proposed)
+    tl.store(report + _REASON, reason.to(tl.int64))
+    tl.store(report + _FAILED, tl.load(failed_ptr + sample))
+    tl.store(report + _UNSETTLED, unsettled.to(tl.int64))
+    tl.store(report + _BROKEN, broken.to(tl.int64))
+    tl.store(report + _ANCHOR, length - 1)
+
+
+def propose(
+    state: State, marks: Marks, columns: Tensor | None, finite: Tensor | None, token_ids: Tensor | None
+) -> None:
+    """As `steps.propose`."""
+    nothing = state.tokens
+    propose_kernel[(state.samples,)](
+        state.tokens,
+        state.lengths,
+        state.done,
+        state.pending,
+        state.limit,
+        state.bases,
+        nothing if columns is None else columns,
+        nothing if finite is None else finite,
+        nothing if token_ids is None else token_ids,
+        state.row_tokens,
+        state.row_positions,
+        state.next_positions,
+        state.row_slots,
+        state.seen,
+        state.proposed,
+        state.drafted,
+        state.failed,
+        state.per_sample,
+        state.slots,
+        marks.cot_end,
+        marks.traj_future_start,
+        marks.eos,
+        marks.period,
+        DRAFT=columns is not None,
+        REDUCED=token_ids is not None,
+        BLOCK=state.block,
+        BLOCK_E=triton.next_power_of_2(state.slots),
+        num_warps=4,
+    )
+
+
+def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor, finite: Tensor) -> None:
+    """As `steps.accept`."""
+    accept_kernel[(state.samples,)](
+        state.tokens,
+        state.lengths,
+        state.previous,
+        state.done,
+        state.pending,
+        state.limit,
+        state.row_tokens,
+        columns,
+        settled,
+        finite,
+        state.proposed,
+        state.drafted,
+        state.failed,
+        state.report,
+        state.per_sample,
+        marks.traj_future_start,
+        marks.eos,
+        BLOCK=state.block,
+        num_warps=1,
+    )

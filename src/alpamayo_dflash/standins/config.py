@@ -1,0 +1,114 @@
+"""The tiny Alpamayo's training options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig, RandomSize
+
+
+@dataclass(frozen=True)
+class TinyTrainConfig:
+    """Train the tiny Alpamayo on the synthetic world and write its checkpoint in the official layout.
+
+    Attributes:
+        out: folder of the checkpoint (config.json, model.safetensors, vlm/, training.json).
+        steps: optimiser steps.
+        batch_size: scenes a step; every scene is drawn anew.
+        learning_rate: peak of the cosine schedule.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: of AdamW, on matrices only.
+        trajectory_weight: weight of the flow-matching loss beside the cross-entropy.
+        pixel_noise: standard deviation of the noise added to pixels, in levels of 255 (video coding's scale).
+        workers: processes that draw scenes.
+        seed: of weights, scenes and order.
+        device: torch device.
+        init_from: a checkpoint of the same shape to go on from; none starts from random weights.
+        validate_every: steps between looks at held-out scenes.
+        validate_scenes: held-out scenes of such a look.
+        time_limit_s: stop (with a finished schedule) when this much time has passed; 0 is no limit.
+    """
+
+    out: Path = Path("runs/tiny")
+    steps: int = 1150
+    batch_size: int = 256
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    weight_decay: float = 0.02
+    trajectory_weight: float = 0.25
+    pixel_noise: float = 3.0
+    workers: int = 2
+    seed: int = 0
+    device: str = "cpu"
+    init_from: Path | None = None
+    validate_every: int = 2000
+    validate_scenes: int = 64
+    time_limit_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("steps", "batch_size", "validate_every", "validate_scenes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}; it must be at least 0 and below steps ({self.steps})"
+            )
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
+
+
+@dataclass(frozen=True)
+class MeasureTinyConfig:
+    """Measure on held-out scenes whether a tiny checkpoint sees: its words on its own and on other images.
+
+    Attributes:
+        checkpoint: folder; the one that ships with the package where it is left out.
+        scenes: how many held-out scenes.
+        seed: of the scenes.
+        out: the JSON file to write.
+        device: torch device.
+    """
+
+    checkpoint: Path | None = None
+    scenes: int = 500
+    seed: int = 0
+    out: Path = Path("docs/results/tiny_sees.json")
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if self.scenes < 2:
+            raise ValueError(f"scenes is {self.scenes}; at least 2 are needed, to swap their images")
+
+
+@dataclass(frozen=True)
+class WriteRandomTargetConfig:
+    """Write a checkpoint with random weights in the official layout.
+
+    Attributes:
+        out: folder of the checkpoint.
+        size: r1-10b has the R1 release's sizes (22 GB on disk); medium (1.3 GB) and small (2 MB) its layout.
+        seed: of the weights.
+        device: where they are drawn; a GPU is much faster, and gives other values than the CPU.
+    """
+
+    out: Path
+    size: RandomSize = "r1-10b"
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _ = self.checkpoint
+
+    @property
+    def checkpoint(self) -> RandomCheckpointConfig:
+        """The checkpoint's own config."""
+        return RandomCheckpointConfig(self.size, self.seed, self.device)
+
+
+def world_figures_path() -> Path:
+    """The world's figures, measured on the shipped checkpoint's rollouts (`measure-world`)."""
+    return Path(__file__).parent / "world_tiny.json"

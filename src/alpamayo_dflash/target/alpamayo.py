@@ -1,0 +1,351 @@
+"""The target: an Alpamayo checkpoint as a module, tiny and real alike.
+
+The Qwen3-VL is transformers' own module and the weights keep the checkpoint's names; what runs over prompts,
+verify rows and way-points is `layers.run_layers`, so that whoever owns a cache brings the attention.
+
+Shapes: P prompt tokens, R rows, S sample, N way-points, M history points, C hidden, V vocabulary, D head dim,
+K KV heads, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from alpamayo_dflash.clips.window import Window
+from alpamayo_dflash.common.artefacts import folder_hash
+from alpamayo_dflash.common.machine import check_device
+from alpamayo_dflash.target import checkpoint as load
+from alpamayo_dflash.target.checkpoint import checkpoint_folder
+from alpamayo_dflash.target.config import AlpamayoConfig
+from alpamayo_dflash.target.expert import (
+    ACTION_CHANNELS,
+    ActionPrefix,
+    ActionProjection,
+    Expert,
+    FourierFeatures,
+    expert_text_config,
+)
+from alpamayo_dflash.target.motion import ActionSpace, encode_history
+from alpamayo_dflash.target.prompt import Prompt, build_prompt, fuse_history
+from alpamayo_dflash.target.qwen3 import AfterLayer, run_layers
+from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
+from alpamayo_dflash.target.vlm import Qwen3VLTarget
+
+DenoiseObserver = Callable[[int, Tensor, Tensor, Tensor], None]
+"""(step, t [], x [S, N, 2] before the step, velocity [S, N, 2]) -> None"""
+
+
+class Alpamayo(nn.Module, Qwen3VLTarget):
+    """An Alpamayo R1 or 1.5 checkpoint.
+
+    Attributes:
+        config: what config.json says.
+        vlm: transformers' Qwen3-VL, whose own `forward` and `generate` work as usual.
+        expert: the action expert's layers and norm.
+        action_in_proj: noisy actions and time to the expert's input.
+        action_out_proj: the expert's output to a velocity.
+        action_space: the unicycle model's constants and maths.
+        tokenizer: Qwen's tokenizer with the checkpoint's tokens.
+        special: ids of special tokens.
+    """
+
+    special: SpecialTokens
+
+    def __init__(
+        self,
+        config: AlpamayoConfig,
+        vlm_config: Qwen3VLConfig,
+        tokenizer: Tokenizer,
+        vlm_files: load.VLMFiles,
+    ) -> None:
+        super().__init__()
+        expert_config = expert_text_config(vlm_config, dict(config.expert_cfg))
+        self.config = config
+        self.tokenizer = tokenizer
+        self.special = special_tokens(tokenizer)
+        # The ids of `<i0>`, `<i1>` ...
+        self.traj_ids = range(
+            config.traj_token_start_idx, config.traj_token_start_idx + config.traj_vocab_size
+        )
+        self.vlm_files = vlm_files
+        self.vlm = Qwen3VLForConditionalGeneration(vlm_config)
+        self.expert = Expert(expert_config)
+        self.action_in_proj = ActionProjection(config.action_in_proj, expert_config.hidden_size)
+        self.action_out_proj = nn.Linear(expert_config.hidden_size, ACTION_CHANNELS)
+        self.action_space = ActionSpace(config.action_space)
+        if vlm_config.image_token_id != self.special.image_pad:
+            raise ValueError(
+                f"{vlm_files.folder}: image_token_id is {vlm_config.image_token_id}, but the tokenizer's "
+                f"<|image_pad|> is {self.special.image_pad}"
+            )
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        local_files_only: bool = False,
+        vlm: str | Path | None = None,
+    ) -> Alpamayo:
+        """Load a checkpoint in the official layout.
+
+        Args:
+            name_or_folder: a local folder, or a hub id.
+            dtype: of the parameters; None means float32 on a CPU and the checkpoint's own dtype elsewhere.
+            device: where the weights go, straight from the file.
+            local_files_only: never touch the network.
+            vlm: a folder or hub id to take instead of the checkpoint's `vlm_name_or_path`.
+
+        Raises:
+            ValueError: something is missing or does not fit; the message names it.
+        """
+        device = check_device(device)
+        folder = load.checkpoint_folder(name_or_folder, local_files_only=local_files_only)
+        config = AlpamayoConfig.from_file(folder / "config.json")
+        files = load.vlm_files(config, folder, override=vlm, local_files_only=local_files_only)
+        with torch.device("meta"):
+            model = cls._build(config, files)
+        wanted = _dtype(dtype, config, device)
+        model._fill_buffers(device, rounded=wanted == torch.bfloat16)
+        load.load_weights(model, folder, device=device, dtype=wanted)
+        return model
+
+    @classmethod
+    def from_config(
+        cls,
+        config: AlpamayoConfig,
+        vlm_folder: str | Path,
+        *,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Alpamayo:
+        """Build a model with random weights, drawn from torch's global generator.
+
+        Args:
+            config: the checkpoint's configuration.
+            vlm_folder: holds the Qwen3-VL config.json and tokenizer.json.
+            dtype: of the parameters.
+            device: where they go.
+        """
+        device = check_device(device)
+        model = cls._build(config, load.VLMFiles(Path(vlm_folder)))
+        deviation = model.expert.config.initializer_range
+        for module in model.expert.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=deviation)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(device, _dtype(dtype, config, device))
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(device))
+        return model
+
+    @classmethod
+    def _build(cls, config: AlpamayoConfig, files: load.VLMFiles) -> Alpamayo:
+        tokenizer = load_tokenizer(files.folder, config)
+        return cls(config, load.read_vlm_config(files.folder, config), tokenizer, files)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
+        """Write the official layout: config.json, model.safetensors and, where local, the Qwen3-VL files.
+
+        Args:
+            folder: is made if it does not exist; each file is replaced atomically.
+            dtype: of every tensor in the file; None means that of the parameters.
+        """
+        wanted = self.dtype if dtype is None else _dtype(dtype, self.config, self.device)
+        load.save_checkpoint(Path(folder), self.config.raw, self.state_dict(), self.vlm_files, wanted)
+
+    def _fill_buffers(self, device: torch.device, *, rounded: bool) -> None:
+        """Compute what the file may not hold; the file's tensors, where present, go over it."""
+        load.fill_rotary_buffers(self.vlm, device)
+        for module in self.modules():
+            if isinstance(module, (FourierFeatures, ActionSpace)):
+                module.reset(device, rounded=rounded)
+
+    @property
+    def n_waypoints(self) -> int:
+        """N, the way-points of a trajectory."""
+        return self.config.action_space.n_waypoints
+
+    def prompt(
+        self,
+        window: Window,
+        *,
+        camera_text: bool | None = None,
+        route: str | None = None,
+        question: str | None = None,
+    ) -> Prompt:
+        """Turn a window into a prompt, on the CPU.
+
+        Args:
+            window: frames and ego history.
+            camera_text: whether 1.5's camera names and frame numbers are written; None means in 1.5 only.
+            route: 1.5's navigation text.
+            question: 1.5's question, which is then answered instead of driving.
+
+        Raises:
+            ValueError: the window does not fit the checkpoint, or R1 was asked for what only 1.5 knows.
+        """
+        return build_prompt(
+            window,
+            self.config,
+            self.tokenizer,
+            self.special,
+            self.patch_shape,
+            camera_text=camera_text,
+            route=route,
+            question=question,
+        )
+
+    def _fused(self, prompt: Prompt) -> Tensor:
+        """The prompt's ids with the history over its placeholders, where they still hold some."""
+        if not bool((prompt.input_ids == self.special.traj_history).any()):
+            return prompt.input_ids
+        if len(prompt.ego_history_xyz) == 0:
+            raise ValueError(
+                "inputs: the ids hold <|traj_history|> placeholders; give ego_history_xyz and ego_history_rot"
+            )
+        history = encode_history(
+            prompt.ego_history_xyz, prompt.ego_history_rot, self.config.history_tokenizer
+        )
+        ids = history + self.config.history_token_start_idx
+        return fuse_history(prompt.input_ids, ids, self.special.traj_history)
+
+    # Actions.
+
+    def velocity(
+        self, x: Tensor, t: Tensor, prefix: ActionPrefix, after_layer: AfterLayer | None = None
+    ) -> Tensor:
+        """The expert's velocity field; differentiable (specification 8.2).
+
+        Args:
+            x: float32 [S, N, 2], the noisy normalised actions.
+            t: float32 [S], the time in 0 ... 1.
+            prefix: the target's cache.
+            after_layer: called with each expert layer's output.
+
+        Returns:
+            float32 [S, N, 2].
+        """
+        embedded = self.action_in_proj(x, t)
+        waypoints = x.shape[-2]
+        positions = prefix.positions.unsqueeze(-1) + torch.arange(waypoints, device=x.device)
+        rotary = self.rotary(positions.expand(3, -1, -1))
+        hidden = run_layers(self.expert.layers, embedded, rotary, prefix.attend(waypoints), after_layer)
+        velocity: Tensor = self.action_out_proj(self.expert.norm(hidden))
+        return velocity.float()
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        noise: Tensor,
+        prefix: ActionPrefix,
+        *,
+        num_steps: int | None = None,
+        observe: DenoiseObserver | None = None,
+    ) -> Tensor:
+        """Integrate the velocity field by Euler steps from noise to actions (specification 8.3).
+
+        Args:
+            noise: float32 [S, N, 2], standard normal.
+            prefix: the target's cache.
+            num_steps: Euler steps; None means the checkpoint's.
+            observe: called at every step, before it.
+
+        Returns:
+            The normalised actions, float32 [S, N, 2].
+        """
+        grid = time_grid(self.config.num_inference_steps if num_steps is None else num_steps).to(noise.device)
+        x = noise.float()
+        for step in range(len(grid) - 1):
+            velocity = self.velocity(x, grid[step].expand(len(x)), prefix)
+            if observe is not None:
+                observe(step, grid[step], x, velocity)
+            x = x + (grid[step + 1] - grid[step]) * velocity
+        return x
+
+    def trajectory(
+        self, action: Tensor, ego_history_xyz: Tensor, ego_history_rot: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Integrate normalised actions to trajectories (specification 8.4).
+
+        Args:
+            action: [S, N, 2].
+            ego_history_xyz: [M, 3] metres, oldest first.
+            ego_history_rot: [M, 3, 3].
+
+        Returns:
+            xyz float32 [S, N, 3] metres and rot float32 [S, N, 3, 3], in the frame of t0.
+        """
+        action = action.float()
+        history_xyz, history_rot = ego_history_xyz.to(action), ego_history_rot.to(action)
+        with torch.autocast(action.device.type, enabled=False):
+            return self.action_space.to_trajectory(action, history_xyz, history_rot)
+
+    # transformers' own way, as users have it today.
+
+    def generation_options(self) -> dict[str, Any]:
+        """Stop, pad and masked ids for `vlm.generate`, as the specification's section 7 has them."""
+        return {
+            "eos_token_id": [self.special.traj_future_start, self.special.eos],
+            "pad_token_id": self.special.pad,
+            "suppress_tokens": list(self.traj_ids),
+        }
+
+
+def time_grid(steps: int) -> Tensor:
+    """Times of the Euler loop, float32 [steps + 1], from 0 to 1.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"num_steps is {steps}; it must be at least 1")
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float32)
+
+
+def _dtype(dtype: torch.dtype | str | None, config: AlpamayoConfig, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        dtype = "float32" if device.type == "cpu" else config.dtype
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise ValueError(f"dtype is {dtype!r}; known are {', '.join(known)}")
+    return known[dtype]
+
+
+def open_target(
+    name: str, *, device: str, dtype: str | None = None, local_files_only: bool = False
+) -> tuple[Alpamayo, str]:
+    """Load the target; returns it and its folder's hash.
+
+    Raises:
+        ValueError: the checkpoint is missing or broken; the message names the file.
+    """
+    folder = checkpoint_folder(name, local_files_only=local_files_only)
+    target = Alpamayo.from_pretrained(folder, dtype=dtype, device=device, local_files_only=local_files_only)
+    return target, folder_hash(folder)
+
+
+def load_target(
+    model_path: str, *, dtype: str | None, device: str, local_files_only: bool
+) -> tuple[Alpamayo, str]:
+    """Load the target, ready to be run, and the hash of its folder.
+
+    Raises:
+        ValueError: the checkpoint is missing or incomplete; the message names what.
+    """
+    folder = checkpoint_folder(model_path, local_files_only=local_files_only)
+    target = Alpamayo.from_pretrained(folder, dtype=dtype, device=device, local_files_only=local_files_only)
+    return target.requires_grad_(False), folder_hash(folder)

@@ -1,0 +1,409 @@
+"""Reading and writing the official checkpoint layout (specification 1).
+
+A checkpoint is config.json and safetensors, one file or shards with an index. Weights are read tensor by
+tensor into storage that is allocated once on the device. The files are mapped, and what was read of a mapping
+counts as the process's memory until it is closed, so a file is opened anew after every few hundred MiB.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Qwen3VLConfig
+
+from alpamayo_dflash.common.artefacts import atomic_file, read_json, write_json
+from alpamayo_dflash.target.config import AlpamayoConfig
+from alpamayo_dflash.target.qwen3 import rope_settings
+from alpamayo_dflash.target.weights import allocate
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+# What a Qwen3-VL repository holds beside its weights.
+_VLM_PATTERNS = ("*.json", "*.jinja", "merges.txt")
+# Buffers that R1 stores and 1.5 does not (specification 1.4).
+OPTIONAL_TENSORS = frozenset(
+    {
+        "action_in_proj.sinus.0.freqs",
+        "action_in_proj.sinus.1.freqs",
+        "action_in_proj.timestep_fourier_encoder.freqs",
+        "action_space.accel_mean",
+        "action_space.accel_std",
+        "action_space.curvature_mean",
+        "action_space.curvature_std",
+    }
+)
+_VISION_THETA = 10000.0
+_NAMES_SHOWN = 20
+# How much of a file is read through one mapping: enough to make opening it again cost nothing.
+_MAPPED_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class VLMFiles:
+    """Where the Qwen3-VL configuration and tokenizer were found.
+
+    Attributes:
+        folder: holds config.json and tokenizer.json.
+        hub_id: the repository that they came from, or None for a local folder.
+    """
+
+    folder: Path
+    hub_id: str | None = None
+
+
+def checkpoint_folder(name: str | Path, *, local_files_only: bool) -> Path:
+    """The local folder of a checkpoint, downloaded first where `name` is a hub id.
+
+    Raises:
+        ValueError: there is neither such a folder nor such a repository.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if not _is_hub_id(str(name)):
+        raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/name")
+    return _download(str(name), ("*.json", "*.safetensors"), local_files_only=local_files_only)
+
+
+def vlm_files(
+    config: AlpamayoConfig, checkpoint: Path, *, override: str | Path | None, local_files_only: bool
+) -> VLMFiles:
+    """Find the Qwen3-VL configuration and tokenizer.
+
+    A relative `vlm_name_or_path` is tried beside the checkpoint's files first, then as it stands, then as a
+    hub id: in the local cache, and only then over the network.
+
+    Args:
+        config: the checkpoint's.
+        checkpoint: its folder.
+        override: used instead of the config's `vlm_name_or_path`.
+        local_files_only: never touch the network.
+
+    Raises:
+        ValueError: nothing was found.
+    """
+    name = config.vlm_name_or_path if override is None else str(override)
+    folders = [Path(name)] if override is not None else [checkpoint / name, Path(name)]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return VLMFiles(folder)
+    if not _is_hub_id(name):
+        raise ValueError(
+            f"vlm_name_or_path is {name!r}, but neither {' nor '.join(map(str, folders))} holds a config.json"
+        )
+    try:
+        return VLMFiles(_download(name, _VLM_PATTERNS, local_files_only=True), name)
+    except ValueError:
+        if local_files_only:
+            raise
+    return VLMFiles(_download(name, _VLM_PATTERNS, local_files_only=False), name)
+
+
+def read_vlm_config(folder: Path, config: AlpamayoConfig) -> Qwen3VLConfig:
+    """Read the Qwen3-VL configuration and put the checkpoint's vocabulary size in.
+
+    Raises:
+        ValueError: it is not a Qwen3-VL, ties its embeddings, or asks for another rotary type.
+    """
+    path = folder / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") != "qwen3_vl":
+        raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}; it must be 'qwen3_vl'")
+    text = raw.get("text_config") or {}
+    if raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"):
+        raise ValueError(
+            f"{path}: tie_word_embeddings is true; Alpamayo has a head of its own (vlm.lm_head.weight)"
+        )
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
+        raise ValueError(f"{path}: rope_type is {rope.get('rope_type')!r}; only 'default' is known")
+    if rope.get("mrope_interleaved", True) is not True:
+        raise ValueError(f"{path}: mrope_interleaved is false; only interleaved M-RoPE is known")
+    raw["text_config"] = text | {"vocab_size": config.vocab_size}
+    vlm_config: Qwen3VLConfig = Qwen3VLConfig.from_dict(raw)
+    return vlm_config
+
+
+def load_weights(model: nn.Module, folder: Path, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill a model that was built on the meta device.
+
+    Parameters get `dtype`; stored buffers stay float32, with the values of the file. Projections that read
+    the same input lie in one piece of storage (q, k, v; gate, up) and the head has rows up to a multiple of
+    64, so that they can be run as one product; the modules hold views.
+
+    Args:
+        model: its state dict has the checkpoint's names.
+        folder: the checkpoint.
+        device: where the weights go.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: a file is missing or broken, or tensors are missing, surplus or misshapen; each is named.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shards = _shards(folder)
+    _check_tensors(expected, shards, folder)
+    allocate(model, device, dtype)
+    targets = model.state_dict()
+    with torch.no_grad():
+        for shard in dict.fromkeys(shards.values()):
+            for group in _groups(shard):
+                with _open(shard) as file:
+                    for name, start, stop in group:
+                        values = file.get_tensor(name).view(-1)[start:stop]
+                        targets[name].view(-1)[start:stop].copy_(values)
+
+
+def fill_rotary_buffers(vlm: nn.Module, device: torch.device) -> None:
+    """Compute the inverse frequencies that transformers keeps as buffers outside the state dict."""
+    for path, module in vlm.named_modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if not buffer.is_meta:
+                continue
+            if name not in ("inv_freq", "original_inv_freq"):
+                raise RuntimeError(
+                    f"this version of transformers has a buffer that is not known: {path}.{name}"
+                )
+            setattr(module, name, _inverse_frequencies(vlm, path).to(device))
+
+
+def save_checkpoint(
+    folder: Path, raw: Mapping[str, Any], tensors: Mapping[str, Tensor], vlm: VLMFiles, dtype: torch.dtype
+) -> None:
+    """Write config.json, model.safetensors and, unless they are the hub's, the Qwen3-VL files in `vlm/`.
+
+    Every file is written atomically, config.json last.
+
+    Args:
+        folder: is made if it does not exist.
+        raw: the object of config.json.
+        tensors: the state dict.
+        vlm: where the Qwen3-VL files are now.
+        dtype: of every tensor in the file.
+    """
+    name = str(dtype).removeprefix("torch.")
+    config = dict(raw) | {"dtype": name, "model_dtype": name, "vlm_name_or_path": vlm.hub_id or "vlm"}
+    config["expert_cfg"] = dict(config["expert_cfg"]) | {"dtype": name}
+    folder.mkdir(parents=True, exist_ok=True)
+    if vlm.hub_id is None:
+        _copy_vlm(vlm.folder, folder / "vlm")
+    # Cloned, because views of one storage cannot be written as they are.
+    plain = {key: value.detach().to("cpu", dtype, copy=True).contiguous() for key, value in tensors.items()}
+    with atomic_file(folder / _WEIGHTS) as temporary:
+        save_file(plain, temporary, metadata={"format": "pt"})
+    write_json(folder / "config.json", config)
+
+
+def _is_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(part and not part.startswith((".", "~")) for part in parts)
+
+
+def _download(repo_id: str, patterns: tuple[str, ...], *, local_files_only: bool) -> Path:
+    try:
+        return Path(
+            snapshot_download(repo_id, allow_patterns=list(patterns), local_files_only=local_files_only)
+        )
+    except OSError as error:
+        where = "in the local cache" if local_files_only else "on the hub or in the local cache"
+        raise ValueError(
+            f"{repo_id}: not found {where} ({type(error).__name__}: {error}). "
+            "A gated repository needs its terms accepted and a login; a local folder works without the hub."
+        ) from None
+
+
+def _shards(folder: Path) -> dict[str, Path]:
+    """Each tensor's file.
+
+    Raises:
+        ValueError: a file that should be there is not.
+    """
+    single, index = folder / _WEIGHTS, folder / _INDEX
+    if single.is_file():
+        files = [single]
+        named: dict[str, Path] = {}
+    elif index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: has no weight_map")
+        named = {name: folder / shard for name, shard in weight_map.items()}
+        files = sorted(set(named.values()))
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(f"{folder}: the index names files that are missing: {', '.join(missing)}")
+    else:
+        raise ValueError(f"{folder}: holds neither {_WEIGHTS} nor {_INDEX}")
+    found: dict[str, Path] = {}
+    for path in files:
+        with _open(path) as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    misplaced = [name for name, path in named.items() if name in found and found[name] != path]
+    if misplaced:
+        raise ValueError(f"{index}: these tensors are in another file than it says: {_listed(misplaced)}")
+    return found
+
+
+def _check_tensors(expected: Mapping[str, tuple[int, ...]], shards: Mapping[str, Path], folder: Path) -> None:
+    problems = []
+    missing = [name for name in expected if name not in shards and name not in OPTIONAL_TENSORS]
+    surplus = [name for name in shards if name not in expected]
+    misshapen = []
+    for path in dict.fromkeys(shards.values()):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                shape = tuple(file.get_slice(name).get_shape())
+                if name in expected and shape != expected[name]:
+                    misshapen.append(f"{name} is {list(shape)} and must be {list(expected[name])}")
+    for label, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)):
+        if names:
+            problems.append(f"{len(names)} {label}: {_listed(names)}")
+    if problems:
+        raise ValueError(f"{folder}: the tensors do not fit config.json; {'; '.join(problems)}")
+
+
+def _listed(names: list[str]) -> str:
+    rest = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _groups(path: Path) -> list[list[tuple[str, int, int]]]:
+    """A file's tensors, or parts of them, in groups of at most `_MAPPED_BYTES`: (name, start, stop)."""
+    groups: list[list[tuple[str, int, int]]] = []
+    room = 0
+    with _open(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(name)  # mapped, not read
+            start, count, size = 0, tensor.numel(), tensor.element_size()
+            while start < count:
+                if room < size:
+                    groups.append([])
+                    room = _MAPPED_BYTES
+                stop = min(count, start + room // size)
+                groups[-1].append((name, start, stop))
+                room -= (stop - start) * size
+                start = stop
+    return groups
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """Open a safetensors file; a broken one is a ValueError that names it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _inverse_frequencies(vlm: Any, path: str) -> Tensor:
+    """1 / theta^(2i / d), d the text model's head, or half a head for rows and columns of patches."""
+    if path.startswith("model.visual"):
+        vision = vlm.config.vision_config
+        size, theta = vision.hidden_size // vision.num_heads // 2, _VISION_THETA
+    else:
+        text = vlm.config.text_config
+        size, theta = text.head_dim, rope_settings(text).theta
+    exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+    return torch.reciprocal(theta**exponents)
+
+
+def _copy_vlm(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    if target.resolve() == source.resolve():
+        return
+    for pattern in _VLM_PATTERNS:
+        for path in sorted(source.glob(pattern)):
+            if not path.name.endswith(".index.json"):
+                with atomic_file(target / path.name) as temporary:
+                    shutil.copyfile(path, temporary)
+
+
+def checkpoint_path() -> Path:
+    """The folder of the checkpoint that ships with the package."""
+    return Path(str(resources.files("alpamayo_dflash") / "standins" / "checkpoint"))
+
+
+_TEXT = "vlm.model.language_model."
+_LAYER = re.compile(re.escape(_TEXT) + r"layers\.(\d+)\.input_layernorm\.weight")
+
+
+@dataclass(frozen=True)
+class FrozenTarget:
+    """Parts of a target that a draft shares, and the shape that a new draft takes over.
+
+    Attributes:
+        folder: where the checkpoint lies.
+        embedding: [V, C] float32.
+        head: [V, C] float32.
+        final_norm: [C] float32, weight of the text decoder's last norm.
+        num_layers: decoder layers.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        head_dim: D.
+        intermediate_size: width of the MLP.
+        traj_ids: ids of trajectory tokens, which are never generated in text.
+    """
+
+    folder: Path
+    embedding: Tensor
+    head: Tensor
+    final_norm: Tensor
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    traj_ids: range
+
+
+def read_target(name: str | Path, *, local_files_only: bool = False) -> FrozenTarget:
+    """Read the shared parts of a checkpoint in the official layout.
+
+    Args:
+        name: folder or hub id.
+        local_files_only: never ask the hub.
+
+    Raises:
+        ValueError: the checkpoint is not found, or a tensor is missing or corrupt; the message names it.
+    """
+    folder = checkpoint_folder(name, local_files_only=local_files_only)
+    config = AlpamayoConfig.from_file(folder / "config.json")
+    shards = _shards(folder)
+    layers = [int(match[1]) for match in map(_LAYER.fullmatch, shards) if match]
+    if not layers:
+        raise ValueError(f"{folder}: no text decoder layers ({_TEXT}layers.*) among its tensors")
+    first = _TEXT + "layers.0."
+    (head_dim,) = _read(shards, first + "self_attn.q_norm.weight", folder).shape
+    return FrozenTarget(
+        folder=folder,
+        embedding=_read(shards, _TEXT + "embed_tokens.weight", folder).float(),
+        head=_read(shards, "vlm.lm_head.weight", folder).float(),
+        final_norm=_read(shards, _TEXT + "norm.weight", folder).float(),
+        num_layers=max(layers) + 1,
+        num_heads=_read(shards, first + "self_attn.q_proj.weight", folder).shape[0] // head_dim,
+        num_kv_heads=_read(shards, first + "self_attn.k_proj.weight", folder).shape[0] // head_dim,
+        head_dim=head_dim,
+        intermediate_size=_read(shards, first + "mlp.gate_proj.weight", folder).shape[0],
+        traj_ids=range(config.traj_token_start_idx, config.traj_token_start_idx + config.traj_vocab_size),
+    )
+
+
+def _read(shards: Mapping[str, Path], name: str, folder: Path) -> Tensor:
+    if name not in shards:
+        raise ValueError(f"{folder}: no tensor {name}")
+    with _open(shards[name]) as file:
+        tensor: Tensor = file.get_tensor(name)
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{shards[name]}: {name} holds values that are not finite")
+    return tensor
