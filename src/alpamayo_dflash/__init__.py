@@ -11,18 +11,34 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Alpamayo": "alpamayo_dflash.target.alpamayo",
-    "SpeculativeDecoder": "alpamayo_dflash.decode.decoder",
-    "DFlashDraft": "alpamayo_dflash.draft.model",
-    "ClipSource": "alpamayo_dflash.clips.source",
-    "Window": "alpamayo_dflash.clips.window",
-    "accelerate": "alpamayo_dflash.decode.decoder",
+    "Alpamayo": "target.alpamayo",
+    "BlockDraft": "decode.proposer",
+    "ClipSource": "clips.source",
+    "DFlashDraft": "draft.model",
+    "DecodeConfig": "decode.config",
+    "Listed": "decode.proposer",
+    "Observer": "decode.observer",
+    "Prompt": "target.prompt",
+    "Proposed": "decode.proposer",
+    "Recorder": "decode.observer",
+    "Result": "decode.decoder",
+    "SpeculativeDecoder": "decode.decoder",
+    "Window": "clips.window",
+    "accelerate": "decode.decoder",
 }
 
 __all__ = [
     "Alpamayo",
+    "BlockDraft",
     "ClipSource",
     "DFlashDraft",
+    "DecodeConfig",
+    "Listed",
+    "Observer",
+    "Prompt",
+    "Proposed",
+    "Recorder",
+    "Result",
     "SpeculativeDecoder",
     "Window",
     "__version__",
@@ -30,14 +46,18 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from alpamayo_dflash.clips.source import ClipSource
-    from alpamayo_dflash.clips.window import Window
-    from alpamayo_dflash.decode.decoder import SpeculativeDecoder, accelerate
-    from alpamayo_dflash.draft.model import DFlashDraft
     from alpamayo_dflash.target.alpamayo import Alpamayo
+    from alpamayo_dflash.decode.proposer import BlockDraft, Listed, Proposed
+    from alpamayo_dflash.clips.source import ClipSource
+    from alpamayo_dflash.draft.model import DFlashDraft
+    from alpamayo_dflash.decode.config import DecodeConfig
+    from alpamayo_dflash.decode.observer import Observer, Recorder
+    from alpamayo_dflash.target.prompt import Prompt
+    from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder, accelerate
+    from alpamayo_dflash.clips.window import Window
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -203,7 +203,7 @@ def test_a_captured_round_serves_prompts_of_any_length(views, dtype):
         for decoder in kept:
             assert decoder.generate(prompt, **options).token_ids == expected
     for decoder in kept:
-        [captured] = decoder.engine.rounds.values()
+        [captured] = decoder.device_rounds.kept.values()
         assert captured._graph is not None
 
 
@@ -237,7 +237,7 @@ def test_a_draft_of_nan_is_dropped_and_leaves_nothing_behind(views, context_len)
         draft.fc.weight[3] = kept
     again = decoder.generate(views[0], **options)
     assert (again.token_ids, again.draft_failures, again.drafted) == (expected, 0, good.drafted)
-    [captured] = decoder.engine.rounds.values()
+    [captured] = decoder.device_rounds.kept.values()
     assert captured._graph is not None
 
 
@@ -282,7 +282,7 @@ def test_a_target_on_the_second_gpu(views):
         got = decoder.generate(views[0], seed=2)
         expected = expected or got.token_ids
         assert got.token_ids == expected
-        [captured] = decoder.engine.rounds.values()
+        [captured] = decoder.device_rounds.kept.values()
         assert captured._graph is not None
         assert torch.cuda.current_device() == 0
 

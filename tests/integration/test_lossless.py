@@ -11,7 +11,7 @@ import torch
 from proposers import NotANumber, Oracle, Random, Reduced
 from random_target import random_prompt, random_target
 
-from alpamayo_dflash.decode import round_device as engine
+from alpamayo_dflash.decode import round_device
 from alpamayo_dflash.decode.config import DecodeConfig, Request, Sampling
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.observer import SPANS, Recorder, StageTimer
@@ -394,7 +394,7 @@ def test_a_draft_that_the_device_cannot_run_runs_on_the_host_and_that_is_said(ta
     with pytest.warns(UserWarning, match="loop on the host: the draft sees every state"):
         got = decoder.generate(prompts[1], max_new_tokens=LIMIT, trajectories=False)
     assert got.token_ids == truth[1, 0.6, 1].token_ids
-    assert not decoder.engine.rounds
+    assert not decoder.device_rounds.kept
 
 
 @pytest.mark.parametrize("error", [RuntimeError, IndexError])
@@ -405,11 +405,13 @@ def test_a_round_that_cannot_be_captured_runs_all_the_same_and_that_is_said(
         call()
         raise error("not while capturing")
 
-    monkeypatch.setattr(engine, "CapturedCall", refuse)
+    monkeypatch.setattr(round_device, "CapturedCall", refuse)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    make = engine.Round.__init__
+    make = round_device.DeviceRound.__init__
     monkeypatch.setattr(
-        engine.Round, "__init__", lambda *args, graph, **options: make(*args, graph=True, **options)
+        round_device.DeviceRound,
+        "__init__",
+        lambda *args, graph, **options: make(*args, graph=True, **options),
     )
     decoder = SpeculativeDecoder(target, Random(target.vocab_size, 8), DecodeConfig(loop="device"))
     with pytest.warns(UserWarning, match="could not be captured .*: .*not while capturing"):
@@ -421,14 +423,14 @@ def test_rounds_are_kept_for_their_shapes_but_not_without_end(target, prompts):
     decoder = SpeculativeDecoder(target, Random(target.vocab_size, 8), DecodeConfig(loop="device"))
     options = {"max_new_tokens": 3, "trajectories": False}
     decoder.generate(prompts[0], temperature=0.5, **options)
-    [kept] = decoder.engine.rounds.values()
+    [kept] = decoder.device_rounds.kept.values()
     for temperature in (0.6, 0.5):
         decoder.generate(prompts[0], temperature=temperature, **options)
-    assert list(decoder.engine.rounds.values())[-1] is kept
+    assert list(decoder.device_rounds.kept.values())[-1] is kept
     for step in range(20):
         decoder.generate(prompts[0], temperature=1 + step / 100, **options)
-    assert len(decoder.engine.rounds) == 8
-    assert kept not in decoder.engine.rounds.values()
+    assert len(decoder.device_rounds.kept) == 8
+    assert kept not in decoder.device_rounds.kept.values()
 
 
 @LOOPS
@@ -444,9 +446,9 @@ def test_one_row_width_tells_of_every_first_token(target, prompts, truth, loop):
 
 @pytest.mark.parametrize("limit", range(56, 66))
 def test_at_one_row_width_both_loops_lay_their_tails_alike(target, limit):
-    request = Request(Sampling(), 0, 2, limit)
+    request, config = Request(Sampling(), 0, 2, limit), DecodeConfig(loop="device", row_width=8)
     shapes = [
-        SpeculativeDecoder(target, draft, DecodeConfig(loop="device", row_width=8)).engine.shape(request)
+        SpeculativeDecoder(target, draft, config).device_rounds.shape(request)
         for draft in (None, Random(target.vocab_size, 8), Random(target.vocab_size, 16))
     ]
     assert len({(shape.per_sample, shape.slots, shape.pass_rows) for shape in shapes}) == 1

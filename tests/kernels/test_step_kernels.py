@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alpamayo_dflash.decode import steps
+from alpamayo_dflash.decode.proposer import Proposed, unite
 from alpamayo_dflash.decode.stops import StopRules
 
 steps_triton = pytest.importorskip("alpamayo_dflash.decode.steps_triton")
@@ -29,7 +30,10 @@ def state_of(seed, samples=3, block=5, limit=12):
     state.done[state.lengths == limit] = 3
     state.limit.fill_(limit)
     state.bases.copy_(torch.arange(samples) * 20)
-    for name in ("proposed", "drafted", "failed", "pending", "previous"):
+    state.chains.copy_(torch.randint(0, 9, state.chains.shape, generator=generator))
+    state.chain_lengths.copy_(torch.randint(0, block, (samples,), generator=generator))
+    state.chain_lengths[torch.rand(samples, generator=generator) < 0.5] = 0
+    for name in ("proposed", "drafted", "offered", "failed", "pending", "previous"):
         getattr(state, name).fill_(77)  # poison: every element must be written
     state.report.fill_(-5)
     return state, generator
@@ -43,6 +47,15 @@ def snapshot(state):
 @pytest.mark.parametrize("marks", [True, False])
 @pytest.mark.parametrize("reduced", [True, False])
 def test_kernels_are_the_plain_steps_and_these_the_rules(mode, marks, reduced):
+    check_steps(mode, marks, reduced, nobody=False)
+
+
+@pytest.mark.parametrize("mode", ["hint", "off"])
+def test_without_a_draft_what_others_offer_is_proposed(mode):
+    check_steps(mode, marks=True, reduced=False, nobody=True)
+
+
+def check_steps(mode, marks, reduced, *, nobody):
     rule = rules(mode, marks)
     known = steps.Marks.of(rule)
     for seed in range(25):
@@ -50,20 +63,25 @@ def test_kernels_are_the_plain_steps_and_these_the_rules(mode, marks, reduced):
         other = copy.deepcopy(state)
         samples, block = state.samples, state.block
         columns = torch.randint(0, 9, (samples * (block - 1),), generator=generator)
+        agreeing = torch.rand(samples, 1, generator=generator) < 0.5  # with what others offer
+        if not reduced:
+            columns = torch.where(agreeing, state.chains, columns.view(samples, -1)).flatten()
         finite = torch.rand(samples * (block - 1), generator=generator) > 0.05
         ids = IDS.flip(0) if reduced else None
+        drafted = None if nobody else steps.Picks(columns, finite, ids)
         before = snapshot(state)
-        steps.propose(state, known, columns, finite, ids)
-        steps_triton.propose(other, known, columns, finite, ids)
+        steps.propose(state, known, drafted)
+        steps_triton.propose(other, known, drafted)
         expected, got = snapshot(state), snapshot(other)
         for name, value in expected.items():
             assert torch.equal(value, got[name]), (name, seed)
         picks = (columns if ids is None else ids[columns]).view(samples, -1).tolist()
-        sound = finite.view(samples, -1).all(1).tolist()
+        sound = torch.logical_and(finite.view(samples, -1).all(1), torch.tensor(not nobody)).tolist()
         for s in range(samples):
-            proposed = expected_proposal(rule, before, s, picks[s], sound[s])
+            proposed, drafted_count, offered = expected_proposal(rule, before, s, picks[s], sound[s])
             count = int(state.proposed[s])
             assert state.row_tokens[s * block : s * block + count + 1].tolist()[1:] == proposed, seed
+            assert (int(state.drafted[s]), int(state.offered[s])) == (drafted_count, offered), seed
 
         choices = state.row_tokens.clone()
         choices[:-1] = state.row_tokens[1:]  # what was proposed, now and then something else
@@ -85,24 +103,33 @@ def test_kernels_are_the_plain_steps_and_these_the_rules(mode, marks, reduced):
 
 
 def expected_proposal(rule, before, s, picks, sound):
-    """What `StopRules.shape` and the plain loop propose, cut to the block."""
+    """What the plain loop proposes, as a chain and cut to the block, and how much of it is whose."""
     length, limit = int(before["lengths"][s]), int(before["limit"])
     if before["done"][s]:
-        return []
+        return [], 0, 0
     anchor, room = int(before["tokens"][s, length - 1]), limit - length
     if rule.reason(anchor):
-        return []
-    known = rule.shape(anchor, ())
-    if not known and (room == 1 or not sound):
-        return []
-    return (known or rule.shape(anchor, picks))[: min(room, len(picks))]
+        return [], 0, 0
+    chain = before["chains"][s, : int(before["chain_lengths"][s])].tolist()
+    asked = sound and rule.forced(anchor) is None
+    offers = [Proposed(chain, source="listed"), Proposed(picks if asked else (), source="draft")]
+    tree = unite(offers, anchor, rule, room=room, most=99)
+    nodes = tree.first_chain()[: len(picks)]
+    tokens = [tree.tokens[node] for node in nodes]
+    drafted = sum(tree.drafted[node] for node in nodes)
+    return tokens, drafted, common(tokens, chain)
+
+
+def common(first, second):
+    equal = [a == b for a, b in zip(first, second, strict=False)]
+    return equal.index(False) if False in equal else len(equal)
 
 
 def test_autoregressive_rows():
     state, _ = state_of(3, block=1)
     other = copy.deepcopy(state)
     known = steps.Marks.of(rules())
-    steps.propose(state, known, None, None, None)
-    steps_triton.propose(other, known, None, None, None)
+    steps.propose(state, known, None)
+    steps_triton.propose(other, known, None)
     for name in ("row_tokens", "row_positions", "row_slots", "next_positions", "seen", "pending"):
         assert torch.equal(getattr(state, name), getattr(other, name)), name

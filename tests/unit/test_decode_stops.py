@@ -1,5 +1,6 @@
 import pytest
 
+from alpamayo_dflash.decode.proposer import Proposed, unite
 from alpamayo_dflash.decode.stops import StopReason, StopRules
 
 E, T, EOS, P = 90, 91, 92, 13
@@ -7,6 +8,11 @@ E, T, EOS, P = 90, 91, 92, 13
 
 def rules(mode, period=P):
     return StopRules(E, T, EOS, period, mode)
+
+
+def shape(rules, anchor, drafted):
+    """What is proposed after `anchor` where a draft says so much."""
+    return unite([Proposed(drafted, source="draft")], anchor, rules, room=99, most=99).tokens
 
 
 @pytest.mark.parametrize(
@@ -38,13 +44,13 @@ def rules(mode, period=P):
     ],
 )
 def test_shape(mode, anchor, drafted, proposal):
-    assert rules(mode).shape(anchor, drafted) == proposal
+    assert shape(rules(mode), anchor, drafted) == proposal
 
 
 @pytest.mark.parametrize("mode", ["hint", "force", "off"])
 def test_without_a_period_only_the_ends_grammar_holds(mode):
-    assert rules(mode, None).shape(1, [2, E, 5]) == [2, E, T]
-    assert rules(mode, None).shape(1, [2, P, 5]) == [2, P, 5]
+    assert shape(rules(mode, None), 1, [2, E, 5]) == [2, E, T]
+    assert shape(rules(mode, None), 1, [2, P, 5]) == [2, P, 5]
     assert rules(mode, None).forced_end(P) == []
 
 

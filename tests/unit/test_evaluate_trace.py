@@ -5,17 +5,16 @@ from __future__ import annotations
 import io
 
 from rich.console import Console
+from traces import chain_trace
 
-from alpamayo_dflash.decode.observer import RoundTrace, SampleTrace
+from alpamayo_dflash.decode.observer import RoundTrace
 from alpamayo_dflash.evaluate.trace import RoundPrinter, render
 
 WORDS = ["Keep", "␣lane", "␣now", ".", "<end>"]
 
 
 def test_marks_without_colour() -> None:
-    sample = SampleTrace(
-        sample=0, position=0, anchor=0, proposed=(1, 2, 3), accepted=1, emitted=(1, 4), drafted=3
-    )
+    sample = chain_trace(0, proposed=(1, 2, 3), accepted=1, emitted=(1, 4))
     line = render(sample, 7, WORDS.__getitem__)
     assert line.plain == "pass  7 sample 0 Keep | +␣lane -␣now -. =<end>"
     styles = {line.plain[span.start : span.end].strip(): span.style for span in line.spans}
@@ -23,9 +22,7 @@ def test_marks_without_colour() -> None:
 
 
 def test_a_round_that_ended_inside_the_block_shows_no_target_token() -> None:
-    sample = SampleTrace(
-        sample=0, position=0, anchor=0, proposed=(1, 4), accepted=2, emitted=(1, 4), drafted=2
-    )
+    sample = chain_trace(0, proposed=(1, 4), accepted=2, emitted=(1, 4))
     assert "=" not in render(sample, 0, WORDS.__getitem__).plain
 
 
@@ -33,8 +30,8 @@ def test_printer_prints_one_line_a_sample() -> None:
     stream = io.StringIO()
     printer = RoundPrinter(Console(file=stream, width=20), WORDS.__getitem__)
     printer.on_prefill(100, (0, 0))
-    one = SampleTrace(sample=0, position=0, anchor=0, proposed=(1,), accepted=1, emitted=(1, 2), drafted=1)
-    two = SampleTrace(sample=1, position=0, anchor=0, proposed=(1,), accepted=0, emitted=(3,), drafted=1)
+    one = chain_trace(0, proposed=(1,), accepted=1, emitted=(1, 2))
+    two = chain_trace(1, proposed=(1,), accepted=0, emitted=(3,))
     printer.on_round(RoundTrace(index=0, rows=4, samples=(one, two)))
     lines = stream.getvalue().splitlines()
     assert len(lines) == 3  # long lines are not broken

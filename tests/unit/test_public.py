@@ -21,7 +21,10 @@ from alpamayo_dflash.layers.choice import read_choice
 
 STORED = Path(__file__).parents[1] / "data" / "stored"
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
-NAMES = {"Alpamayo", "ClipSource", "DFlashDraft", "SpeculativeDecoder", "Window", "accelerate"}
+NAMES = {
+    *("Alpamayo", "BlockDraft", "ClipSource", "DFlashDraft", "DecodeConfig", "Listed", "Observer", "Prompt"),
+    *("Proposed", "Recorder", "Result", "SpeculativeDecoder", "Window", "accelerate"),
+}
 
 
 def test_the_roots_names():
@@ -34,7 +37,7 @@ def test_the_roots_names():
 
 def test_the_decoders_arguments():
     made = list(inspect.signature(SpeculativeDecoder).parameters)
-    assert made == ["target", "draft", "config"]
+    assert made == ["target", "draft", "config", "proposers"]
     generate = list(inspect.signature(SpeculativeDecoder.generate).parameters)
     assert generate[1:8] == [
         "window", "temperature", "top_p", "num_traj_samples", "seed", "max_new_tokens", "observer"

@@ -14,7 +14,7 @@ from alpamayo_dflash.bench.floors import DraftShape, TextShape
 from alpamayo_dflash.bench.setup import Bench, replayed
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
-from alpamayo_dflash.decode.round_device import block_of, per_sample_slots
+from alpamayo_dflash.decode.round_device import per_sample_slots, static_block
 from alpamayo_dflash.decode.steps import State
 from alpamayo_dflash.decode.verify import Prefilled
 from alpamayo_dflash.draft.model import DFlashDraft
@@ -157,7 +157,7 @@ def _draft(bench: Bench, draft: DFlashDraft, samples: int) -> list[float]:
         device=bench.device,
     )
     state.bases.copy_(torch.arange(samples) * per_sample)
-    block = block_of(draft, verifier.cache, samples=samples, per_sample=per_sample, slots=slots)
+    block = static_block(draft, verifier.cache, samples=samples, per_sample=per_sample, slots=slots)
     block.begin(verifier.cache.prompt_length)
     # As after a round that accepted five tokens.
     state.lengths.fill_(min(config.coc_tokens, 9))

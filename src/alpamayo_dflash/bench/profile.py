@@ -9,7 +9,9 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record
 
 from alpamayo_dflash.bench.setup import Bench
-from alpamayo_dflash.decode.noise import stream_keys
+from alpamayo_dflash.decode.config import Request
+from alpamayo_dflash.decode.loop import Sample
+from alpamayo_dflash.decode.observer import Observer
 
 _ROUNDS = 2
 
@@ -22,11 +24,12 @@ def profile(bench: Bench) -> dict[str, Any] | None:
     read = fast.prefill(bench.prompt)
     fast.generate(read, **bench.options(1, 0, bench.config.coc_tokens))
     replay.load([[1] * bench.config.coc_tokens], 0)
-    round_ = next(iter(fast.engine.rounds.values()))
-    fast.verifier.begin(read, round_.shape.slots)
+    round_ = next(iter(fast.device_rounds.kept.values()))
     with torch.inference_mode():
-        keys = stream_keys(0, read.prompt.key, [0], bench.device)
-        round_.begin([0], keys, round_.first(read, keys), round_.shape.per_sample - round_.block)
+        sample, most = Sample(0), round_.shape.per_sample - round_.block
+        round_.open(read, Request(round_.shape.sampling, max_new_tokens=most), [sample], Observer())
+        sample.tokens += round_.first([sample])
+        round_.begin([sample])
         round_()
         torch.cuda.synchronize()
         before = torch.cuda.memory_stats()["allocation.all.allocated"]

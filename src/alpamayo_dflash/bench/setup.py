@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import torch
 
 from alpamayo_dflash.bench.config import BenchConfig
 from alpamayo_dflash.bench.figures import SIX
+from alpamayo_dflash.bench.replay import Replay, rate_for
 from alpamayo_dflash.common.machine import check_device
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.decode.observer import Observer
-from alpamayo_dflash.decode.proposer import Proposer
-from alpamayo_dflash.decode.replay import Replay, rate_for
+from alpamayo_dflash.decode.proposer import BlockDraft, Captured
 from alpamayo_dflash.decode.verify import Prefilled
 from alpamayo_dflash.draft.config import DraftConfig
 from alpamayo_dflash.draft.model import INITIAL_STD, DFlashDraft
@@ -105,18 +106,19 @@ class Bench:
             draft.token_ids.copy_(chosen)
         return draft
 
-    def decoder(self, draft: Proposer | None, row_width: int | None = None) -> SpeculativeDecoder:
+    def decoder(
+        self, draft: BlockDraft | None, row_width: int | None = None, proposers: Sequence[Captured] = ()
+    ) -> SpeculativeDecoder:
         """A decoder whose rounds run on the device."""
         capacity = -(-len(self.prompt.input_ids) // 64) * 64
         config = DecodeConfig(row_width=row_width, prompt_capacity=capacity, loop="device")
-        decoder = SpeculativeDecoder(self.target, draft, config)
-        if decoder.engine.unsuited is not None:
-            raise ValueError(f"the benchmark is of rounds on the device: {decoder.engine.unsuited}")
+        decoder = SpeculativeDecoder(self.target, draft, config, proposers=proposers)
+        if decoder.device_rounds.unsuited is not None:
+            raise ValueError(f"the benchmark is of rounds on the device: {decoder.device_rounds.unsuited}")
         return decoder
 
     def replaying(self, row_width: int | None = None) -> tuple[SpeculativeDecoder, Replay]:
         """A speculative decoder with a replay, and the replay."""
-        decoder = self.decoder(self.draft, row_width)
         replay = Replay(
             samples=SIX,
             length=self.config.coc_tokens + max(self.coc_lengths.values(), default=0) + _MORE_TOKENS,
@@ -125,8 +127,7 @@ class Bench:
             vocab=self.target.traj_ids.start or self.target.vocab_size,
             device=self.device,
         )
-        decoder.engine.replay = replay
-        return decoder, replay
+        return self.decoder(self.draft, row_width, [replay]), replay
 
     def options(self, samples: int, seed: int, tokens: int) -> dict[str, Any]:
         """Those of `SpeculativeDecoder.generate`."""

@@ -77,13 +77,18 @@ class Cache:
         for tensor in (self.keys, self.values, self.taps):
             tensor.zero_()
 
+    def grow(self, slots: int) -> None:
+        """Make room for so many slots; the prompt stays."""
+        if slots <= self._slots:
+            return
+        keys, values, taps, used = self.keys, self.values, self.taps, self.prompt_length
+        self._allocate(slots)
+        self.keys[:, :used], self.values[:, :used] = keys[:, :used], values[:, :used]
+        self.taps[: self.context_len] = taps[: self.context_len]
+
     def reserve(self, slots: int) -> None:
         """Empty the tail and give it this many slots; the prompt stays."""
-        if slots > self._slots:
-            keys, values, taps, used = self.keys, self.values, self.taps, self.prompt_length
-            self._allocate(slots)
-            self.keys[:, :used], self.values[:, :used] = keys[:, :used], values[:, :used]
-            self.taps[: self.context_len] = taps[: self.context_len]
+        self.grow(slots)
         self.tail = Tail(slots)
 
     def set_prompt(self, length: int, taps_NF: Tensor | None) -> None:

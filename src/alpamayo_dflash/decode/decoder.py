@@ -19,11 +19,12 @@ from alpamayo_dflash.common.machine import current, synchronise
 from alpamayo_dflash.common.options import check_positive
 from alpamayo_dflash.decode.config import MOST_BLOCK, DecodeConfig, Request, Sampling
 from alpamayo_dflash.decode.handover import Handover, hand_over
-from alpamayo_dflash.decode.loop import Decode, Drafter, Sample, autoregressive, speculative
+from alpamayo_dflash.decode.loop import Decoded, Round, Sample, decode
 from alpamayo_dflash.decode.noise import flow_noise
 from alpamayo_dflash.decode.observer import Observer
-from alpamayo_dflash.decode.proposer import Proposer
-from alpamayo_dflash.decode.round_device import Engine, Written
+from alpamayo_dflash.decode.proposer import BlockDraft, Captured, DraftProposer, Listed
+from alpamayo_dflash.decode.round_device import DeviceRounds, Proposers
+from alpamayo_dflash.decode.round_host import HostRound
 from alpamayo_dflash.decode.stops import StopReason, stop_rules
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
 from alpamayo_dflash.target.alpamayo import Alpamayo
@@ -98,22 +99,29 @@ class Result:
 
 
 class SpeculativeDecoder:
-    """Decodes a target with a draft; without one, autoregressively. The text is the same either way.
+    """Decodes a target with proposers; without any, autoregressively. The text is the same either way.
 
     Args:
         target: the model.
-        draft: proposes blocks; None for the autoregressive loop.
+        draft: proposes blocks; None for none.
         config: see DecodeConfig.
+        proposers: propose beside the draft: `Listed`, or in the device's rounds `Captured`.
 
     Attributes:
         verifier: the target with its cache, which holds one prompt at a time.
+        device_rounds: the rounds on the device, by shape.
 
     Raises:
-        ValueError: the draft does not fit the target.
+        ValueError: the draft does not fit the target, or a proposer is of neither kind.
     """
 
     def __init__(
-        self, target: Qwen3VLTarget, draft: Proposer | None = None, config: DecodeConfig | None = None
+        self,
+        target: Qwen3VLTarget,
+        draft: BlockDraft | None = None,
+        config: DecodeConfig | None = None,
+        *,
+        proposers: Sequence[Listed | Captured] = (),
     ) -> None:
         self.target = target
         self.draft = draft
@@ -124,7 +132,6 @@ class SpeculativeDecoder:
                     f"the draft's block_size is {draft.block_size}; it must be 2 to {MOST_BLOCK}"
                 )
             draft.bind(target.embedding, target.head, target.num_layers)
-        self._drafter = Drafter(draft) if draft is not None else None
         self.verifier = Verifier(
             target,
             taps=draft.taps if draft is not None else (),
@@ -133,8 +140,15 @@ class SpeculativeDecoder:
             row_width=self.config.row_width,
         )
         self.rules = stop_rules(target, self.config)
-        self.engine = Engine(self.verifier, self.rules, draft)
-        self._finished: tuple[Prefilled, Decode | Written] | None = None
+        listed = [proposer for proposer in proposers if isinstance(proposer, Listed)]
+        self._captured = [proposer for proposer in proposers if not isinstance(proposer, Listed)]
+        for proposer in self._captured:
+            if not callable(proposer):
+                raise ValueError(f"proposer {proposer!r} must be Listed, or callable as Captured is")
+        by_draft = None if draft is None else DraftProposer(draft, self.verifier.cache, self.rules)
+        self._host_round = HostRound(self.verifier, self.rules, by_draft, listed)
+        self.device_rounds = DeviceRounds(self.verifier, self.rules, Proposers(draft, listed, self._captured))
+        self._finished: tuple[Prefilled, Decoded] | None = None
 
     def prefill(self, window: Window | Prompt) -> Prefilled:
         """Read a prompt, so that `generate` can start from it any number of times.
@@ -190,42 +204,34 @@ class SpeculativeDecoder:
             read = self._now_ms()
         driver = self._driver(prefilled.prompt, trajectories)
         with torch.inference_mode(), current(self.target.device):
-            decode = self._write(prefilled, request, observer or Observer())
+            round_ = self._round(request)
+            decoded = decode(
+                round_, self.verifier, prefilled, request, rules=self.rules, observer=observer or Observer()
+            )
         written = self._now_ms()
-        self._finished = (prefilled, decode)
+        self._finished = (prefilled, decoded)
         xyz = rot = None
         if driver is not None:
-            xyz, rot = self._act(driver, prefilled, decode, seed, action_noise)
+            xyz, rot = self._act(driver, prefilled, decoded, seed, action_noise)
         end = self._now_ms()
         timings = Timings(read - before, written - read, end - written, end - start)
-        return self._result(decode, xyz, rot, timings)
+        return self._result(decoded, xyz, rot, timings)
 
-    def _write(self, prefilled: Prefilled, request: Request, observer: Observer) -> Decode | Written:
-        """Write the texts, on the device or from the host."""
-        if self._on_device():
-            return self.engine.write(prefilled, request, observer)
-        self.verifier.begin(prefilled, request.num_samples * (request.max_new_tokens + MOST_BLOCK))
-        decode = Decode(self.verifier, prefilled, request, rules=self.rules, observer=observer)
-        # All samples together, or at one row width one after another: there, sharing rows would order the
-        # cache's slots differently in the two loops, and so the roundings.
-        together = [decode.samples] if self.config.row_width is None else [[s] for s in decode.samples]
-        for samples in together:
-            if self._drafter is None:
-                autoregressive(decode, samples)
-            else:
-                speculative(decode, samples, self._drafter)
-        return decode
-
-    def _on_device(self) -> bool:
+    def _round(self, request: Request) -> Round:
+        """The round that serves a request, on the device or the host."""
         wanted = self.config.loop
         if wanted == "auto":
-            wanted = "device" if self.target.device.type == "cuda" else "host"
-        if wanted == "host":
-            return False
-        reason = self.engine.unsuited
+            wanted = "device" if self.target.device.type == "cuda" or self._captured else "host"
+        reason = self.device_rounds.unsuited if wanted == "device" else None
+        if wanted == "device" and reason is None:
+            return self.device_rounds.round(request)
+        if self._captured:
+            raise ValueError(
+                f"a Captured proposer runs in the device's rounds alone: {reason or 'loop is host'}"
+            )
         if reason is not None:
-            warnings.warn(f"decoding runs in the plain, slower loop on the host: {reason}", stacklevel=4)
-        return reason is None
+            warnings.warn(f"decoding runs in the plain, slower loop on the host: {reason}", stacklevel=3)
+        return self._host_round
 
     def _prefix(self, prefilled: Prefilled, samples: Sequence[Sample]) -> ActionPrefix:
         return self.verifier.cache.prefix(
@@ -246,9 +252,9 @@ class SpeculativeDecoder:
         """
         if self._finished is None:
             raise ValueError("handover() comes after generate()")
-        prefilled, decode = self._finished
+        prefilled, decoded = self._finished
         self.verifier.check(prefilled)
-        chosen = decode.samples if samples is None else [decode.samples[index] for index in samples]
+        chosen = decoded.samples if samples is None else [decoded.samples[index] for index in samples]
         return hand_over(
             self._prefix(prefilled, chosen),
             prefilled.prompt.input_ids,
@@ -283,38 +289,36 @@ class SpeculativeDecoder:
         self,
         target: Alpamayo,
         prefilled: Prefilled,
-        decode: Decode | Written,
+        decoded: Decoded,
         seed: int,
         noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         prompt = prefilled.prompt
-        samples = range(len(decode.samples))
+        samples = range(len(decoded.samples))
         shape = (len(samples), target.n_waypoints, 2)
         if noise is None:
             noise = flow_noise(seed, prompt.key, samples, target.n_waypoints, device=target.device)
         elif noise.shape != shape:
             raise ValueError(f"action_noise is {tuple(noise.shape)}; it must be {shape}")
         with torch.inference_mode():
-            action = target.denoise(noise.to(target.device), self._prefix(prefilled, decode.samples))
+            action = target.denoise(noise.to(target.device), self._prefix(prefilled, decoded.samples))
             xyz, rot = target.trajectory(action, prompt.ego_history_xyz, prompt.ego_history_rot)
         return xyz.clone(), rot.clone()  # ordinary tensors, not inference mode's
 
-    def _result(
-        self, decode: Decode | Written, xyz: Tensor | None, rot: Tensor | None, timings: Timings
-    ) -> Result:
-        samples = decode.samples
+    def _result(self, decoded: Decoded, xyz: Tensor | None, rot: Tensor | None, timings: Timings) -> Result:
+        samples = decoded.samples
         return Result(
             coc=[self.target.coc_text(sample.tokens) for sample in samples],
             token_ids=[sample.tokens for sample in samples],
             stops=[sample.stop for sample in samples if sample.stop is not None],
             pred_xyz=xyz,
             pred_rot=rot,
-            rounds=decode.rounds,
+            rounds=decoded.rounds,
             emitted=sum(len(sample.tokens) - 1 for sample in samples),
             passes=sum(sample.passes for sample in samples),
             drafted=sum(sample.drafted for sample in samples),
             accepted=sum(sample.accepted for sample in samples),
-            draft_failures=decode.draft_failures,
+            draft_failures=decoded.draft_failures,
             lossless=self.config.lossless,
             timings=timings,
         )
@@ -326,7 +330,7 @@ class SpeculativeDecoder:
 
 def accelerate(
     model: Any,
-    draft: Proposer | None = None,
+    draft: BlockDraft | None = None,
     *,
     tokenizer: Any = None,
     fuse: bool = False,

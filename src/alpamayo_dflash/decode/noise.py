@@ -182,7 +182,7 @@ class TokenNoise:
     ) -> None:
         self._stream = (seed, window)
         self._num_samples = num_samples
-        self._device = device
+        self.device = device
         self._chunk = max(1, min(_CHUNK_POSITIONS, _CHUNK_VALUES // (num_samples * vocab_size)))
         self._rows = torch.empty(0, num_samples, vocab_size, device=device)
 
@@ -195,8 +195,8 @@ class TokenNoise:
                 range(self._num_samples),
                 range(start, start + self._chunk),
                 self._rows.shape[-1],
-                device=self._device,
+                device=self.device,
             )
             self._rows = torch.cat((self._rows, chunk))
         index = [p * self._num_samples + s for s, p in zip(samples, positions, strict=True)]
-        return self._rows.flatten(0, 1).index_select(0, torch.tensor(index, device=self._device))
+        return self._rows.flatten(0, 1).index_select(0, torch.tensor(index, device=self.device))

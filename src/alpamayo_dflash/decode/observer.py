@@ -21,19 +21,32 @@ class SampleTrace:
         sample: its index.
         position: index of the anchor among the generated tokens.
         anchor: the last known token before the round.
-        proposed: the tokens proposed behind the anchor.
-        accepted: how many of them the target chose too.
+        proposed: the tokens proposed after the anchor, parents before children.
+        parents: for each of them the index of the one that it follows, −1 for the anchor.
+        sources: who proposed each (`proposer.SOURCES`, or a proposer's own word).
+        taken: indices of those that the target chose too, from the anchor on.
+        drafted: how many of them the draft proposed, alone or with others.
+        draft_accepted: how many of these were taken.
         emitted: the tokens that the round added, accepted ones first.
-        drafted: how many of `proposed` are the draft's own (the rest are end marks put in by rule).
+        origins: the source of each of these; "target" for the target's own.
     """
 
     sample: int
     position: int
     anchor: int
     proposed: tuple[int, ...]
-    accepted: int
-    emitted: tuple[int, ...]
+    parents: tuple[int, ...]
+    sources: tuple[str, ...]
+    taken: tuple[int, ...]
     drafted: int
+    draft_accepted: int
+    emitted: tuple[int, ...]
+    origins: tuple[str, ...]
+
+    @property
+    def accepted(self) -> int:
+        """How many proposed tokens the target chose too."""
+        return len(self.taken)
 
 
 @dataclass(frozen=True)

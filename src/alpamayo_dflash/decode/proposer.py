@@ -1,4 +1,8 @@
-"""What the decoder asks of a draft. A draft need not import this package: it only has to look like this.
+"""The seam of proposals: what is offered after a sample's last token, by whom, and how offers are united.
+
+A proposer is one of three. A `BlockDraft` is a network; `DraftProposer` makes proposals of its logits. A
+`Listed` one says on the host what it offers. A `Captured` one runs inside the device's rounds. The host's
+rounds take trees; the device's take chains, of a tree its first one.
 
 Shapes: S sample (distinct texts, not copies of one), X context, F taps·C features, C hidden, V target
 vocabulary, Vd draft vocabulary, b block size.
@@ -6,19 +10,97 @@ vocabulary, Vd draft vocabulary, b block size.
 
 from __future__ import annotations
 
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from alpamayo_dflash.decode.cache import Cache
+from alpamayo_dflash.decode.loop import Sample, same_texts
+from alpamayo_dflash.decode.sampling import PlaceChooser
 from alpamayo_dflash.decode.steps import State
+from alpamayo_dflash.decode.stops import StopRules
+from alpamayo_dflash.decode.verify import Prefilled
+
+ANCHOR = -1
+"""The parent of what follows a sample's last token."""
+DRAFT, END_RULE, TARGET = "draft", "end rule", "target"
+SOURCES = ("phrase tree", "last window", DRAFT, END_RULE)
+"""Who is named for a token that several offer: the first of these. Other names stand before the draft."""
+DRAFT_ERRORS = (RuntimeError, ArithmeticError, LookupError)
+"""What a draft may raise without ending the decode; `BlockDraft.propose` says so."""
 
 
-class ProposalLike(Protocol):
+@dataclass(frozen=True)
+class Proposed:
+    """Tokens offered after one sample's last token.
+
+    Attributes:
+        tokens: the target's ids.
+        parents: for each token the index of the one that it follows, −1 for the sample's last token; parents
+            stand before children. Left out, the tokens are a chain: −1, 0, 1, …
+        source: who offers them: one of `SOURCES`, or a word of the proposer's own.
+
+    Raises:
+        ValueError: a parent is missing or stands after its child.
+    """
+
+    tokens: Sequence[int] = ()
+    parents: Sequence[int] | None = None
+    source: str = "listed"
+
+    def __post_init__(self) -> None:
+        """Check the parents."""
+        if self.parents is None:
+            object.__setattr__(self, "parents", range(-1, len(self.tokens) - 1))
+        elif len(self.parents) != len(self.tokens):
+            raise ValueError(f"{len(self.tokens)} tokens have {len(self.parents)} parents, not one each")
+        else:
+            for node, parent in enumerate(self.parents):
+                if not ANCHOR <= parent < node:
+                    raise ValueError(f"the parent of token {node} is {parent}; it must stand before it")
+
+
+class Listed(ABC):
+    """A proposer that says on the host what it offers. It must not change the samples."""
+
+    def begin(self, prefilled: Prefilled, samples: Sequence[Sample]) -> None:  # noqa: B027
+        """A prompt has been read, and these samples of it are about to be written."""
+
+    @abstractmethod
+    def propose(self, samples: Sequence[Sample]) -> list[Proposed]:
+        """What is offered after each of these unfinished samples (`Sample.tokens`), in their order."""
+
+
+class Captured(Protocol):
+    """A proposer that runs inside the device's rounds.
+
+    On a GPU it is captured with them: it launches work on tensors that never move and reads nothing back.
+    """
+
+    @property
+    def source(self) -> str:
+        """See Proposed."""
+        ...
+
+    def __call__(self, state: State, /) -> tuple[Tensor, Tensor]:
+        """Target ids int64 [S, b − 1] to offer as chains, and int64 [S], how many of each."""
+        ...
+
+
+class BlockLogits(Protocol):
     """A draft's word on the next b − 1 tokens of each text."""
 
     @property
     def logits(self) -> Tensor:
-        """Float [S, b − 1, Vd]: column i of the middle axis predicts the i-th token after the anchor."""
+        """Float [S, b − 1, Vd or more]: column i of the middle axis predicts the i-th token after the anchor.
+
+        Columns beyond the vocabulary are padding.
+        """
         ...
 
     @property
@@ -27,8 +109,8 @@ class ProposalLike(Protocol):
         ...
 
 
-class Proposer(Protocol):
-    """A block draft.
+class BlockDraft(Protocol):
+    """A block draft. It need not import this package: it only has to look like this.
 
     On a GPU its `propose` is captured in a CUDA graph if it lets itself be: then only its work on the device
     is done again, and nothing that it keeps on the host changes from round to round.
@@ -57,8 +139,8 @@ class Proposer(Protocol):
         """
         ...
 
-    def propose(self, context: Tensor, context_lengths: Tensor, anchors: Tensor, /) -> ProposalLike:
-        """Predict b − 1 tokens behind each anchor.
+    def propose(self, context: Tensor, context_lengths: Tensor, anchors: Tensor, /) -> BlockLogits:
+        """Predict b − 1 tokens after each anchor.
 
         Args:
             context: [S, X, F], right-aligned, its left part zero where there is less context than X.
@@ -79,8 +161,8 @@ class StaticBlock(Protocol):
         """A prompt of so many tokens has been read: its last states lie in the taps."""
         ...
 
-    def __call__(self, state: State, /) -> ProposalLike:
-        """Predict the b − 1 tokens behind each sample's last one; nothing is read back from the device.
+    def __call__(self, state: State, /) -> BlockLogits:
+        """Predict the b − 1 tokens after each sample's last one; nothing is read back from the device.
 
         Args:
             state: `tokens`, `lengths`, `previous` (the anchor's position in the last pass: the states from
@@ -90,8 +172,8 @@ class StaticBlock(Protocol):
 
 
 @runtime_checkable
-class StaticProposer(Proposer, Protocol):
-    """A block draft that has a fast form."""
+class StaticDraft(BlockDraft, Protocol):
+    """A block draft that has a fused form."""
 
     @property
     def has_static_block(self) -> bool:
@@ -101,7 +183,7 @@ class StaticProposer(Proposer, Protocol):
     def static_block(
         self, taps: Tensor, *, context: int, samples: int, per_sample: int, slots: int
     ) -> StaticBlock:
-        """The fast form for one shape.
+        """The fused form for one shape.
 
         Args:
             taps: [X + slots or more, F], the cache's tapped states: the prompt's last X, right-aligned, then
@@ -112,3 +194,191 @@ class StaticProposer(Proposer, Protocol):
             slots: of all.
         """
         ...
+
+
+class DraftProposer:
+    """Any block draft as a proposer of the host's rounds (those of the device ask it in `round_device`).
+
+    The picks are made as the target's are: same temperature, nucleus and masked ids, and the noise of the
+    same sample, position and target token id, so that a draft that agrees with the target proposes what the
+    target will choose.
+
+    Args:
+        draft: bound to the target.
+        cache: the target's, which holds the draft's context.
+        rules: after a token that these continue the draft is not asked.
+
+    Attributes:
+        failures: texts that the draft failed on when it was last asked, or its logits were not finite.
+    """
+
+    def __init__(self, draft: BlockDraft, cache: Cache, rules: StopRules) -> None:
+        self.draft, self._cache, self._rules = draft, cache, rules
+        self.failures = 0
+
+    def begin(self, chooser: PlaceChooser, limit: int) -> None:
+        """Take over how tokens are chosen, and the most tokens of a sample."""
+        self._chooser, self._limit = chooser, limit
+
+    def propose(self, samples: Sequence[Sample]) -> list[Proposed]:
+        """See Listed. Nothing is proposed to a text that the draft is not asked for or failed on."""
+        asked = [
+            members
+            for members in same_texts(samples)
+            if len(members[0].tokens) + 1 < self._limit and self._rules.forced(members[0].anchor) is None
+        ]
+        self.failures = 0
+        picked = self._ask(asked) if asked else {}
+        return [Proposed(picked.get(sample.index, ()), source=DRAFT) for sample in samples]
+
+    def _ask(self, asked: Sequence[Sequence[Sample]]) -> dict[int, list[int]]:
+        """Picks by sample index."""
+        context, lengths = self._cache.context([members[0].path for members in asked])
+        anchors = torch.tensor([members[0].anchor for members in asked], device=context.device)
+        try:
+            block = self.draft.propose(context, lengths, anchors)
+        except DRAFT_ERRORS as error:
+            warn_failed(error)
+            self.failures = len(asked)
+            return {}
+        finite = torch.isfinite(block.logits).flatten(1).all(-1).tolist()
+        self.failures = finite.count(False)
+        wanted = [(i, sample) for i, good in enumerate(finite) if good for sample in asked[i]]
+        if not wanted:
+            return {}
+        count = block.logits.shape[1]
+        columns = draft_columns(block, self._chooser.vocab_size)
+        logits = block.logits[[index for index, _ in wanted], :, :columns].float().flatten(0, 1)
+        places = [(sample.index, len(sample.tokens) + step) for _, sample in wanted for step in range(count)]
+        picks = self._chooser(logits, [s for s, _ in places], [p for _, p in places], block.token_ids)
+        ids = picks if block.token_ids is None else block.token_ids[picks]
+        rows: list[list[int]] = ids.view(-1, count).tolist()
+        return {sample.index: row for (_, sample), row in zip(wanted, rows, strict=True)}
+
+
+def draft_columns(block: BlockLogits, vocab_size: int) -> int:
+    """How many columns of a draft's logits mean something: its vocabulary's; those beyond are padding.
+
+    Args:
+        block: from the draft.
+        vocab_size: the target's V.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    columns = block.logits.shape[-1]
+    wanted = vocab_size if block.token_ids is None else len(block.token_ids)
+    if columns < wanted:
+        raise ValueError(
+            f"the draft's logits have {columns} columns; its vocabulary has {wanted} tokens, one column each"
+        )
+    return wanted
+
+
+def warn_failed(error: Exception) -> None:
+    """Warn that a draft raised an error, and that this round goes without it.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: the error is that: the target would not go on either.
+    """
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        raise error
+    warnings.warn(f"the draft failed, and this round goes on without it: {error}", stacklevel=3)
+
+
+@dataclass
+class United:
+    """What several offer after one sample's last token, as one tree.
+
+    Attributes:
+        tokens: as in `Proposed`.
+        parents: likewise; equal tokens after one parent are one node.
+        sources: of each node.
+        drafted: whether the draft offers it.
+        ends: the node after which the sample stands still, for `force` to end it there; or None.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
+    ends: int | None = None
+    _nodes: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def add(self, token: int, parent: int, source: str) -> int:
+        """A node for `token` after `parent`, made if it is new, and also offered by `source`; its index."""
+        node = self._nodes.setdefault((token, parent), len(self.tokens))
+        if node == len(self.tokens):
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.sources.append(source)
+            self.drafted.append(source == DRAFT)
+        elif source != self.sources[node]:
+            self.sources[node] = min(self.sources[node], source, key=_rank)
+            self.drafted[node] |= source == DRAFT
+        return node
+
+    def first_chain(self) -> list[int]:
+        """The nodes from the anchor on, of several after one parent the first: what the device takes."""
+        chain: list[int] = []
+        for node, parent in enumerate(self.parents):
+            if parent == (chain[-1] if chain else ANCHOR):
+                chain.append(node)
+        return chain
+
+
+def unite(offers: Sequence[Proposed], anchor: int, rules: StopRules, *, room: int, most: int) -> United:
+    """Unite what several offer, and put in what the rules of a text's end say.
+
+    After a token that the rules continue only their own continuation stands, and nothing after a stop token.
+
+    Args:
+        offers: of every proposer, for one sample.
+        anchor: the sample's last token.
+        rules: see `stops`.
+        room: how many tokens the sample may still emit; nodes beyond are left out.
+        most: how many nodes there may be; offers beyond are left out, the first offers' last.
+    """
+    tree = United()
+    depths: list[int] = []
+
+    def add(token: int, parent: int, source: str) -> int | None:
+        """The node, or None if there is no place for it."""
+        depth = 1 if parent == ANCHOR else depths[parent] + 1
+        if depth > room or len(tree.tokens) == most:
+            return None
+        node = tree.add(token, parent, source)
+        if node == len(depths):
+            depths.append(depth)
+        return node
+
+    for offer in offers if room > 1 else ():  # with room for one token the target's own fills it
+        places: list[int | None] = []  # of the offer's tokens in the tree
+        assert offer.parents is not None
+        for token, parent in zip(offer.tokens, offer.parents, strict=True):
+            after = ANCHOR if parent == ANCHOR else places[parent]
+            if after is None:
+                places.append(None)
+                continue
+            previous = anchor if after == ANCHOR else tree.tokens[after]
+            forced = rules.forced(previous)
+            if tree.ends == after or rules.reason(previous) or forced not in (None, token):
+                places.append(None)
+            elif rules.ends_sentence(previous, token):
+                assert rules.period is not None
+                tree.ends = add(rules.period, after, END_RULE)
+                places.append(None)
+            else:
+                places.append(add(token, after, offer.source))
+    node = ANCHOR
+    while node < len(tree.tokens):
+        forced = rules.forced(anchor if node == ANCHOR else tree.tokens[node])
+        if forced is not None:
+            add(forced, node, END_RULE)
+        node += 1
+    return tree
+
+
+def _rank(source: str) -> float:
+    """The order of `SOURCES`; other names stand right before the draft."""
+    return SOURCES.index(source) if source in SOURCES else SOURCES.index(DRAFT) - 0.5

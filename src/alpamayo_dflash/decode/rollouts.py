@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.decode.cache import ROOT
 from alpamayo_dflash.decode.config import DecodeConfig, Request, Sampling
-from alpamayo_dflash.decode.loop import Decode, autoregressive
+from alpamayo_dflash.decode.loop import decode
 from alpamayo_dflash.decode.observer import Observer
+from alpamayo_dflash.decode.round_host import HostRound
 from alpamayo_dflash.decode.stops import stop_rules
-from alpamayo_dflash.decode.tree import Tree
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class Written:
+class Rollout:
     """One response of the target.
 
     Attributes:
@@ -57,6 +56,7 @@ class Rollouts:
         self._verifier = Verifier(
             target, taps=taps, context_len=context_len, prompt_capacity=config.prompt_capacity
         )
+        self._round = HostRound(self._verifier, self._rules)
 
     def read(self, window: Window) -> None:
         """Run vision and the prompt's pass; `write` and `score` work on this window from now on.
@@ -67,7 +67,7 @@ class Rollouts:
         self._prefilled = self._verifier.prefill(self.target.prompt(window))
 
     @torch.inference_mode()
-    def write(self, sampling: Sampling, *, seed: int = 0, num_samples: int = 1) -> list[Written]:
+    def write(self, sampling: Sampling, *, seed: int = 0, num_samples: int = 1) -> list[Rollout]:
         """Let the target write.
 
         Args:
@@ -75,18 +75,12 @@ class Rollouts:
             seed: of the noise.
             num_samples: responses; the k-th is `generate`'s k-th with the same seed and sampling.
         """
-        self._verifier.begin(self._prefilled, num_samples * (self._max_tokens + 1))
-        decode = Decode(
-            self._verifier,
-            self._prefilled,
-            Request(sampling, seed, num_samples, self._max_tokens),
-            rules=self._rules,
-            observer=Observer(),
+        request = Request(sampling, seed, num_samples, self._max_tokens)
+        decoded = decode(
+            self._round, self._verifier, self._prefilled, request, rules=self._rules, observer=Observer()
         )
-        autoregressive(decode, decode.samples)
-        return [Written(tuple(sample.tokens), str(sample.stop)) for sample in decode.samples]
+        return [Rollout(tuple(sample.tokens), str(sample.stop)) for sample in decoded.samples]
 
-    @torch.inference_mode()
     def score(self, responses: Sequence[Sequence[int]]) -> list[TeacherForced]:
         """Run the target on given responses, all in one pass; equal beginnings are computed once.
 
@@ -94,29 +88,11 @@ class Rollouts:
             responses: token ids of each, at least one.
 
         Returns:
-            for each what `decode.teacher_forced` gives, but prompt states of min(X, P) positions only.
+            for each what `teacher_forced` gives, but prompt states of min(X, P) positions only.
         """
-        verifier, cache = self._verifier, self._verifier.cache
-        verifier.begin(self._prefilled, sum(len(response) for response in responses))
-        tree = Tree(cache.tail)
-        chains = [tree.add_chain(response, ROOT) for response in responses]
-        logits_RV = verifier.rows(tree.slots)
-        row = {slot: index for index, slot in enumerate(tree.slots)}
+        cache = self._verifier.cache
         known = min(cache.context_len, cache.prompt_length)
-        prompt_states = self._by_layer(cache.taps[cache.context_len - known : cache.context_len])
-        return [
-            TeacherForced(
-                torch.cat((self._prefilled.logits_V[None], logits_RV[[row[slot] for slot in chain[:-1]]])),
-                self._by_layer(cache.taps[[cache.context_len + slot for slot in chain]]),
-                prompt_states,
-            )
-            for chain in chains
-        ]
-
-    def _by_layer(self, taps_TF: Tensor) -> Tensor:
-        """[T, F] to a copy [taps, T, C]."""
-        taps_TLC: Tensor = taps_TF.unflatten(-1, (len(self._verifier.taps), -1))
-        return taps_TLC.transpose(0, 1).clone()
+        return _score(self._verifier, self._prefilled, responses, known)
 
 
 @dataclass(frozen=True)
@@ -169,34 +145,33 @@ def teacher_forced_all(
             of the target's.
     """
     for response in responses:
-        _check(target, response)
+        if not response:
+            raise ValueError("a response has no tokens; there is nothing to score")
+        wrong = [token for token in response if not 0 <= token < target.vocab_size]
+        if wrong:
+            raise ValueError(f"token id {wrong[0]} is not in the target's vocabulary of {target.vocab_size}")
     verifier = Verifier(target, taps=layers, context_len=prompt_states, prompt_capacity=len(prompt.input_ids))
     prefilled = verifier.prefill(prompt)
-    return [_score(verifier, prefilled, response) for response in responses]
+    # One after another: what one response's rows see has no other's slots between.
+    return [_score(verifier, prefilled, [each], verifier.cache.context_len)[0] for each in responses]
 
 
-def _check(target: Alpamayo, response: Sequence[int]) -> None:
-    if not response:
-        raise ValueError("a response has no tokens; there is nothing to score")
-    wrong = [token for token in response if not 0 <= token < target.vocab_size]
-    if wrong:
-        raise ValueError(f"token id {wrong[0]} is not in the target's vocabulary of {target.vocab_size}")
-
-
-def _score(verifier: Verifier, prefilled: Prefilled, response: Sequence[int]) -> TeacherForced:
-    verifier.begin(prefilled, len(response))
-    cache, layers = verifier.cache, len(verifier.taps)
-    tree = Tree(cache.tail)
-    slots = tree.add_chain(response, ROOT)
-    logits = verifier.rows(slots)
-    context = cache.context_len
+def _score(
+    verifier: Verifier, prefilled: Prefilled, responses: Sequence[Sequence[int]], prompt_states: int
+) -> list[TeacherForced]:
+    forced = verifier.force(prefilled, responses)
+    taps, context, layers = verifier.cache.taps, verifier.cache.context_len, len(verifier.taps)
     with torch.no_grad():
         # New tensors: the caches are inference mode's, which autograd refuses, and are used again.
-        return TeacherForced(
-            torch.cat((prefilled.logits_V.unsqueeze(0), logits[:-1])),
-            _by_layer(cache.taps[context + slots[0] : context + slots[-1] + 1], layers),
-            _by_layer(cache.taps[:context], layers),
-        )
+        states = _by_layer(taps[context - prompt_states : context], layers)
+        return [
+            TeacherForced(
+                forced.logits(index)[:-1],
+                _by_layer(taps[[context + slot for slot in path]], layers),
+                states,
+            )
+            for index, path in enumerate(forced.paths)
+        ]
 
 
 def _by_layer(taps_TF: Tensor, layers: int) -> Tensor:

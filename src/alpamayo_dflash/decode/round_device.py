@@ -1,11 +1,10 @@
-"""The loops of `decode.loop` as one round on the device: draft, proposal, verify pass, choice, walk.
+"""The round on the device: draft, proposal, verify pass, choice and walk over tensors that never move.
 
-A round reads and writes tensors that never move, so on a GPU it is captured once as a CUDA graph and
-replayed; the host reads one small report a round. The words are those of `decode.loop`, its plain form.
-Differences that show only in the counts: each sample has its own rows (they are nearly free), so samples with
-equal texts do not share rows or profit from each other's proposals, and a proposal never has more than b − 1
-tokens, end marks included. `sentence_end=force`, and drafts that see every state of a prompt and have no fast
-form here, run in the plain loop.
+On a GPU a round is captured once as a CUDA graph and replayed; the host reads one small report a round. What
+it does is what `round_host`, its plain form, does, but for two things that show only in the counts: each
+sample has its own rows (they are nearly free), so samples with equal texts neither share rows nor profit from
+each other's proposals; and what is proposed is a chain of at most b − 1 tokens, end marks included. What runs
+on the host alone: `sentence_end=force`, and drafts that see every state of a prompt and have no fused form.
 
 Shapes: S sample, R rows, b block, X context, V vocabulary, E slots of the tail.
 """
@@ -22,15 +21,30 @@ from torch import Tensor
 from alpamayo_dflash.decode import steps
 from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.decode.config import MOST_BLOCK, Request, Sampling
-from alpamayo_dflash.decode.loop import DRAFT_ERRORS, Sample, failed
+from alpamayo_dflash.decode.loop import NotFiniteError, Pass, Sample, Step
 from alpamayo_dflash.decode.noise import stream_keys
-from alpamayo_dflash.decode.observer import Observer, RoundTrace, SampleTrace
-from alpamayo_dflash.decode.proposer import ProposalLike, Proposer, StaticBlock, StaticProposer
-from alpamayo_dflash.decode.replay import Replay
+from alpamayo_dflash.decode.observer import Observer, SampleTrace
+from alpamayo_dflash.decode.proposer import (
+    DRAFT,
+    DRAFT_ERRORS,
+    END_RULE,
+    TARGET,
+    BlockDraft,
+    BlockLogits,
+    Captured,
+    Listed,
+    StaticBlock,
+    StaticDraft,
+    draft_columns,
+    unite,
+    warn_failed,
+)
 from alpamayo_dflash.decode.sampling import Chooser
-from alpamayo_dflash.decode.stops import StopReason, StopRules
+from alpamayo_dflash.decode.stops import StopRules
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
 
+LISTED_BLOCK = 16
+"""b where lists are offered and there is no draft."""
 _FAILED, _UNSETTLED, _BROKEN, _ANCHOR = (
     steps.FIELDS.index(name) for name in ("failed", "unsettled", "broken", "anchor")
 )
@@ -40,8 +54,8 @@ _KEPT = 8
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a captured round is made for.
+class RoundShape:
+    """What a round is made for.
 
     Attributes:
         samples: S.
@@ -60,107 +74,148 @@ class Shape:
     sampling: Sampling
 
 
-def per_sample_slots(max_new_tokens: int, block: int) -> int:
-    """Slots for a text of that length and the block behind it, rounded up so that shapes recur."""
-    return -(-(max_new_tokens + block) // _SLOTS_MULTIPLE) * _SLOTS_MULTIPLE
+@dataclass(frozen=True)
+class Proposers:
+    """Who proposes: a draft or none, and those whose chains stand before it, the first that has one."""
+
+    draft: BlockDraft | None = None
+    listed: Sequence[Listed] = ()
+    captured: Sequence[Captured] = ()
+
+    @property
+    def block(self) -> int:
+        """b, 1 where nobody proposes."""
+        if self.draft is not None:
+            return self.draft.block_size
+        return LISTED_BLOCK if self.listed or self.captured else 1
 
 
-class _GatheredBlock:
-    """A draft without buffers of its own: its context is gathered from the cache in every round."""
-
-    def __init__(self, proposer: Proposer, cache: Cache) -> None:
-        self._proposer, self._cache = proposer, cache
-        self._prompt = torch.zeros(1, dtype=torch.int64, device=cache.taps.device)
-
-    def begin(self, prompt_length: int) -> None:
-        """See StaticBlock."""
-        self._prompt.fill_(prompt_length)
-
-    def __call__(self, state: steps.State) -> ProposalLike:
-        """See StaticBlock."""
-        context = self._cache.context_len
-        last = state.lengths[:, None] - 1
-        number = last - context + torch.arange(context, device=last.device)
-        rows = torch.where(number >= 0, state.bases[:, None] + number, number) + context
-        lengths = (self._prompt + last[:, 0]).clamp_max(context)
-        anchors = state.tokens.gather(1, last)[:, 0]
-        return self._proposer.propose(self._cache.taps[rows], lengths, anchors)
-
-
-def block_of(draft: Proposer, cache: Cache, *, samples: int, per_sample: int, slots: int) -> StaticBlock:
-    """The draft in its fast form where it has one that runs here, else with its context gathered."""
-    if isinstance(draft, StaticProposer) and draft.has_static_block:
-        return draft.static_block(
-            cache.taps, context=cache.context_len, samples=samples, per_sample=per_sample, slots=slots
-        )
-    return _GatheredBlock(draft, cache)
-
-
-class Round:
-    """One round of one shape: its buffers, and on a GPU its graph.
+class DeviceRound:
+    """One round of one shape: its buffers, and on a GPU its graphs. See `loop.Round`.
 
     Args:
         verifier: holds the target and the cache.
         rules: where texts end; not `force`.
-        draft: proposes, or None.
-        shape: see Shape.
+        proposers: see Proposers.
+        shape: see RoundShape.
         graph: capture it.
-        replay: proposes in the draft's place, which is run all the same; None but in benchmarks.
     """
 
     def __init__(
-        self,
-        verifier: Verifier,
-        rules: StopRules,
-        draft: Proposer | None,
-        shape: Shape,
-        *,
-        graph: bool,
-        replay: Replay | None = None,
+        self, verifier: Verifier, rules: StopRules, proposers: Proposers, shape: RoundShape, *, graph: bool
     ) -> None:
-        target, cache = verifier.target, verifier.cache
-        device = target.device
-        block = 1 if draft is None else draft.block_size
-        self.shape, self.block = shape, block
-        self.marks = steps.Marks.of(rules)
-        self._verifier, self._replay = verifier, replay
+        target, device = verifier.target, verifier.target.device
+        self.shape, self.block = shape, proposers.block
+        self._verifier, self._rules, self._marks = verifier, rules, steps.Marks.of(rules)
+        self._proposers = proposers
         self.state = steps.State(
             samples=shape.samples,
-            block=block,
+            block=self.block,
             width=shape.rows,
             per_sample=shape.per_sample,
             slots=shape.slots,
             device=device,
         )
-        self._samples: Sequence[int] = range(shape.samples)
+        self._samples: Sequence[Sample] = ()
+        self._sources: list[list[str]] = [[] for _ in range(shape.samples)]  # of what the host has listed
         self._keys = torch.zeros(shape.rows, 2, dtype=torch.int64, device=device)
-        self._draft_keys = torch.zeros(shape.samples * (block - 1), 2, dtype=torch.int64, device=device)
+        self._draft_keys = torch.zeros(shape.samples * (self.block - 1), 2, dtype=torch.int64, device=device)
         self._choose = self._chooser(shape.rows, target.vocab_size, None)
         self._choose_first = self._chooser(shape.samples, target.vocab_size, None)
         self._draft: StaticBlock | None = None
-        if draft is not None:
-            self._draft = block_of(
-                draft,
-                cache,
-                samples=shape.samples,
-                per_sample=shape.per_sample,
-                slots=shape.slots,
-            )
-        # Made when the draft's first word tells the columns of its logits.
-        self._choose_draft: Chooser | None = None
-        self._draft_ids: Tensor | None = None
-        self._draft_steps = torch.arange(block - 1, device=device)
+        if proposers.draft is not None:
+            sizes = {"samples": shape.samples, "per_sample": shape.per_sample, "slots": shape.slots}
+            self._draft = static_block(proposers.draft, verifier.cache, **sizes)
+        self._choose_draft: Chooser | None = None  # made when the draft's first word tells its columns
+        self._draft_steps = torch.arange(self.block - 1, device=device)
         self._logits: Tensor | None = None
         self._finite: Tensor | None = None
-        self._report = torch.empty_like(self.state.report, device="cpu", pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        self._report = torch.empty_like(self.state.report, device="cpu", pin_memory=pinned)
+        self._chains = torch.zeros_like(self.state.chains, device="cpu", pin_memory=pinned)
+        self._chain_lengths = torch.zeros_like(self.state.chain_lengths, device="cpu", pin_memory=pinned)
         self._capturing = False
+        self._propose, self._accept = steps.propose, steps.accept
         if device.type == "cuda":
             from alpamayo_dflash.decode import steps_triton
 
             self._propose, self._accept = steps_triton.propose, steps_triton.accept
-        else:
-            self._propose, self._accept = steps.propose, steps.accept
-        self._graph = self._capture() if graph else None
+        self._graph = self._capture(self._run) if graph else None
+        self._closing = self._capture(self._write_last) if graph else None
+
+    @property
+    def proposes(self) -> bool:
+        """See Round."""
+        return self.block > 1
+
+    def open(
+        self, prefilled: Prefilled, request: Request, samples: Sequence[Sample], observer: Observer
+    ) -> None:
+        """See Round."""
+        self._verifier.begin(prefilled, self.shape.slots)
+        self._logits_V, self._limit, self._span = prefilled.logits_V, request.max_new_tokens, observer.span
+        everyone = range(request.num_samples)
+        self._streams = stream_keys(request.seed, prefilled.prompt.key, everyone, self.state.tokens.device)
+        for proposer in self._proposers.listed:
+            proposer.begin(prefilled, samples)
+
+    def first(self, samples: Sequence[Sample]) -> list[int]:
+        """See Round."""
+        keys_S2 = self._keys_of(samples)
+        logits_SV = self._logits_V.expand(len(samples), -1)
+        start = torch.zeros(len(samples), dtype=torch.int64, device=keys_S2.device)
+        choice = self._choose_first(logits_SV, keys_S2, start)
+        if not bool(choice.finite.all()):
+            raise NotFiniteError(samples[0].index, 0)
+        settled = bool(choice.settled.all())
+        columns = choice.columns if settled else self._choose_first.exactly(logits_SV, keys_S2, start)
+        tokens: list[int] = columns.tolist()
+        return tokens
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """See Round. Sample i's slots start at i · per_sample."""
+        self._samples = samples
+        keys_S2, device = self._keys_of(samples), self._keys.device
+        self._keys[: len(samples) * self.block] = keys_S2.repeat_interleave(self.block, 0)
+        self._draft_keys.copy_(keys_S2.repeat_interleave(self.block - 1, 0))
+        first = [[sample.anchor, sample.index * self.shape.per_sample] for sample in samples]
+        tokens, bases = torch.tensor(first, device=device).unbind(1)
+        self.state.begin(tokens, bases, self._limit, self._marks)
+        if self._draft is not None:
+            self._draft.begin(self._verifier.cache.prompt_length)
+
+    @torch.inference_mode()
+    def __call__(self) -> Pass:
+        """See Round."""
+        with self._span("round"):
+            if self._proposers.listed:
+                self._list()
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                self._run()
+            rows = self._read()
+            if any(row[_UNSETTLED] for row in rows):
+                rows = self._settle(rows)
+        live = [(i, row) for i, row in enumerate(rows) if self._samples[i].stop is None]
+        for i, row in live:
+            if row[_BROKEN]:
+                raise NotFiniteError(self._samples[i].index, row[_ANCHOR] + 1)
+        failures = sum(row[_FAILED] for row in rows)
+        return Pass([self._step(i, row) for i, row in live], len(rows) * self.block, failures)
+
+    @torch.inference_mode()
+    def close(self, samples: Sequence[Sample], cached: Sequence[int]) -> None:
+        """See Round. At most the last token of a sample is missing, and its anchor's row writes that."""
+        if any(len(sample.path) < count for sample, count in zip(samples, cached, strict=True)):
+            if self._closing is not None:
+                self._closing.replay()
+            else:
+                self._write_last()
+        for sample, count in zip(samples, cached, strict=True):
+            start = sample.index * self.shape.per_sample
+            assert count - len(sample.path) <= 1
+            sample.path = list(range(start, start + count))
 
     def _chooser(self, rows: int, vocab: int, ids: Tensor | None) -> Chooser:
         target = self._verifier.target
@@ -173,60 +228,23 @@ class Round:
             device=target.device,
         )
 
-    def first(self, prefilled: Prefilled, keys_S2: Tensor) -> Tensor:
-        """The first tokens of samples, int64 [S]: the prompt's own logits choose them.
+    def _keys_of(self, samples: Sequence[Sample]) -> Tensor:
+        return self._streams[samples[0].index : samples[-1].index + 1]
 
-        Args:
-            prefilled: the prompt.
-            keys_S2: the samples' streams of noise (`noise.stream_keys`).
-
-        Raises:
-            ValueError: the target's logits are not finite.
-        """
-        logits = prefilled.logits_V.expand(len(keys_S2), -1)
-        start = torch.zeros(len(keys_S2), dtype=torch.int64, device=keys_S2.device)
-        choice = self._choose_first(logits, keys_S2, start)
-        if not bool(choice.finite.all()):
-            raise self._verifier.not_finite("the prompt")
-        if bool(choice.settled.all()):
-            return choice.columns.clone()
-        return self._choose_first.exactly(logits, keys_S2, start)
-
-    def begin(self, samples: Sequence[int], keys_S2: Tensor, first: Tensor, limit: int) -> None:
-        """Start texts behind a prompt, whose tail the verifier has begun.
-
-        Args:
-            samples: their indices; sample i's slots start at i · per_sample.
-            keys_S2: as in `first`.
-            first: int64 [S], from `first`.
-            limit: the most tokens.
-        """
-        self._samples = samples
-        self._keys[: len(samples) * self.block] = keys_S2.repeat_interleave(self.block, 0)
-        self._draft_keys.copy_(keys_S2.repeat_interleave(self.block - 1, 0))
-        bases = torch.tensor([index * self.shape.per_sample for index in samples], device=first.device)
-        self.state.begin(first, bases, limit, self.marks)
-        if self._draft is not None:
-            self._draft.begin(self._verifier.cache.prompt_length)
-
-    @torch.inference_mode()
-    def __call__(self) -> list[list[int]]:
-        """Run a round and read its report, one row a sample (`steps.FIELDS`).
-
-        Raises:
-            ValueError: the target's logits are not finite.
-        """
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            self._run()
-        rows = self._read()
-        if any(row[_UNSETTLED] for row in rows):
-            rows = self._settle(rows)
-        if any(row[_BROKEN] for row in rows):
-            sample, row = next((i, row) for i, row in zip(self._samples, rows, strict=True) if row[_BROKEN])
-            raise self._verifier.not_finite(f"token {row[_ANCHOR]} of sample {sample}")
-        return rows
+    def _list(self) -> None:
+        """Write what the host's proposers offer to the round's tensors."""
+        open_ = [(i, sample) for i, sample in enumerate(self._samples) if sample.stop is None]
+        lists = [proposer.propose([sample for _, sample in open_]) for proposer in self._proposers.listed]
+        self._chain_lengths.zero_()
+        for (i, sample), *offers in zip(open_, *lists, strict=True):
+            room = self._limit - len(sample.tokens)
+            tree = unite(offers, sample.anchor, self._rules, room=room, most=MOST_BLOCK)
+            chain = tree.first_chain()[: self.block - 1]
+            self._sources[i] = [tree.sources[node] for node in chain]
+            self._chain_lengths[i] = len(chain)
+            self._chains[i, : len(chain)] = torch.tensor([tree.tokens[node] for node in chain])
+        self.state.chains.copy_(self._chains, non_blocking=True)
+        self.state.chain_lengths.copy_(self._chain_lengths, non_blocking=True)
 
     def _read(self) -> list[list[int]]:
         if self.state.tokens.is_cuda:
@@ -239,73 +257,101 @@ class Round:
         assert self._logits is not None and self._finite is not None
         state = self.state
         columns = self._choose.exactly(self._logits, self._keys, state.next_positions)
-        self._accept(state, self.marks, columns, torch.ones_like(columns, dtype=torch.bool), self._finite)
+        self._accept(state, self._marks, columns, torch.ones_like(columns, dtype=torch.bool), self._finite)
         self._report.copy_(state.report)
         again = self._read()
         return [new if old[_UNSETTLED] else old for old, new in zip(rows, again, strict=True)]
 
     def _run(self) -> None:
+        """The round's work: launched on a GPU, and nothing read back."""
         state = self.state
-        columns = finite = None
-        if self._draft is not None:
-            columns, finite = self._picks(self._draft)
-        ids = self._draft_ids
-        if self._replay is not None:
-            columns, ids = self._replay(state), None
-        self._propose(state, self.marks, columns, finite, ids)
-        self._logits = self._verify()
-        choice = self._choose(self._logits, self._keys, state.next_positions)
+        picks = self._picks(self._draft) if self._draft is not None else None
+        for proposer in self._proposers.captured:
+            chains, lengths = proposer(state)
+            free = state.chain_lengths == 0
+            state.chains.copy_(torch.where(free[:, None], chains, state.chains))
+            state.chain_lengths.copy_(torch.where(free, lengths, state.chain_lengths))
+        self._propose(state, self._marks, picks)
+        if self._proposers.captured:
+            state.chain_lengths.zero_()
+        self._logits = logits = self._verify()
+        assert logits is not None
+        choice = self._choose(logits, self._keys, state.next_positions)
         self._finite = choice.finite
-        self._accept(state, self.marks, choice.columns, choice.settled, choice.finite)
+        self._accept(state, self._marks, choice.columns, choice.settled, choice.finite)
         self._report.copy_(state.report, non_blocking=True)
 
-    def _picks(self, draft: StaticBlock) -> tuple[Tensor, Tensor]:
-        """The draft's tokens as columns of its logits [S·(b − 1)], and whether the logits were finite."""
+    def _picks(self, draft: StaticBlock) -> steps.Picks:
+        """The draft's tokens, with the noise of their places."""
         state, count = self.state, self.block - 1
         try:
-            proposal = draft(state)
+            block = draft(state)
         except DRAFT_ERRORS as error:
             if self._capturing:
                 raise
-            failed(error)
+            warn_failed(error)
             nothing = torch.zeros(state.samples * count, dtype=torch.int64, device=state.tokens.device)
-            return nothing, nothing.bool()
-        logits = proposal.logits.flatten(0, 1).contiguous()
+            return steps.Picks(nothing, nothing.bool(), None)
+        logits = block.logits.flatten(0, 1).contiguous()
         if self._choose_draft is None:
-            self._draft_ids = proposal.token_ids
-            self._choose_draft = self._chooser(len(logits), self._draft_vocab(proposal), self._draft_ids)
+            columns = draft_columns(block, self._verifier.target.vocab_size)
+            self._choose_draft = self._chooser(len(logits), columns, block.token_ids)
         places = (state.lengths[:, None] + self._draft_steps).flatten()
         picked = self._choose_draft(logits, self._draft_keys, places)
-        return picked.columns, picked.finite
+        return steps.Picks(picked.columns, picked.finite, block.token_ids)
 
-    def _verify(self) -> Tensor:
-        """The target's logits behind every row."""
+    def _verify(self, *, logits: bool = True) -> Tensor | None:
+        """The target's logits after every row, or None."""
         state, step = self.state, self.shape.pass_rows
         parts = []
         for start in range(0, self.shape.rows, step):
-            rows = slice(start, start + step)
-            logits = self._verifier.run(
-                state.row_tokens[rows], state.row_positions[rows], state.row_slots[rows], state.seen[rows]
-            )
-            assert logits is not None
-            parts.append(logits)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            at = slice(start, start + step)
+            rows = (state.row_tokens[at], state.row_positions[at], state.row_slots[at], state.seen[at])
+            out = self._verifier.run(*rows, logits=logits)
+            parts += [] if out is None else [out]
+        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
 
-    def _draft_vocab(self, proposal: ProposalLike) -> int:
-        """The columns of the draft's logits that mean something."""
-        columns = proposal.logits.shape[-1]
-        wanted = self._verifier.target.vocab_size if proposal.token_ids is None else len(proposal.token_ids)
-        if columns < wanted:
-            raise ValueError(f"the draft's logits have {columns} columns, its vocabulary {wanted} tokens")
-        return wanted
+    def _write_last(self) -> None:
+        """A pass without logits, whose first row of each finished sample is its last token."""
+        self._propose(self.state, self._marks, None)
+        self._verify(logits=False)
+
+    def _step(self, index: int, row: Sequence[int]) -> Step:
+        """A sample's row of the report."""
+        sample = self._samples[index]
+        values = dict(zip(steps.FIELDS, row, strict=False))
+        behind = row[len(steps.FIELDS) :]
+        accepted, drafted, offered = values["accepted"], values["drafted"], values["offered"]
+        emitted = tuple(behind[: values["emitted"]])
+        proposed = tuple(behind[self.block : self.block + values["proposed"]])
+        listed = (
+            self._sources[index] or [proposer.source for proposer in self._proposers.captured[:1]] * offered
+        )
+        sources = [*listed[:offered], *[DRAFT] * (drafted - offered)]
+        sources += [END_RULE] * (len(proposed) - len(sources))
+        at = sample.index * self.shape.per_sample + values["anchor"]
+        trace = SampleTrace(
+            sample=sample.index,
+            position=values["anchor"],
+            anchor=sample.anchor,
+            proposed=proposed,
+            parents=tuple(range(-1, len(proposed) - 1)),
+            sources=tuple(sources),
+            taken=tuple(range(accepted)),
+            drafted=drafted,
+            draft_accepted=min(accepted, drafted),
+            emitted=emitted,
+            origins=(*sources[:accepted], *[TARGET] * (len(emitted) - accepted)),
+        )
+        return Step(trace, range(at, at + accepted + 1))
 
     @torch.inference_mode()
-    def _capture(self) -> CapturedCall | None:
-        """The round as a graph, or None where it cannot be one. Nothing is emitted: no sample is live."""
+    def _capture(self, work: Callable[[], None]) -> CapturedCall | None:
+        """Work as a graph, or None where it cannot be one. Nothing is emitted: no sample is live."""
         self.state.done.fill_(1)
         self._capturing = True
         try:
-            return CapturedCall(self._run)
+            return CapturedCall(work)
         except DRAFT_ERRORS as error:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 raise
@@ -319,106 +365,65 @@ class Round:
             self._capturing = False
 
 
-class Engine:
+class DeviceRounds:
     """Owns the rounds of a decoder: makes one for each shape, keeps it, lets all go.
 
     Args:
         verifier: the target with its cache.
         rules: where texts end.
-        draft: proposes, or None.
+        proposers: see Proposers.
 
     Attributes:
-        rounds: by shape, the last used behind.
-        replay: set before the first text, it proposes in the draft's place (see `decode.replay`).
+        kept: by shape, the last used at the end.
     """
 
-    def __init__(self, verifier: Verifier, rules: StopRules, draft: Proposer | None) -> None:
-        self._verifier, self._rules, self._draft = verifier, rules, draft
-        self.rounds: dict[Shape, Round] = {}
+    def __init__(self, verifier: Verifier, rules: StopRules, proposers: Proposers) -> None:
+        self._verifier, self._rules, self._proposers = verifier, rules, proposers
+        self.kept: dict[RoundShape, DeviceRound] = {}
         self._generation = 0
-        self.replay: Replay | None = None
-
-    @property
-    def block(self) -> int:
-        """b, 1 without a draft."""
-        return 1 if self._draft is None else self._draft.block_size
 
     @property
     def unsuited(self) -> str | None:
         """Why the device cannot run the rounds, so that the host does; None where it can."""
-        draft, context = self._draft, self._verifier.cache.context_len
+        draft, context = self._proposers.draft, self._verifier.cache.context_len
         if self._rules.mode == "force":
             return "sentence_end=force is not the target's own text"
         if draft is None or draft.context_len == context:
             return None
-        if isinstance(draft, StaticProposer) and draft.has_static_block:
+        if isinstance(draft, StaticDraft) and draft.has_static_block:
             return None
-        return "the draft sees every state of the prompt and has no fast form here"
+        return "the draft sees every state of the prompt and has no fused form here"
 
     def release(self) -> None:
         """Let go of all buffers and graphs."""
-        self.rounds.clear()
+        self.kept.clear()
 
-    def write(self, prefilled: Prefilled, request: Request, observer: Observer) -> Written:
-        """Decode samples behind a prompt.
-
-        Args:
-            prefilled: the prompt, which the verifier has read.
-            request: what is asked.
-            observer: is told of the first tokens and of every round.
-        """
-        verifier, count = self._verifier, request.num_samples
+    def round(self, request: Request) -> DeviceRound:
+        """The round that serves a request."""
         shape = self.shape(request)
-        verifier.begin(prefilled, shape.slots)
-        round_ = self._round(shape)
-        # All samples together, or at one row width one after another (see `SpeculativeDecoder`).
-        together = [range(count)] if verifier.row_width is None else [range(i, i + 1) for i in range(count)]
-        keys = stream_keys(request.seed, prefilled.prompt.key, range(count), verifier.target.device)
-        firsts = [round_.first(prefilled, keys[samples.start : samples.stop]) for samples in together]
-        tokens: list[int] = torch.cat(firsts).tolist()
-        written = Written(
-            [_first(i, token, self._rules, request.max_new_tokens) for i, token in enumerate(tokens)]
-        )
-        for indices, first in zip(together, firsts, strict=True):
-            round_.begin(indices, keys[indices.start : indices.stop], first, request.max_new_tokens)
-            if indices[0] == 0:
-                observer.on_prefill(len(prefilled.prompt.input_ids), tuple(tokens))
-            self._write_together(round_, [written.samples[i] for i in indices], written, observer)
-        return written
+        self._verifier.cache.grow(shape.slots)  # before a graph takes its addresses
+        if self._generation != self._verifier.cache.generation:
+            self.release()
+            self._generation = self._verifier.cache.generation
+        round_ = self.kept.pop(shape, None)
+        if round_ is None:
+            while len(self.kept) >= _KEPT:
+                del self.kept[next(iter(self.kept))]
+            graph = self._verifier.target.device.type == "cuda"
+            round_ = DeviceRound(self._verifier, self._rules, self._proposers, shape, graph=graph)
+        self.kept[shape] = round_
+        return round_
 
-    def _write_together(
-        self, round_: Round, samples: Sequence[Sample], written: Written, observer: Observer
-    ) -> None:
-        """Run rounds until these samples have ended, and their cache is what the expert reads."""
-        while any(sample.stop is None for sample in samples):
-            with observer.span("round"):
-                rows = round_()
-            traces = [_take(sample, row, self.block) for sample, row in zip(samples, rows, strict=True)]
-            live = tuple(trace for trace in traces if trace is not None)
-            failures = sum(row[_FAILED] for row in rows)
-            observer.on_round(RoundTrace(written.rounds, len(samples) * self.block, live, failures))
-            written.rounds += 1
-            written.draft_failures += failures
-        # A last token that the expert reads, and that no pass has written: the round writes every finished
-        # sample's last row again, and emits nothing.
-        if any(s.stop is StopReason.TRAJ_FUTURE_START and len(s.path) < len(s.tokens) for s in samples):
-            round_()
-        for sample in samples:
-            whole = sample.stop is StopReason.TRAJ_FUTURE_START
-            cached = len(sample.tokens) - (0 if whole else 1)
-            start = sample.index * round_.shape.per_sample
-            sample.path = list(range(start, start + cached))
-
-    def shape(self, request: Request) -> Shape:
+    def shape(self, request: Request) -> RoundShape:
         """The shape of the round that serves a request."""
-        row_width, count = self._verifier.row_width, request.num_samples
+        block, row_width, count = self._proposers.block, self._verifier.row_width, request.num_samples
         samples = count if row_width is None else 1
-        rows = samples * self.block
+        rows = samples * block
         pass_rows = row_width or rows
         # At one row width both loops see keys of one length, whatever the block.
-        room = self.block if row_width is None else MOST_BLOCK
+        room = block if row_width is None else MOST_BLOCK
         per_sample = per_sample_slots(request.max_new_tokens, room)
-        return Shape(
+        return RoundShape(
             samples=samples,
             rows=-(-rows // pass_rows) * pass_rows,
             pass_rows=pass_rows,
@@ -427,69 +432,47 @@ class Engine:
             sampling=request.sampling,
         )
 
-    def _round(self, shape: Shape) -> Round:
-        if self._generation != self._verifier.cache.generation:
-            self.release()
-            self._generation = self._verifier.cache.generation
-        round_ = self.rounds.pop(shape, None)
-        if round_ is None:
-            while len(self.rounds) >= _KEPT:
-                del self.rounds[next(iter(self.rounds))]
-            graph = self._verifier.target.device.type == "cuda"
-            round_ = Round(self._verifier, self._rules, self._draft, shape, graph=graph, replay=self.replay)
-        self.rounds[shape] = round_
-        return round_
+
+def per_sample_slots(max_new_tokens: int, block: int) -> int:
+    """Slots for a text of that length and the block after it, rounded up so that shapes recur."""
+    return -(-(max_new_tokens + block) // _SLOTS_MULTIPLE) * _SLOTS_MULTIPLE
 
 
-@dataclass
-class Written:
-    """Finished texts.
-
-    Attributes:
-        samples: in order.
-        rounds: passes that emitted something.
-        draft_failures: texts and rounds for which the draft's logits were not finite.
-    """
-
-    samples: list[Sample]
-    rounds: int = 0
-    draft_failures: int = 0
+def static_block(
+    draft: BlockDraft, cache: Cache, *, samples: int, per_sample: int, slots: int
+) -> StaticBlock:
+    """The draft in its fused form where it has one that runs here, else with its context gathered."""
+    if isinstance(draft, StaticDraft) and draft.has_static_block:
+        return draft.static_block(
+            cache.taps, context=cache.context_len, samples=samples, per_sample=per_sample, slots=slots
+        )
+    return _GatheredBlock(draft, cache)
 
 
-def _first(index: int, token: int, rules: StopRules, limit: int) -> Sample:
-    sample = Sample(index, [token])
-    sample.stop = rules.reason(token) or (StopReason.LIMIT if limit == 1 else None)
-    return sample
+class _GatheredBlock:
+    """A draft without buffers of its own: its context is gathered from the cache in every round."""
 
+    def __init__(self, draft: BlockDraft, cache: Cache) -> None:
+        self._draft, self._cache = draft, cache
+        self._prompt = torch.zeros(1, dtype=torch.int64, device=cache.taps.device)
 
-def _take(sample: Sample, row: Sequence[int], block: int) -> SampleTrace | None:
-    """Take a report over into a sample; None if it had ended before."""
-    if sample.stop is not None:
-        return None
-    values = dict(zip(steps.FIELDS, row, strict=False))
-    behind = row[len(steps.FIELDS) :]
-    emitted, proposed = behind[: values["emitted"]], behind[block : block + values["proposed"]]
-    trace = SampleTrace(
-        sample.index,
-        values["anchor"],
-        sample.anchor,
-        tuple(proposed),
-        values["accepted"],
-        tuple(emitted),
-        values["drafted"],
-    )
-    cached = len(sample.tokens) + values["accepted"]
-    sample.tokens += emitted
-    sample.path = list(range(cached))
-    sample.passes += 1
-    sample.drafted += values["drafted"]
-    sample.accepted += min(values["accepted"], values["drafted"])
-    sample.stop = steps.REASONS[values["reason"]]
-    return trace
+    def begin(self, prompt_length: int) -> None:
+        """See StaticBlock."""
+        self._prompt.fill_(prompt_length)
+
+    def __call__(self, state: steps.State) -> BlockLogits:
+        """See StaticBlock."""
+        context = self._cache.context_len
+        last = state.lengths[:, None] - 1
+        number = last - context + torch.arange(context, device=last.device)
+        rows = torch.where(number >= 0, state.bases[:, None] + number, number) + context
+        lengths = (self._prompt + last[:, 0]).clamp_max(context)
+        anchors = state.tokens.gather(1, last)[:, 0]
+        return self._draft.propose(self._cache.taps[rows], lengths, anchors)
 
 
 class CapturedCall:
-    """A call over tensors that never move, as a CUDA graph.
+    """A call over tensors that never move, as a CUDA graph: the one place that knows how graphs are made.
 
     Args:
         call: launches work on the current device and reads nothing back. It is run once, which compiles what

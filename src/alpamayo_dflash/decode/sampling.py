@@ -8,14 +8,14 @@ Shapes: R rows, V vocabulary (of the target, or of a draft's reduced head).
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from alpamayo_dflash.decode.config import Sampling
-from alpamayo_dflash.decode.noise import row_noise
+from alpamayo_dflash.decode.noise import TokenNoise, row_noise
 
 
 def mask_bias(masked: range, vocab_size: int, token_ids: Tensor | None = None) -> Tensor:
@@ -100,11 +100,6 @@ def choose(logits_RV: Tensor, bias_V: Tensor, sampling: Sampling, noise_RV: Tens
     return picks
 
 
-_MISSED = 1e-6
-"""About the share of rows for which no candidate lies in the nucleus, and which are sorted."""
-_BLOCK_V = 2048
-
-
 @dataclass(frozen=True)
 class Choice:
     """One token a row. The tensors are the chooser's own, and the next call overwrites them.
@@ -121,7 +116,7 @@ class Choice:
 
 
 class Chooser:
-    """Chooses as `sampling.choose` does.
+    """Chooses as `choose` does, for rounds that never look at the host: no sort, and buffers that stay.
 
     Args:
         rows: R.
@@ -130,6 +125,7 @@ class Chooser:
         token_ids: int64 [V], the target id of each column of a reduced head, or None.
         sampling: temperature and top_p.
         device: where; on a GPU the kernels run, elsewhere PyTorch's operations.
+        kernels: whether the kernels run, wherever that is; left out, see `device`.
     """
 
     def __init__(
@@ -143,40 +139,16 @@ class Chooser:
         device: torch.device,
         kernels: bool | None = None,
     ) -> None:
-        self._rows, self._vocab, self._masked = rows, vocab, masked
-        self._ids, self._sampling = token_ids, sampling
-        self._kernels = device.type == "cuda" if kernels is None else kernels
+        self._vocab, self._ids, self._sampling = vocab, token_ids, sampling
         self._bias = mask_bias(masked, vocab, token_ids).to(device)
-        if self._kernels:
-            self._allocate(device)
+        self._candidates = None
+        if device.type == "cuda" if kernels is None else kernels:
+            from alpamayo_dflash.kernels.sampling import Candidates
 
-    def _allocate(self, device: torch.device) -> None:
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(self._rows, *shape, dtype=dtype, device=device)
-
-        count = -(-self._vocab // _BLOCK_V)
-        self._chunks = count
-        places = 1 if self._first else self._candidates
-        self._tops, self._masses = empty(count), empty(count)
-        self._chunk_finite = empty(count, dtype=torch.int32)
-        self._values, self._columns = empty(count, places), empty(count, places, dtype=torch.int32)
-        self._best_columns, self._best_scores = empty(places, dtype=torch.int32), empty(places)
-        self._normaliser, self._above = empty(), empty(count, places)
-        self._choice = Choice(
-            empty(dtype=torch.int64).zero_(), empty(dtype=torch.bool).fill_(True), empty(dtype=torch.bool)
-        )
-
-    @property
-    def _candidates(self) -> int:
-        """How many perturbed logits are tested; each lies outside the nucleus with the mass outside it."""
-        outside = min(max(1 - self._sampling.top_p, 1e-9), 1 - 1e-9)
-        wanted = math.log(_MISSED) / math.log(outside)
-        return next((count for count in (2, 4, 8) if count >= wanted), 16)
-
-    @property
-    def _first(self) -> bool:
-        """Whether the best perturbed logit is the answer."""
-        return self._sampling.greedy or self._sampling.top_p >= 1
+            temperature = 0.0 if sampling.greedy else sampling.temperature
+            self._candidates = Candidates(
+                rows, vocab, masked, token_ids, temperature=temperature, top_p=sampling.top_p, device=device
+            )
 
     def __call__(self, logits_RV: Tensor, keys_R2: Tensor, positions_R: Tensor) -> Choice:
         """Choose.
@@ -186,8 +158,8 @@ class Chooser:
             keys_R2: int64, each row's stream (`noise.stream_keys`).
             positions_R: int64, index of the chosen token among the generated ones.
         """
-        if self._kernels:
-            return self._run(logits_RV, keys_R2, positions_R)
+        if self._candidates is not None:
+            return Choice(*self._candidates(logits_RV, keys_R2, positions_R))
         logits = logits_RV[:, : self._vocab].float()
         columns = self.exactly(logits, keys_R2, positions_R)
         finite = torch.isfinite(logits).all(-1)
@@ -200,99 +172,39 @@ class Chooser:
             noise = row_noise(keys_R2, positions_R, self._vocab, self._ids)
         return choose(logits_RV[:, : self._vocab].float(), self._bias, self._sampling, noise)
 
-    def _run(self, logits: Tensor, keys: Tensor, positions: Tensor) -> Choice:
-        assert logits.stride(1) == 1 and len(logits) == self._rows
-        self._find(logits, keys, positions)
-        if not self._first:
-            self._settle(logits)
-        return self._choice
 
-    @property
-    def _scaled(self) -> tuple[float, int, int]:
-        """What logits are multiplied by, and the masked ids, as the kernels take them."""
-        inverse = 1.0 if self._sampling.greedy else 1 / self._sampling.temperature
-        return inverse, self._masked.start, self._masked.stop
+class PlaceChooser:
+    """Chooses as `choose` does, for the host's rounds, whose rows come and go; the noise is kept.
 
-    def _find(self, logits: Tensor, keys: Tensor, positions: Tensor) -> None:
-        """The best perturbed logits in order; where the best is the answer, that is all."""
-        from alpamayo_dflash.kernels import sampling as kernels
+    Args:
+        target_ids: the target's V, and its ids that are never chosen.
+        sampling: temperature and top_p.
+        noise: of the prompt's samples.
+    """
 
-        choice, places = self._choice, 1 if self._first else self._candidates
-        kernels.candidates_kernel[(self._rows, self._chunks)](
-            logits,
-            logits.stride(0),
-            logits if self._ids is None else self._ids,
-            keys,
-            positions,
-            self._tops,
-            self._masses,
-            self._chunk_finite,
-            self._values,
-            self._columns,
-            self._vocab,
-            self._chunks,
-            *self._scaled,
-            GREEDY=self._sampling.greedy,
-            REDUCED=self._ids is not None,
-            CANDIDATES=places,
-            BLOCK_V=_BLOCK_V,
-            num_warps=8,
-        )
-        kernels.rank_kernel[(self._rows,)](
-            logits,
-            logits.stride(0),
-            self._tops,
-            self._masses,
-            self._chunk_finite,
-            self._values,
-            self._columns,
-            self._best_columns,
-            self._best_scores,
-            self._normaliser,
-            choice.columns,
-            choice.settled,
-            choice.finite,
-            self._chunks,
-            self._scaled[0],
-            FIRST=self._first,
-            CANDIDATES=places,
-            BLOCK_M=self._block_m,
-            num_warps=4,
-        )
+    def __init__(self, target_ids: tuple[int, range], sampling: Sampling, noise: TokenNoise) -> None:
+        self.vocab_size, self._masked = target_ids
+        self._sampling, self._noise = sampling, noise
+        self._bias = mask_bias(self._masked, self.vocab_size).to(noise.device)
+        self._reduced: tuple[Tensor, Tensor] | None = None  # a reduced head's ids, and their bias
 
-    def _settle(self, logits: Tensor) -> None:
-        """Of the candidates the first that lies in the nucleus."""
-        from alpamayo_dflash.kernels import sampling as kernels
+    def __call__(
+        self, logits_RV: Tensor, samples: Sequence[int], positions: Sequence[int], ids: Tensor | None = None
+    ) -> Tensor:
+        """Choose for each row the token of samples[r] at positions[r].
 
-        kernels.mass_kernel[(self._rows, self._chunks)](
-            logits,
-            logits.stride(0),
-            logits if self._ids is None else self._ids,
-            self._best_scores,
-            self._normaliser,
-            self._above,
-            self._vocab,
-            self._chunks,
-            *self._scaled,
-            REDUCED=self._ids is not None,
-            CANDIDATES=self._candidates,
-            BLOCK_V=_BLOCK_V,
-            num_warps=8,
-        )
-        kernels.settle_kernel[(self._rows,)](
-            self._best_columns,
-            self._best_scores,
-            self._above,
-            self._choice.columns,
-            self._choice.settled,
-            self._chunks,
-            self._sampling.top_p,
-            CANDIDATES=self._candidates,
-            BLOCK_M=self._block_m,
-            num_warps=4,
-        )
+        Args:
+            logits_RV: float32 [R, V].
+            samples: R sample indices.
+            positions: R indices among the generated tokens.
+            ids: int64 [V], the target id of each column of a reduced head, or None.
 
-    @property
-    def _block_m(self) -> int:
-        """A power of two from 2 on that holds a row's chunks."""
-        return max(2, 1 << (self._chunks - 1).bit_length())
+        Returns:
+            int64 [R], columns of the logits.
+        """
+        noise = None if self._sampling.greedy else self._noise.rows(samples, positions)
+        if ids is None:
+            return choose(logits_RV, self._bias, self._sampling, noise)
+        if self._reduced is None or self._reduced[0] is not ids:
+            self._reduced = (ids, mask_bias(self._masked, len(ids), ids))
+        return choose(logits_RV, self._reduced[1], self._sampling, None if noise is None else noise[:, ids])

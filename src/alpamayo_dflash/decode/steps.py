@@ -1,7 +1,7 @@
 """The two steps of a round around the verify pass, on the device: what is proposed, and what is accepted.
 
-The plain form of both, in PyTorch operations that read nothing back; `decode.step_launch` does the same
-by kernels, one launch each. `stops` and `walk` say in Python what they do; the tests hold all three equal.
+The plain form of both, in PyTorch operations that read nothing back; `steps_triton` does the same by kernels,
+one launch each. `proposer.unite` and `tree.walk` say in Python what they do; the tests hold all three equal.
 
 Shapes: S sample, b block, R rows (S·b and padding), T slots a sample, E slots of the tail.
 """
@@ -19,7 +19,7 @@ NONE = -1
 """Stands for a token that there is not."""
 REASONS = (None, StopReason.TRAJ_FUTURE_START, StopReason.EOS, StopReason.LIMIT)
 """What `State.done` and a report's `reason` mean."""
-_COUNTS = ("emitted", "accepted", "drafted", "proposed")
+_COUNTS = ("emitted", "accepted", "drafted", "offered", "proposed")
 FIELDS = (*_COUNTS, "reason", "failed", "unsettled", "broken", "anchor")
 """A report's columns; behind them the b emitted tokens and the b − 1 proposed ones."""
 
@@ -51,6 +51,21 @@ def _id(token: int | None) -> int:
     return NONE if token is None else token
 
 
+@dataclass(frozen=True)
+class Picks:
+    """A draft's choices for the next pass.
+
+    Attributes:
+        columns: int64 [S·(b − 1)], columns of its logits.
+        finite: bool [S·(b − 1)], whether the logits of each pick were finite.
+        token_ids: the target's id of each column of a reduced head, or None.
+    """
+
+    columns: Tensor
+    finite: Tensor
+    token_ids: Tensor | None
+
+
 class State:
     """What a round reads and writes, all int64 on the device and never moved.
 
@@ -77,6 +92,9 @@ class State:
         seen: uint8 [R, E].
         proposed: [S] how many tokens are proposed.
         drafted: [S] how many of those are the draft's own, from the first on.
+        offered: [S] how many of those are of the chain in `chains`, from the first on.
+        chains: [S, b − 1] what others than the draft offer.
+        chain_lengths: [S] of how many tokens; 0 for nothing.
         failed: [S] 1 where the draft's logits were not finite.
         report: [S, len(FIELDS) + 2b − 1].
     """
@@ -96,6 +114,8 @@ class State:
         self.next_positions = zeros(width)
         self.seen = torch.zeros(width, slots, dtype=torch.uint8, device=device)
         self.proposed, self.drafted, self.failed = zeros(samples), zeros(samples), zeros(samples)
+        self.offered, self.chain_lengths = zeros(samples), zeros(samples)
+        self.chains = zeros(samples, max(1, block - 1))
         self.report = zeros(samples, len(FIELDS) + 2 * block - 1)
         self.row_slots.fill_(slots)
         self.lengths.fill_(1)
@@ -126,17 +146,16 @@ def _reason(token: Tensor, length: Tensor, limit: Tensor, marks: Marks) -> Tenso
     return torch.where(ended, REASONS.index(StopReason.TRAJ_FUTURE_START), reason)
 
 
-def propose(
-    state: State, marks: Marks, columns: Tensor | None, finite: Tensor | None, token_ids: Tensor | None
-) -> None:
-    """Fill the rows of the next pass: each sample's anchor, and what is proposed behind it.
+def propose(state: State, marks: Marks, picks: Picks | None) -> None:
+    """Fill the rows of the next pass: each sample's anchor, and what is proposed after it.
+
+    That is a chain: what others offer, and the draft's picks as long as these agree with it, or from the
+    start where nothing else is offered.
 
     Args:
         state: is written.
-        marks: the rules of `StopRules.shape`.
-        columns: int64 [S·(b − 1)], the draft's picks as columns of its logits; None without a draft.
-        finite: bool [S·(b − 1)], whether the logits of each pick were finite.
-        token_ids: the target's id of each column of a reduced head, or None.
+        marks: the rules of `StopRules.forced`.
+        picks: the draft's; None without one.
     """
     samples, block = state.samples, state.block
     anchor = state.tokens.gather(1, state.lengths[:, None] - 1)[:, 0]
@@ -144,26 +163,33 @@ def propose(
     room = state.limit - state.lengths
     tokens = torch.zeros(samples, block, dtype=torch.int64, device=anchor.device)
     tokens[:, 0] = anchor
-    proposed, drafted = torch.zeros_like(anchor), torch.zeros_like(anchor)
-    failed = torch.zeros_like(anchor)
-    if columns is not None and finite is not None:
-        picks = (columns if token_ids is None else token_ids[columns]).view(samples, block - 1)
-        sound = finite.view(samples, block - 1).all(1)
-        previous, own = anchor, _forced(anchor, marks) == NONE
-        failed = (open_ & own & (room > 1) & ~sound).long()
-        for step in range(block - 1):
-            forced = _forced(previous, marks)
-            stopped = (previous == marks.eos) | (previous == marks.traj_future_start)
-            open_ = open_ & (step < room) & ((forced != NONE) | sound) & ~stopped
-            # With room for one token the draft is not asked: the target's own fills it.
-            open_ = open_ & ((forced != NONE) | (room > 1))
-            token = torch.where(forced != NONE, forced, picks[:, step])
-            own = own & open_ & (token == picks[:, step])
-            tokens[:, step + 1] = torch.where(open_, token, 0)
-            proposed, drafted = proposed + open_, drafted + own
-            previous = token
+    proposed, drafted, offered, failed = (torch.zeros_like(anchor) for _ in range(4))
+    previous, given = anchor, open_
+    own = open_ & (_forced(anchor, marks) == NONE) & (room > 1)
+    if picks is None:
+        sound, ids = torch.zeros_like(open_), state.chains
+    else:
+        sound = picks.finite.view(samples, block - 1).all(1)
+        ids = picks.columns if picks.token_ids is None else picks.token_ids[picks.columns]
+        ids = ids.view(samples, block - 1)
+        failed = (own & ~sound).long()
+    own = own & sound
+    for step in range(block - 1):
+        forced, chain, pick = _forced(previous, marks), state.chains[:, step], ids[:, step]
+        listed = step < state.chain_lengths
+        stopped = (previous == marks.eos) | (previous == marks.traj_future_start)
+        # With room for one token nothing is asked: the target's own fills it.
+        known = (forced != NONE) | ((room > 1) & (listed | own))
+        open_ = open_ & (step < room) & known & ~stopped
+        token = torch.where(forced != NONE, forced, torch.where(listed, chain, pick))
+        own = own & open_ & (token == pick)
+        given = given & open_ & listed & (token == chain)
+        tokens[:, step + 1] = torch.where(open_, token, 0)
+        proposed, drafted, offered = proposed + open_, drafted + own, offered + given
+        previous = token
     state.proposed.copy_(proposed)
     state.drafted.copy_(drafted)
+    state.offered.copy_(offered)
     state.failed.copy_(failed)
     state.pending.copy_(state.done == 0)
     rows = samples * block
@@ -227,7 +253,7 @@ def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor, finite:
     places = (state.lengths[:, None] + steps).clamp_max(state.per_sample - 1)
     kept = torch.where(steps < emitted[:, None], choices, state.tokens.gather(1, places))
     state.tokens.scatter_(1, places, kept)
-    counts = (emitted, accepted, state.drafted, state.proposed)
+    counts = (emitted, accepted, state.drafted, state.offered, state.proposed)
     flags = (state.failed, unsettled.long(), broken.long())
     head = torch.stack((*counts, reason, *flags, state.lengths - 1), dim=1)
     state.report.copy_(torch.cat((head, choices, proposals), dim=1))

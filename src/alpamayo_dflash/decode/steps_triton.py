@@ -1,4 +1,4 @@
-"""The steps of `decode.steps` as kernels, a program a sample; `decode.step_launch` launches them.
+"""The steps of `decode.steps` as kernels, a program a sample, one launch each.
 
 Shapes: S sample, b block, R rows, T slots a sample, E slots of the tail.
 """
@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alpamayo_dflash.decode.steps import FIELDS, NONE, REASONS, Marks, State
+from alpamayo_dflash.decode.steps import FIELDS, NONE, REASONS, Marks, Picks, State
 from alpamayo_dflash.decode.stops import StopReason
 
 _FIELDS = tl.constexpr(len(FIELDS))
 _EMITTED = tl.constexpr(FIELDS.index("emitted"))
 _ACCEPTED = tl.constexpr(FIELDS.index("accepted"))
 _DRAFTED = tl.constexpr(FIELDS.index("drafted"))
+_OFFERED = tl.constexpr(FIELDS.index("offered"))
 _PROPOSED = tl.constexpr(FIELDS.index("proposed"))
 _REASON = tl.constexpr(FIELDS.index("reason"))
 _FAILED = tl.constexpr(FIELDS.index("failed"))
@@ -39,6 +40,8 @@ def propose_kernel(
     columns_ptr,
     finite_ptr,
     ids_ptr,
+    chains_ptr,
+    chain_lengths_ptr,
     row_tokens_ptr,
     row_positions_ptr,
     next_positions_ptr,
@@ -46,6 +49,7 @@ def propose_kernel(
     seen_ptr,
     proposed_ptr,
     drafted_ptr,
+    offered_ptr,
     failed_ptr,
     per_sample,
     slots,
@@ -66,37 +70,52 @@ def propose_kernel(
     anchor = tl.load(tokens_ptr + sample * per_sample + length - 1)
     row = sample * BLOCK
     tl.store(row_tokens_ptr + row, anchor)
-    if DRAFT:
+    if BLOCK > 1:
         room = tl.load(limit_ptr) - length
+        chain_length = tl.load(chain_lengths_ptr + sample)
         bad = 0
-        for step in tl.static_range(BLOCK - 1):
-            bad += tl.load(finite_ptr + sample * (BLOCK - 1) + step).to(tl.int32) == 0
-        sound = bad == 0
+        if DRAFT:
+            for step in tl.static_range(BLOCK - 1):
+                bad += tl.load(finite_ptr + sample * (BLOCK - 1) + step).to(tl.int32) == 0
         previous = anchor
         opened = live
+        given = live
         proposed = 0
         drafted = 0
+        offered = 0
         own = live
         for step in tl.static_range(BLOCK - 1):
-            pick = tl.load(columns_ptr + sample * (BLOCK - 1) + step)
-            if REDUCED:
-                pick = tl.load(ids_ptr + pick, mask=sound, other=0)
+            chain = tl.load(chains_ptr + sample * (BLOCK - 1) + step)
+            pick = chain
+            if DRAFT:
+                pick = tl.load(columns_ptr + sample * (BLOCK - 1) + step)
+                if REDUCED:
+                    pick = tl.load(ids_ptr + pick, mask=bad == 0, other=0)
             after_end = (previous == cot_end) & (cot_end != _NONE)
             after_period = (previous == period) & (period != _NONE)
-            is_forced = after_end | after_period
-            token = tl.where(after_end, traj_future_start, tl.where(after_period, cot_end, pick))
+            forced = after_end | after_period
             stopped = (previous == eos) | (previous == traj_future_start)
             if step == 0:
-                own = ~is_forced
-                tl.store(failed_ptr + sample, (live & own & (room > 1) & (bad > 0)).to(tl.int64))
-            opened = opened & (step < room) & (is_forced | (sound & (room > 1))) & ~stopped
+                own = live & ~forced & (room > 1)
+                tl.store(failed_ptr + sample, (own & (bad > 0)).to(tl.int64))
+                if DRAFT:
+                    own = own & (bad == 0)
+                else:
+                    own = own & (room < 0)  # false, as a value of the loop's type
+            listed = step < chain_length
+            token = tl.where(listed, chain, pick)
+            token = tl.where(after_end, traj_future_start, tl.where(after_period, cot_end, token))
+            opened = opened & (step < room) & (forced | ((room > 1) & (listed | own))) & ~stopped
             own = own & opened & (token == pick)
+            given = given & opened & listed & (token == chain)
             tl.store(row_tokens_ptr + row + step + 1, tl.where(opened, token, 0))
             proposed += opened.to(tl.int32)
             drafted += own.to(tl.int32)
+            offered += given.to(tl.int32)
             previous = token
         tl.store(proposed_ptr + sample, proposed.to(tl.int64))
         tl.store(drafted_ptr + sample, drafted.to(tl.int64))
+        tl.store(offered_ptr + sample, offered.to(tl.int64))
     tl.store(pending_ptr + sample, live.to(tl.int64))
     e = tl.arange(0, BLOCK_E)
     for step in tl.static_range(BLOCK):
@@ -123,6 +142,7 @@ def accept_kernel(
     finite_ptr,
     proposed_ptr,
     drafted_ptr,
+    offered_ptr,
     failed_ptr,
     report_ptr,
     per_sample,
@@ -177,6 +197,7 @@ def accept_kernel(
     tl.store(report + _EMITTED, emitted.to(tl.int64))
     tl.store(report + _ACCEPTED, accepted.to(tl.int64))
     tl.store(report + _DRAFTED, tl.load(drafted_ptr + sample))
+    tl.store(report + _OFFERED, tl.load(offered_ptr + sample))
     tl.store(report + _PROPOSED, proposed)
     tl.store(report + _REASON, reason.to(tl.int64))
     tl.store(report + _FAILED, tl.load(failed_ptr + sample))
@@ -185,9 +206,7 @@ def accept_kernel(
     tl.store(report + _ANCHOR, length - 1)
 
 
-def propose(
-    state: State, marks: Marks, columns: Tensor | None, finite: Tensor | None, token_ids: Tensor | None
-) -> None:
+def propose(state: State, marks: Marks, picks: Picks | None) -> None:
     """As `steps.propose`."""
     nothing = state.tokens
     propose_kernel[(state.samples,)](
@@ -197,9 +216,11 @@ def propose(
         state.pending,
         state.limit,
         state.bases,
-        nothing if columns is None else columns,
-        nothing if finite is None else finite,
-        nothing if token_ids is None else token_ids,
+        nothing if picks is None else picks.columns,
+        nothing if picks is None else picks.finite,
+        nothing if picks is None or picks.token_ids is None else picks.token_ids,
+        state.chains,
+        state.chain_lengths,
         state.row_tokens,
         state.row_positions,
         state.next_positions,
@@ -207,6 +228,7 @@ def propose(
         state.seen,
         state.proposed,
         state.drafted,
+        state.offered,
         state.failed,
         state.per_sample,
         state.slots,
@@ -214,8 +236,8 @@ def propose(
         marks.traj_future_start,
         marks.eos,
         marks.period,
-        DRAFT=columns is not None,
-        REDUCED=token_ids is not None,
+        DRAFT=picks is not None,
+        REDUCED=picks is not None and picks.token_ids is not None,
         BLOCK=state.block,
         BLOCK_E=triton.next_power_of_2(state.slots),
         num_warps=4,
@@ -237,6 +259,7 @@ def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor, finite:
         finite,
         state.proposed,
         state.drafted,
+        state.offered,
         state.failed,
         state.report,
         state.per_sample,

@@ -18,7 +18,6 @@ What the modes do (`DecodeConfig.sentence_end`), P standing for the period, E fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -61,47 +60,23 @@ class StopRules:
             return StopReason.TRAJ_FUTURE_START
         return StopReason.EOS if token == self.eos else None
 
-    def shape(self, anchor: int, drafted: Sequence[int]) -> list[int]:
-        """Make the proposal that stands behind `anchor` out of what the draft says.
-
-        With nothing drafted, what comes back is what is proposed without asking the draft.
-        """
-        proposal: list[int] = []
-        previous = anchor
-        for token in drafted:
-            if self._continues(previous):
-                break
-            if self.mode == "force" and token == self.cot_end and self.period not in (None, previous):
-                return [*proposal, self.period]  # type: ignore[list-item]
-            proposal.append(token)
-            if self.reason(token):
-                return proposal
-            previous = token
-        return proposal + self._continuation(previous)
+    def forced(self, previous: int) -> int | None:
+        """The token that a proposal always goes on with after `previous`, or None."""
+        if self.cot_end is None or self.traj_future_start is None:
+            return None
+        if previous == self.cot_end:
+            return self.traj_future_start
+        return self.cot_end if self.mode == "hint" and previous == self.period else None
 
     def forced_end(self, anchor: int) -> list[int]:
         """The tokens that `force` emits after this anchor without asking (rule 1), or none."""
-        return self._marks if self.mode == "force" and anchor == self.period else []
-
-    def ends_sentence(self, proposal: Sequence[int], drafted: int) -> bool:
-        """Whether a proposal, whose first `drafted` tokens are the draft's, ends in rule 2's period."""
-        replaced = self.mode == "force" and len(proposal) == drafted + 1
-        return replaced and self.period is not None and proposal[-1] == self.period
-
-    def _continues(self, token: int) -> bool:
-        return bool(self._continuation(token))
-
-    def _continuation(self, token: int) -> list[int]:
-        if token == self.cot_end:
-            return self._marks[1:]
-        return self._marks if self.mode == "hint" and token == self.period else []
-
-    @property
-    def _marks(self) -> list[int]:
-        """The two end marks, or none where the vocabulary lacks them."""
-        if self.cot_end is None or self.traj_future_start is None:
+        if self.mode != "force" or anchor != self.period:
             return []
-        return [self.cot_end, self.traj_future_start]
+        return [mark for mark in (self.cot_end, self.traj_future_start) if mark is not None]
+
+    def ends_sentence(self, previous: int, token: int) -> bool:
+        """Whether a period, and nothing more, is proposed in the place of `token` (rule 2)."""
+        return self.mode == "force" and token == self.cot_end and self.period not in (None, previous)
 
 
 def stop_rules(target: Qwen3VLTarget, config: DecodeConfig) -> StopRules:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from alpamayo_dflash.decode.cache import Tail
 
@@ -68,7 +69,7 @@ def walk(
     room: Mapping[int, int],
     stops: Callable[[int], bool],
     *,
-    ends: Container[int] = (),
+    ends: Mapping[int, int] = MappingProxyType({}),
 ) -> dict[int, Walk]:
     """Let each sample go down the tree along the target's own choices.
 
@@ -83,7 +84,7 @@ def walk(
         choose: the target's choices.
         room: by sample, how many tokens it may emit, at least 1.
         stops: whether nothing is emitted behind a token.
-        ends: samples that stand still at the last row of their own proposal, without the target's token.
+        ends: by sample, the slot at whose row it stands still, without the target's token.
     """
     walks = {sample: Walk([slots[0]]) for sample, slots in chains.items()}
     chosen: dict[tuple[int, int], int] = {}
@@ -98,7 +99,7 @@ def walk(
                 walked.path.append(child)
             if child is None or stops(token) or len(walked.tokens) == room[sample]:
                 return False
-            if sample in ends and child == chains[sample][-1]:
+            if ends.get(sample) == child:
                 return False
         return True
 

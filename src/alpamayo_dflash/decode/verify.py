@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.common.machine import current
-from alpamayo_dflash.decode.cache import Cache
+from alpamayo_dflash.decode.cache import ROOT, Cache
 from alpamayo_dflash.decode.forward import text_model
+from alpamayo_dflash.decode.tree import Tree
 from alpamayo_dflash.target.prompt import Prompt, PromptEmbeddings
 from alpamayo_dflash.target.qwen3 import AfterLayer
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
@@ -39,6 +40,28 @@ class Prefilled:
     prompt: Prompt
     logits_V: Tensor
     reading: object
+
+
+@dataclass(frozen=True)
+class ForcedTexts:
+    """Given texts after a prompt, run through the target.
+
+    Attributes:
+        paths: of each text the slots of its tokens.
+        prompt_logits_V: float32 [V], what the prompt's last row predicts.
+        logits_RV: float32 [R, V], unmasked, a row for each distinct beginning.
+        rows: which of these each slot is.
+    """
+
+    paths: list[list[int]]
+    prompt_logits_V: Tensor
+    logits_RV: Tensor
+    rows: dict[int, int]
+
+    def logits(self, index: int) -> Tensor:
+        """Float32 [T + 1, V] of a text of T tokens: row i predicts token i, the last what follows them."""
+        rows = [self.rows[slot] for slot in self.paths[index]]
+        return torch.cat((self.prompt_logits_V[None], self.logits_RV[rows]))
 
 
 class Verifier:
@@ -161,6 +184,38 @@ class Verifier:
         with current(self.target.device):
             parts = [self._pass(slots[i : i + width], width, logits) for i in range(0, len(slots), width)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @torch.inference_mode()
+    def force(
+        self,
+        prefilled: Prefilled,
+        texts: Sequence[Sequence[int]],
+        *,
+        step: int | None = None,
+        width: int | None = None,
+        rejected: int = 0,
+    ) -> ForcedTexts:
+        """Run given texts after a prompt; equal beginnings are computed once.
+
+        Args:
+            prefilled: the prompt; the tail after it is emptied.
+            texts: token ids of each.
+            step: how many rows run together; left out, all.
+            width: as in `rows`.
+            rejected: so many rows of rejected proposals lie in the tail before the texts'.
+
+        Raises:
+            ValueError: another prompt has been read since.
+        """
+        self.begin(prefilled, rejected + max(1, sum(map(len, texts))))
+        if rejected:
+            self.rows(Tree(self.cache.tail).add_chain([0] * rejected, ROOT), logits=False, width=width)
+        tree = Tree(self.cache.tail)
+        paths = [tree.add_chain(text, ROOT) for text in texts]
+        slots, step = tree.slots, step or max(1, len(tree.slots))
+        parts = [self.rows(slots[i : i + step], width=width) for i in range(0, len(slots), step)]
+        logits_RV = torch.cat(parts) if parts else prefilled.logits_V[None][:0]
+        return ForcedTexts(paths, prefilled.logits_V, logits_RV, {slot: i for i, slot in enumerate(slots)})
 
     def run(
         self, tokens_R: Tensor, positions_R: Tensor, slots_R: Tensor, seen_RT: Tensor, *, logits: bool = True

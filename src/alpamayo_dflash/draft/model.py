@@ -156,7 +156,7 @@ class DraftLayer(nn.Module):
 
 
 class DFlashDraft(nn.Module):
-    """A DFlash draft, which the decoder drives as its `Proposer`.
+    """A DFlash draft, which the decoder drives as its `BlockDraft`.
 
     The embedding and the head are the target's: `bind` hands them in, nothing stores them. A draft with
     `trained_embeddings` holds its own and only lets `bind` check the target. A draft with a reduced head
@@ -330,7 +330,7 @@ class DFlashDraft(nn.Module):
 
     @property
     def has_static_block(self) -> bool:
-        """Whether the fast form runs where the draft is (`decode.proposer.StaticProposer`)."""
+        """Whether the fast form runs where the draft is (`decode.proposer.StaticDraft`)."""
         return why_plain(self.layers, self.mask_embedding) is None
 
     def static_block(

@@ -17,7 +17,7 @@ from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.decode.noise import flow_noise
 from alpamayo_dflash.decode.observer import Observer
-from alpamayo_dflash.decode.proposer import Proposer
+from alpamayo_dflash.decode.proposer import BlockDraft
 from alpamayo_dflash.decode.verify import Prefilled
 from alpamayo_dflash.evaluate.config import ARMS, EvaluateConfig
 from alpamayo_dflash.evaluate.near_ties import Loop, parting
@@ -62,7 +62,7 @@ class Arms:
         ValueError: the draft does not fit the target.
     """
 
-    def __init__(self, target: Alpamayo, draft: Proposer, config: EvaluateConfig) -> None:
+    def __init__(self, target: Alpamayo, draft: BlockDraft, config: EvaluateConfig) -> None:
         self.target = target
         self.config = config
         self._decoders = {"dflash": SpeculativeDecoder(target, draft, config.decode)}

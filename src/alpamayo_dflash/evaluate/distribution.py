@@ -24,12 +24,10 @@ from torch import Tensor
 from alpamayo_dflash.clips.lists import take
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.common.artefacts import folder_hash, provenance, write_json
-from alpamayo_dflash.decode.cache import ROOT
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.noise import token_noise
 from alpamayo_dflash.decode.sampling import distribution, mask_bias
-from alpamayo_dflash.decode.tree import Tree
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.config import DistributionConfig
@@ -319,11 +317,8 @@ def _next_logits(verifier: Verifier, prefilled: Prefilled, texts: Sequence[Text]
     parts = []
     for first in range(0, len(texts), _TEXTS_A_PASS):
         batch = texts[first : first + _TEXTS_A_PASS]
-        verifier.begin(prefilled, sum(len(text) for text in batch))
-        tree = Tree(verifier.cache.tail)
-        leaves = [tree.add_chain(text, ROOT)[-1] for text in batch]
-        row = {slot: index for index, slot in enumerate(tree.slots)}
-        parts.append(verifier.rows(tree.slots)[[row[leaf] for leaf in leaves]])
+        forced = verifier.force(prefilled, batch)
+        parts.append(forced.logits_RV[[forced.rows[path[-1]] for path in forced.paths]])
     return torch.cat(parts) if parts else prefilled.logits_V.new_zeros(0, len(prefilled.logits_V))
 
 

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.decode.cache import ROOT
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.noise import row_noise, stream_keys
 from alpamayo_dflash.decode.sampling import mask_bias
-from alpamayo_dflash.decode.tree import Tree
 from alpamayo_dflash.decode.verify import Prefilled
 
 
@@ -141,13 +139,4 @@ def _forced_logits(loop: Loop, text: Sequence[int], rejected: int = 0) -> Tensor
         rejected: so many rows of rejected proposals lie in the tail before the text's.
     """
     verifier = loop.decoder.verifier
-    verifier.begin(loop.read, rejected + max(1, len(text)))
-    tree = Tree(verifier.cache.tail)
-    if rejected:
-        verifier.rows(tree.add_chain([0] * rejected, ROOT), logits=False, width=loop.rows)
-    slots = tree.add_chain(text, ROOT)
-    parts = [
-        verifier.rows(slots[start : start + loop.step], width=loop.rows)
-        for start in range(0, len(slots), loop.step)
-    ]
-    return torch.cat([loop.read.logits_V[None], *parts])
+    return verifier.force(loop.read, [text], step=loop.step, width=loop.rows, rejected=rejected).logits(0)

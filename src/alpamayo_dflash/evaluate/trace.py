@@ -39,8 +39,8 @@ def render(sample: SampleTrace, index: int, piece: Callable[[int], str]) -> Text
     line.append(piece(sample.anchor), style="default")
     line.append(" |", style="dim")
     marked = [
-        *(("+", token, "green") for token in sample.proposed[: sample.accepted]),
-        *(("-", token, "red") for token in sample.proposed[sample.accepted :]),
+        *(("+", sample.proposed[node], "green") for node in sample.taken),
+        *(("-", token, "red") for node, token in enumerate(sample.proposed) if node not in sample.taken),
         *(("=", token, "bold cyan") for token in sample.emitted[sample.accepted :]),
     ]
     for sign, token, style in marked:

@@ -8,8 +8,12 @@ Shapes: R rows, V columns, M chunks of columns, N candidates.
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 _WORD = tl.constexpr(2.0**-32)
 
@@ -234,3 +238,142 @@ def settle_kernel(
     tl.store(settled_ptr + row, (first < CANDIDATES).to(tl.int1))
     taken = tl.where(first < CANDIDATES, first, 0)
     tl.store(chosen_ptr + row, tl.load(best_columns_ptr + row * CANDIDATES + taken).to(tl.int64))
+
+
+_MISSED = 1e-6
+"""About the share of rows for which no candidate lies in the nucleus, and which are sorted."""
+_BLOCK_V = 2048
+
+
+class Candidates:
+    """The kernels with their buffers, for one number of rows and columns.
+
+    Args:
+        rows: R.
+        vocab: V.
+        masked: target ids that are never chosen.
+        token_ids: int64 [V], the target id of each column, or None where they are the same.
+        temperature: 0 takes the arg max.
+        top_p: nucleus mass.
+        device: where.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        vocab: int,
+        masked: range,
+        token_ids: Tensor | None,
+        *,
+        temperature: float,
+        top_p: float,
+        device: torch.device,
+    ) -> None:
+        self._rows, self._vocab, self._ids, self._top_p = rows, vocab, token_ids, top_p
+        self._greedy = temperature == 0
+        self._first = self._greedy or top_p >= 1  # the best perturbed logit is the answer
+        self._places = 1 if self._first else _candidates(top_p)
+        self._scaled = (1.0 if self._greedy else 1 / temperature), masked.start, masked.stop
+        count = self._chunks = -(-vocab // _BLOCK_V)
+        self._block_m = max(2, 1 << (count - 1).bit_length())  # a power of two that holds a row's chunks
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(rows, *shape, dtype=dtype, device=device)
+
+        places = self._places
+        self._tops, self._masses = empty(count), empty(count)
+        self._chunk_finite = empty(count, dtype=torch.int32)
+        self._values, self._columns = empty(count, places), empty(count, places, dtype=torch.int32)
+        self._best_columns, self._best_scores = empty(places, dtype=torch.int32), empty(places)
+        self._normaliser, self._above = empty(), empty(count, places)
+        self._choice = (
+            empty(dtype=torch.int64).zero_(), empty(dtype=torch.bool).fill_(True), empty(dtype=torch.bool)
+        )  # fmt: skip
+
+    def __call__(
+        self, logits_RV: Tensor, keys_R2: Tensor, positions_R: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Columns, whether each is settled, and whether the row is finite (`decode.sampling.Choice`)."""
+        assert logits_RV.stride(1) == 1 and len(logits_RV) == self._rows
+        self._find(logits_RV, keys_R2, positions_R)
+        if not self._first:
+            self._settle(logits_RV)
+        return self._choice
+
+    def _find(self, logits: Tensor, keys: Tensor, positions: Tensor) -> None:
+        """The best perturbed logits in order; where the best is the answer, that is all."""
+        candidates_kernel[(self._rows, self._chunks)](
+            logits,
+            logits.stride(0),
+            logits if self._ids is None else self._ids,
+            keys,
+            positions,
+            self._tops,
+            self._masses,
+            self._chunk_finite,
+            self._values,
+            self._columns,
+            self._vocab,
+            self._chunks,
+            *self._scaled,
+            GREEDY=self._greedy,
+            REDUCED=self._ids is not None,
+            CANDIDATES=self._places,
+            BLOCK_V=_BLOCK_V,
+            num_warps=8,
+        )
+        rank_kernel[(self._rows,)](
+            logits,
+            logits.stride(0),
+            self._tops,
+            self._masses,
+            self._chunk_finite,
+            self._values,
+            self._columns,
+            self._best_columns,
+            self._best_scores,
+            self._normaliser,
+            *self._choice,
+            self._chunks,
+            self._scaled[0],
+            FIRST=self._first,
+            CANDIDATES=self._places,
+            BLOCK_M=self._block_m,
+            num_warps=4,
+        )
+
+    def _settle(self, logits: Tensor) -> None:
+        """Of the candidates the first that lies in the nucleus."""
+        mass_kernel[(self._rows, self._chunks)](
+            logits,
+            logits.stride(0),
+            logits if self._ids is None else self._ids,
+            self._best_scores,
+            self._normaliser,
+            self._above,
+            self._vocab,
+            self._chunks,
+            *self._scaled,
+            REDUCED=self._ids is not None,
+            CANDIDATES=self._places,
+            BLOCK_V=_BLOCK_V,
+            num_warps=8,
+        )
+        settle_kernel[(self._rows,)](
+            self._best_columns,
+            self._best_scores,
+            self._above,
+            *self._choice[:2],
+            self._chunks,
+            self._top_p,
+            CANDIDATES=self._places,
+            BLOCK_M=self._block_m,
+            num_warps=4,
+        )
+
+
+def _candidates(top_p: float) -> int:
+    """How many perturbed logits are tested; each lies outside the nucleus with the mass outside it."""
+    outside = min(max(1 - top_p, 1e-9), 1 - 1e-9)
+    wanted = math.log(_MISSED) / math.log(outside)
+    return next((count for count in (2, 4, 8) if count >= wanted), 16)

@@ -1,7 +1,7 @@
 """Proposals with a given distribution of acceptance lengths, where weights are random and accept nothing.
 
 The draft runs its real forward, and then the target's own continuation is proposed, right up to a drawn
-number of tokens and wrong behind it. What is measured so is labelled "replayed".
+number of tokens and wrong after it. What is measured so is labelled "replayed".
 
 Shapes: S sample, T tokens, b block.
 """
@@ -46,7 +46,7 @@ def rate_for(acceptance: float, tokens: int, block: int) -> float:
 
 
 class Replay:
-    """Proposes known texts, each proposed token in turn right at a rate.
+    """A `Captured` proposer of known texts, each proposed token in turn right at a rate.
 
     Args:
         samples: the most samples.
@@ -56,6 +56,8 @@ class Replay:
         vocab: V, from which the wrong tokens are.
         device: where the rounds run.
     """
+
+    source = "replay"
 
     def __init__(
         self, *, samples: int, length: int, block: int, rate: float, vocab: int, device: torch.device
@@ -87,8 +89,9 @@ class Replay:
         said = np.where(np.arange(count) < right[..., None], following, (following + 1) % self._vocab)
         self._proposals.copy_(torch.from_numpy(said))
 
-    def __call__(self, state: State) -> Tensor:
-        """Target ids [S·(b − 1)] to propose; nothing is read back."""
+    def __call__(self, state: State) -> tuple[Tensor, Tensor]:
+        """See Captured."""
         samples, count = state.samples, self._block - 1
         places = (state.lengths - 1)[:, None, None].expand(-1, -1, count)
-        return self._proposals[:samples].gather(1, places).flatten()
+        chains = self._proposals[:samples].gather(1, places)[:, 0]
+        return chains, torch.full_like(state.lengths, count)

@@ -1,0 +1,39 @@
+"""A proposer of one's own: after a sample's last words it offers what followed them in texts seen before.
+
+Whatever it offers, the text stays the target's own; a good guess saves passes. Run it: `python
+examples/own_proposer.py CACHE CLIP [CLIP …]`, CACHE holding clips in the dataset's layout (`world --out` makes such).
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from alpamayo_dflash import Alpamayo, ClipSource, Listed, Proposed, SpeculativeDecoder
+
+
+class SeenBefore(Listed):
+    """Looks the last two tokens up in the texts that it has been told."""
+
+    def __init__(self) -> None:
+        self.texts: list[list[int]] = []
+
+    def propose(self, samples: Sequence[Any]) -> list[Proposed]:
+        """What followed, in the latest text that holds the two."""
+        return [Proposed(self.after(sample.tokens[-2:]), source="seen before") for sample in samples]
+
+    def after(self, last: list[int]) -> list[int]:
+        """At most seven tokens."""
+        for text in reversed(self.texts):
+            for end in range(len(last), len(text)):
+                if text[end - len(last) : end] == last:
+                    return text[end : end + 7]
+        return []
+
+
+if __name__ == "__main__":
+    seen, source = SeenBefore(), ClipSource(sys.argv[1])
+    decoder = SpeculativeDecoder(Alpamayo.from_pretrained("tiny"), proposers=[seen])
+    for clip in sys.argv[2:]:
+        result = decoder.generate(source.window(clip), temperature=0.0)
+        seen.texts += result.token_ids
+        print(f"{result.coc[0]} ({result.acceptance_length:.2f} tokens a pass)")
