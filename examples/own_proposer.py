@@ -1,7 +1,7 @@
 """A proposer of one's own: after a sample's last words it offers what followed them in texts seen before.
 
-Whatever it offers, the text stays the target's own; a good guess saves passes. Run it: `python
-examples/own_proposer.py CACHE CLIP [CLIP …]`, CACHE holding clips in the dataset's layout (`world --out` makes such).
+Whatever it offers, the text stays the target's own; a good guess saves passes. Run it with a folder of clips
+in the dataset's layout (`alpamayo-dflash world --out` makes such) and their ids.
 """
 
 import sys

@@ -46,15 +46,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from alpamayo_dflash.target.alpamayo import Alpamayo
-    from alpamayo_dflash.decode.proposer import BlockDraft, Listed, Proposed
     from alpamayo_dflash.clips.source import ClipSource
-    from alpamayo_dflash.draft.model import DFlashDraft
-    from alpamayo_dflash.decode.config import DecodeConfig
-    from alpamayo_dflash.decode.observer import Observer, Recorder
-    from alpamayo_dflash.target.prompt import Prompt
-    from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder, accelerate
     from alpamayo_dflash.clips.window import Window
+    from alpamayo_dflash.decode.config import DecodeConfig
+    from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder, accelerate
+    from alpamayo_dflash.decode.observer import Observer, Recorder
+    from alpamayo_dflash.decode.proposer import BlockDraft, Listed, Proposed
+    from alpamayo_dflash.draft.model import DFlashDraft
+    from alpamayo_dflash.target.alpamayo import Alpamayo
+    from alpamayo_dflash.target.prompt import Prompt
 
 
 def __getattr__(name: str) -> Any:
