@@ -16,6 +16,7 @@ from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.draft.formats import from_json
 from alpamayo_dflash.evaluate.config import EvaluateConfig
+from alpamayo_dflash.evaluate.rows import RowStore
 from alpamayo_dflash.evaluate.run import _earlier
 from alpamayo_dflash.layers.choice import read_choice
 
@@ -87,4 +88,10 @@ def test_a_stored_evaluation_is_finished(tmp_path):
 )
 def test_a_stored_evaluation_is_reported(evaluation, tmp_path, capsys):
     assert main(["report", "--evaluation", str(evaluation), "--out", str(tmp_path)]) == 0
-    assert Path(json.loads(capsys.readouterr().out)["report"]).is_file()
+    assert "not recorded" in Path(json.loads(capsys.readouterr().out)["report"]).read_text()
+
+
+def test_an_unfinished_evaluation_of_an_earlier_version_is_refused():
+    path = STORED / "evaluation" / "rows.jsonl"
+    with pytest.raises(ValueError, match="an unfinished run of another version"):
+        RowStore(path, json.loads(path.read_text().splitlines()[0]))

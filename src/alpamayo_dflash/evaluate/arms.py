@@ -16,13 +16,13 @@ from alpamayo_dflash.common.machine import synchronise
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.decode.noise import flow_noise
-from alpamayo_dflash.decode.observer import Observer
+from alpamayo_dflash.decode.observer import Observer, Recorder
 from alpamayo_dflash.decode.proposer import BlockDraft
 from alpamayo_dflash.decode.verify import Prefilled
 from alpamayo_dflash.evaluate.config import ARMS, EvaluateConfig
 from alpamayo_dflash.evaluate.near_ties import Loop, parting
 from alpamayo_dflash.evaluate.reference import generate
-from alpamayo_dflash.evaluate.rows import Acceptance, ArmRow
+from alpamayo_dflash.evaluate.rows import Acceptance, ArmRow, RoundRow
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
 
@@ -37,6 +37,7 @@ class Run:
         xyz: float32 [S, N, 3], metres.
         times: the row to keep.
         result: the loop's own result; None for transformers.
+        recorder: has watched it; likewise.
     """
 
     token_ids: list[list[int]]
@@ -44,6 +45,7 @@ class Run:
     xyz: Tensor
     times: ArmRow
     result: Result | None = None
+    recorder: Recorder | None = None
 
 
 class Arms:
@@ -147,6 +149,7 @@ class Arms:
         start = self._now_ms()
         prefilled = self._read[arm] = decoder.prefill(prompt)
         prefill_ms = self._now_ms() - start
+        recorder = Recorder()
         result = decoder.generate(
             prefilled,
             temperature=config.temperature,
@@ -154,10 +157,11 @@ class Arms:
             num_traj_samples=config.num_traj_samples,
             seed=config.seed,
             max_new_tokens=config.max_tokens,
+            observer=recorder,
         )
         assert result.pred_xyz is not None, "trajectories were asked for"
         times = arm_row(prefill_ms, result.timings.decode_ms, result.timings.action_ms, result.token_ids)
-        return Run(result.token_ids, result.coc, result.pred_xyz, times, result)
+        return Run(result.token_ids, result.coc, result.pred_xyz, times, result, recorder)
 
     def _transformers(self, prompt: Prompt) -> Run:
         config, target = self.config, self.target
@@ -184,6 +188,9 @@ class Arms:
 def arm_row(prefill_ms: float, decode_ms: float, action_ms: float, token_ids: list[list[int]]) -> ArmRow:
     """The times of one run as a row; the total is their sum, the making of the prompt left out."""
     return {
+        "preprocess_ms": None,
+        "vision_ms": None,
+        "prompt_ms": None,
         "prefill_ms": round(prefill_ms, 4),
         "decode_ms": round(decode_ms, 4),
         "action_ms": round(action_ms, 4),
@@ -200,3 +207,23 @@ def acceptance_of(result: Result) -> Acceptance:
         "drafted": result.drafted,
         "accepted": result.accepted,
     }
+
+
+def rounds_of(recorder: Recorder) -> list[list[RoundRow]]:
+    """What each round did for each sample, by sample."""
+    rows: list[list[RoundRow]] = [[] for _ in recorder.first_tokens]
+    for trace in recorder.rounds:
+        for part in trace.samples:
+            rows[part.sample].append(
+                {
+                    "position": part.position,
+                    "anchor": part.anchor,
+                    "proposed": list(part.proposed),
+                    "parents": list(part.parents),
+                    "sources": list(part.sources),
+                    "taken": list(part.taken),
+                    "emitted": list(part.emitted),
+                    "origins": list(part.origins),
+                }
+            )
+    return rows

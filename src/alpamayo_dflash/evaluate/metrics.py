@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,6 +158,14 @@ def parts_summary(rows: Sequence[ClipRow]) -> dict[str, Any] | None:
     }
 
 
+def sources_summary(rows: Sequence[ClipRow]) -> dict[str, int] | None:
+    """How many tokens after the first each source gave, over all samples; None if that was not recorded."""
+    if not all("rounds" in row for row in rows):
+        return None
+    rounds = (each for row in rows for sample in row["rounds"] for each in sample)
+    return dict(Counter(origin for each in rounds for origin in each["origins"]).most_common())
+
+
 def summarise(rows: Sequence[ClipRow], failures: Sequence[Failure], attempted: int) -> dict[str, Any]:
     """The evaluation's JSON object, from its rows.
 
@@ -185,5 +194,6 @@ def summarise(rows: Sequence[ClipRow], failures: Sequence[Failure], attempted: i
         "trajectory": trajectory_summary(rows),
         "coc_names": named_summary(rows),
         "decode_parts": parts_summary(rows),
+        "sources": sources_summary(rows),
     }
     return result

@@ -11,8 +11,14 @@ from alpamayo_dflash.common.artefacts import atomic_file, to_plain
 
 
 class ArmRow(TypedDict):
-    """Times of one arm on one clip, in ms, and its tokens over all samples."""
+    """Times of one arm on one clip, in ms, and its tokens over all samples.
 
+    `prefill_ms` is vision and the prompt's pass. What is not measured is null; the total leaves it out.
+    """
+
+    preprocess_ms: float | None
+    vision_ms: float | None
+    prompt_ms: float | None
     prefill_ms: float
     decode_ms: float
     action_ms: float
@@ -61,8 +67,21 @@ class Named(TypedDict):
     cause: bool
 
 
+class RoundRow(TypedDict):
+    """What one round of the speculative loop did for one sample, as `decode.observer.SampleTrace` says it."""
+
+    position: int
+    anchor: int
+    proposed: list[int]
+    parents: list[int]
+    sources: list[str]
+    taken: list[int]
+    emitted: list[int]
+    origins: list[str]
+
+
 class ClipRow(TypedDict):
-    """All results of one clip that was done."""
+    """All results of one clip that was done. Rows of older runs lack `rounds`: sources were not recorded."""
 
     clip_id: str
     prompt_tokens: int
@@ -73,6 +92,7 @@ class ClipRow(TypedDict):
     trajectory: NotRequired[Trajectory]
     named: NotRequired[Named]
     parts_ms: NotRequired[dict[str, float]]
+    rounds: NotRequired[list[list[RoundRow]]]  # by sample
 
 
 class Failure(TypedDict):
@@ -94,6 +114,8 @@ class LosslessRow(TypedDict):
 
 
 Row = TypeVar("Row", ClipRow, LosslessRow)
+FORMAT = 2
+"""Of the rows; the first had neither times of parts nor rounds."""
 
 
 class RowStore(Generic[Row]):
@@ -101,11 +123,14 @@ class RowStore(Generic[Row]):
 
     A store with another head (other options, another draft) is begun anew. A last line that was cut short
     by an interruption is dropped. Nothing is written before the first result.
+
+    Raises:
+        ValueError: the file holds rows of another format, of a run that another version has not finished.
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
         self.path = path
-        self._head = json.loads(json.dumps(to_plain(head)))
+        self._head = {"format": FORMAT} | json.loads(json.dumps(to_plain(head)))
         self._rows: dict[str, Row] = self._read()
         self._begun = False
 
@@ -118,6 +143,10 @@ class RowStore(Generic[Row]):
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
                 break
+        if lines and lines[0].get("format") != FORMAT:
+            raise ValueError(
+                f"{self.path}: an unfinished run of another version; finish it with that, or remove the file"
+            )
         if not lines or lines[0] != self._head:
             return {}
         return {row["clip_id"]: cast(Row, row) for row in lines[1:]}

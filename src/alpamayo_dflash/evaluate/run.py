@@ -21,7 +21,7 @@ from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.observer import StageTimer
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate import metrics
-from alpamayo_dflash.evaluate.arms import Arms, Run, acceptance_of
+from alpamayo_dflash.evaluate.arms import Arms, Run, acceptance_of, rounds_of
 from alpamayo_dflash.evaluate.config import EvaluateConfig
 from alpamayo_dflash.evaluate.rows import ClipRow, Failure, Identity, Named, RowStore, Trajectory
 from alpamayo_dflash.evaluate.trace import LEGEND, RoundPrinter, piece_of
@@ -183,13 +183,14 @@ def evaluate_clip(arms: Arms, window: Window, facts: Facts | None, *, turn: int,
     order = names[turn % len(names) :] + names[: turn % len(names)]
     runs = {arm: arms.timed(arm, prompt) for arm in order}
     dflash = runs["dflash"]
-    assert dflash.result is not None
+    assert dflash.result is not None and dflash.recorder is not None
     row: ClipRow = {
         "clip_id": window.clip_id,
         "prompt_tokens": len(prompt),
         "coc": dflash.coc,
         "arms": {arm: runs[arm].times for arm in names},
         "acceptance": acceptance_of(dflash.result),
+        "rounds": rounds_of(dflash.recorder),
     }
     if config.compare:
         row["identity"] = _identity(arms, runs, prompt)

@@ -11,7 +11,7 @@ from typing import Any
 from alpamayo_dflash.common.artefacts import atomic_file, read_json
 from alpamayo_dflash.report.config import ReportConfig
 from alpamayo_dflash.report.plots import all_plots
-from alpamayo_dflash.report.tables import Table, all_tables
+from alpamayo_dflash.report.tables import Table, all_tables, sources
 
 _NEEDED = ("clips", "lossless", "acceptance_length", "acceptance_rate", "arms", "speedup")
 
@@ -40,7 +40,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
 
 def write_report(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Write the report of an evaluation's JSON object into a folder; returns the paths."""
-    tables = all_tables(result)
+    tables = [*all_tables(result), sources(result)]
     plots = all_plots(result, folder / "plots")
     page, text = folder / "report.html", folder / "report.md"
     _write(page, _page(result, tables, plots))

@@ -150,6 +150,15 @@ def world(result: Mapping[str, Any]) -> Table | None:
     return Table("The synthetic world", ("figure", "shipped", "this run", "bounds"), tuple(rows))
 
 
+def sources(result: Mapping[str, Any]) -> Table:
+    """Who proposed the tokens after the first; older evaluations have not recorded it."""
+    found: Mapping[str, int] = result.get("sources") or {}
+    whole = sum(found.values())
+    rows = tuple((name, _number(count, 0), _share(count / whole)) for name, count in found.items())
+    header = ("source", "tokens", "share")
+    return Table("Where tokens come from", header, rows or (("not recorded", "–", "–"),))
+
+
 def failures(result: Mapping[str, Any]) -> Table | None:
     """The clips that failed and why; None if there are none."""
     found = result["clips"]["failures"]
