@@ -340,9 +340,9 @@ def test_a_target_that_is_not_finite_is_an_error(tmp_path, loop):
     read = decoder.prefill(prompt)
     with torch.no_grad():
         target.head[7] = float("nan")
-    with pytest.raises(ValueError, match="logits are not finite behind token 0 of sample 0"):
+    with pytest.raises(ValueError, match="logits are not finite after token 0 of sample 0"):
         decoder.generate(read, max_new_tokens=LIMIT, trajectories=False)
-    with pytest.raises(ValueError, match="logits are not finite behind the prompt"):
+    with pytest.raises(ValueError, match="logits are not finite after the prompt"):
         decoder.generate(prompt, max_new_tokens=LIMIT, trajectories=False)
 
 
@@ -356,7 +356,7 @@ def test_a_prompt_that_is_not_finite_leaves_nothing_behind(target, loop, row_wid
     expected = SpeculativeDecoder(target, None, config).generate(good, **options).token_ids
     decoder = SpeculativeDecoder(target, Random(target.vocab_size, 8), config)
     read = decoder.prefill(bad)
-    with pytest.raises(ValueError, match="not finite behind the prompt"):
+    with pytest.raises(ValueError, match="not finite after the prompt"):
         decoder.generate(read, **options)
     with pytest.raises(ValueError, match="another was read since"):
         decoder.generate(read, **options)

@@ -1,4 +1,4 @@
-"""The memory of one prompt and what is generated behind it: keys, values and tapped states.
+"""The memory of one prompt and what is generated after it: keys, values and tapped states.
 
 One preallocated storage: the prompt's entries, then the tail's slots, then one slot that padding rows write
 to. Nothing is cropped or copied whole; slots are freed and used again.
@@ -38,7 +38,7 @@ class Cache:
         taps: [X + slots + 1, F]: the prompt's last X positions, right-aligned, then the slots.
         prompt_length: P.
         length_1: int64 [1], the same on the device.
-        cos: [slots, D], rotary table of the positions behind the prompt; filled by whoever knows them.
+        cos: [slots, D], rotary table of the positions after the prompt; filled by whoever knows them.
         sin: likewise.
         generation: counts the allocations, so that who captured the tensors' addresses knows when they are
             no longer these.
@@ -131,7 +131,7 @@ class Cache:
         """What the action expert reads of each sample.
 
         Args:
-            paths: S lists of slots that a sample's way-points see behind the prompt.
+            paths: S lists of slots that a sample's way-points see after the prompt.
             offsets: S counts of generated tokens, cached or not.
             rope_delta: the prompt's.
         """
@@ -155,14 +155,14 @@ ROOT = -1
 
 
 class Tail:
-    """A tree of tokens behind a prompt.
+    """A tree of tokens after a prompt.
 
     Args:
         capacity: slots.
 
     Attributes:
         tokens: token id by slot.
-        positions: index among the generated tokens by slot; 0 stands directly behind the prompt.
+        positions: index among the generated tokens by slot; 0 stands directly after the prompt.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -179,7 +179,7 @@ class Tail:
         return max(self._used, default=-1) + 1
 
     def add(self, token: int, parent: int = ROOT) -> int:
-        """Put `token` behind the slot `parent` and return its slot, the lowest free one.
+        """Put `token` after the slot `parent` and return its slot, the lowest free one.
 
         Raises:
             ValueError: no slot is free.

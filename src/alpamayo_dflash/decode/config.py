@@ -74,7 +74,7 @@ class DecodeConfig:
         prompt_capacity: the longest prompt that the cache holds, tokens.
         loop: who walks. `device` runs whole rounds on the device, on a GPU as CUDA graphs; `host` walks in
             Python, a few reads a round. Both write the same. `auto` is device on a GPU and host elsewhere.
-            What the device loop does not do (`force`; drafts that see every state, where their fast form
+            What the device loop does not do (`force`; drafts that see every state, where their fused form
             does not run) runs on the host.
 
     Raises:

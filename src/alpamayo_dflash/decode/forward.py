@@ -33,7 +33,7 @@ class TextModel(Protocol):
         """Read a prompt from embeddings [P, C]: write its keys and values.
 
         Returns:
-            [1, C], the last row behind the final norm.
+            [1, C], the last row after the final norm.
         """
         ...
 
@@ -49,13 +49,13 @@ class TextModel(Protocol):
 
         Args:
             tokens_R: int64 ids.
-            slots_R: int64; padding rows write behind the last slot.
+            slots_R: int64; padding rows write after the last slot.
             rotary: cos and sin [R, D].
             seen_RT: uint8, which slots of the tail each row sees.
             after_layer: as in `run_layers`.
 
         Returns:
-            [R, C] behind the final norm.
+            [R, C] after the final norm.
         """
         ...
 
@@ -65,7 +65,7 @@ class TextModel(Protocol):
 
 
 def text_model(target: Qwen3VLTarget, cache: Cache) -> TextModel:
-    """The fast form where it runs, else the plain one; on a GPU that is said, with its reason."""
+    """The fused form where it runs, else the plain one; on a GPU a warning gives the reason."""
     reason = why_plain(target.text_layers, target.embedding, target.vlm.lm_head)
     if reason is None:
         return FusedModel(target, cache)

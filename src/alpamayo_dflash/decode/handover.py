@@ -17,11 +17,11 @@ from alpamayo_dflash.target.expert import ActionPrefix
 
 @dataclass(frozen=True)
 class Handover:
-    """What `generate` of transformers would have left behind (specification 7).
+    """What `generate` of transformers would have left (specification 7).
 
     Attributes:
-        sequences: int64 [S, T + 1], prompt and text, the pad id behind a text's end. The reference finds
-            each sample's offset in it, the place behind `<|traj_future_start|>`, or its length without one.
+        sequences: int64 [S, T + 1], prompt and text, the pad id after a text's end. The reference finds
+            each sample's offset in it, the place after `<|traj_future_start|>`, or its length without one.
         past_key_values: transformers' DynamicCache, keys and values [S, K, T, D] a layer; a copy.
         rope_deltas: int64 [S, 1].
         offsets: int64 [S], the count of prompt and text tokens; way-points have the positions
@@ -50,7 +50,7 @@ def hand_over(
         prompt_ids: int64 [P].
         texts: the samples' tokens.
         rope_delta: the prompt's.
-        pad: the id behind a text's end.
+        pad: the id after a text's end.
         end: id of `<|traj_future_start|>`.
 
     Raises:

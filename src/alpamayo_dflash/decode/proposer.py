@@ -32,7 +32,7 @@ DRAFT, END_RULE, TARGET = "draft", "end rule", "target"
 SOURCES = ("phrase tree", "last window", DRAFT, END_RULE)
 """Who is named for a token that several offer: the first of these. Other names stand before the draft."""
 DRAFT_ERRORS = (RuntimeError, ArithmeticError, LookupError)
-"""What a draft may raise without ending the decode; `BlockDraft.propose` says so."""
+"""What a draft may raise without ending the decode; see `BlockDraft.propose`."""
 
 
 @dataclass(frozen=True)

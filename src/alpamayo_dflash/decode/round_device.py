@@ -320,10 +320,10 @@ class DeviceRound:
         """A sample's row of the report."""
         sample = self._samples[index]
         values = dict(zip(steps.FIELDS, row, strict=False))
-        behind = row[len(steps.FIELDS) :]
+        rest = row[len(steps.FIELDS) :]
         accepted, drafted, offered = values["accepted"], values["drafted"], values["offered"]
-        emitted = tuple(behind[: values["emitted"]])
-        proposed = tuple(behind[self.block : self.block + values["proposed"]])
+        emitted = tuple(rest[: values["emitted"]])
+        proposed = tuple(rest[self.block : self.block + values["proposed"]])
         listed = (
             self._sources[index] or [proposer.source for proposer in self._proposers.captured[:1]] * offered
         )

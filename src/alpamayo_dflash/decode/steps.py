@@ -21,7 +21,7 @@ REASONS = (None, StopReason.TRAJ_FUTURE_START, StopReason.EOS, StopReason.LIMIT)
 """What `State.done` and a report's `reason` mean."""
 _COUNTS = ("emitted", "accepted", "drafted", "offered", "proposed")
 FIELDS = (*_COUNTS, "reason", "failed", "unsettled", "broken", "anchor")
-"""A report's columns; behind them the b emitted tokens and the b − 1 proposed ones."""
+"""A report's columns; after them the b emitted tokens and the b − 1 proposed ones."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor, finite:
     Args:
         state: is written.
         marks: where texts end.
-        columns: int64 [R], the target's choice behind each row.
+        columns: int64 [R], the target's choice after each row.
         settled: bool [R], whether the choice is known.
         finite: bool [R], whether the row's logits are finite; a walk over one that has others is `broken`.
     """

@@ -12,7 +12,7 @@ What the modes do (`DecodeConfig.sentence_end`), P standing for the period, E fo
   as the token limit allows, and the sample stops; neither draft nor target is asked. (2) where the draft
   proposes E with no P before it, P is proposed in its place and the proposal ends there; the target verifies
   that P as it does any proposed token, and if it accepts it, the pass ends without the target's own token
-  behind it: P is the next anchor, and rule 1 acts on it.
+  after it: P is the next anchor, and rule 1 acts on it.
 - `off`: nothing more than every mode does.
 """
 

@@ -9,11 +9,11 @@ from types import MappingProxyType
 from alpamayo_dflash.decode.cache import Tail
 
 Choose = Callable[[Sequence[tuple[int, int]]], Sequence[int]]
-"""(sample, slot) pairs -> the token that the target chooses behind each slot for that sample."""
+"""(sample, slot) pairs -> the token that the target chooses after each slot for that sample."""
 
 
 class Tree:
-    """The rows of one pass. Equal tokens behind the same row are one row, whoever proposed them.
+    """The rows of one pass. Equal tokens after the same row are one row, whoever proposed them.
 
     Args:
         tail: gets the rows as nodes.
@@ -28,7 +28,7 @@ class Tree:
         self.slots: list[int] = []
 
     def add(self, token: int, parent: int) -> int:
-        """Return the slot of the row for `token` behind the slot `parent`, which is made if it is new."""
+        """Return the slot of the row for `token` after the slot `parent`, which is made if it is new."""
         slot = self.child(parent, token)
         if slot is None:
             slot = self._tail.add(token, parent)
@@ -37,7 +37,7 @@ class Tree:
         return slot
 
     def add_chain(self, tokens: Sequence[int], parent: int) -> list[int]:
-        """Add tokens one behind the other and return their slots."""
+        """Add tokens one after the other and return their slots."""
         slots = []
         for token in tokens:
             parent = self.add(token, parent)
@@ -45,7 +45,7 @@ class Tree:
         return slots
 
     def child(self, parent: int, token: int) -> int | None:
-        """The slot of the row for `token` behind `parent`, or None."""
+        """The slot of the row for `token` after `parent`, or None."""
         return self._children.get((parent, token))
 
 
@@ -75,7 +75,7 @@ def walk(
 
     A sample starts at its anchor's row. The target's choice there is emitted; if the tree has a row for it,
     the walk goes on from that row, whether this sample or another proposed it. It ends where there is no
-    such row, behind a stop token, or when the sample's room is used up.
+    such row, after a stop token, or when the sample's room is used up.
 
     Args:
         tree: the rows, already run.
@@ -83,7 +83,7 @@ def walk(
             at once; the others, which a sample reaches only on another's proposal, when it gets there.
         choose: the target's choices.
         room: by sample, how many tokens it may emit, at least 1.
-        stops: whether nothing is emitted behind a token.
+        stops: whether nothing is emitted after a token.
         ends: by sample, the slot at whose row it stands still, without the target's token.
     """
     walks = {sample: Walk([slots[0]]) for sample, slots in chains.items()}

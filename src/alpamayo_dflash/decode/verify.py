@@ -1,4 +1,4 @@
-"""Everything that runs the target's text model: the prompt, and rows behind it.
+"""Everything that runs the target's text model: the prompt, and rows after it.
 
 A row is a node of the tail's tree: a token, its position and its parent. It sees the whole prompt, its
 ancestors and itself, nothing else. Autoregressive decoding, a draft's block, several samples, teacher
@@ -137,7 +137,7 @@ class Verifier:
             self.cache.clear()
         self._reading = object()
         return ValueError(
-            f"the target's logits are not finite behind {where}: weights, images or dtype are at fault"
+            f"the target's logits are not finite after {where}: weights, images or dtype are at fault"
         )
 
     def check(self, prefilled: Prefilled) -> None:
@@ -154,7 +154,7 @@ class Verifier:
 
     @torch.inference_mode()
     def begin(self, prefilled: Prefilled, slots: int) -> None:
-        """Empty the tail behind a prompt that was read, and give it this many slots.
+        """Empty the tail after a prompt that was read, and give it this many slots.
 
         Raises:
             ValueError: another prompt has been read since.
@@ -225,7 +225,7 @@ class Verifier:
         Args:
             tokens_R: int64 ids.
             positions_R: int64, among the generated tokens.
-            slots_R: int64 slots of the tail; padding rows have the one behind the last.
+            slots_R: int64 slots of the tail; padding rows have the one after the last.
             seen_RT: uint8, the slots that each row sees.
             logits: whether they are wanted.
 
@@ -242,7 +242,7 @@ class Verifier:
         target, tail = self.target, self.cache.tail
         assert self._begun, "begin() comes before rows()"
         padding = width - len(slots)
-        # Padding rows see the prompt alone and write to the slot behind the tail.
+        # Padding rows see the prompt alone and write to the slot after the tail.
         index = torch.tensor(
             [
                 [tail.tokens[slot] for slot in slots] + [0] * padding,

@@ -1,1 +1,1 @@
-"""Triton kernels, each the fast form of plain operations elsewhere; importing them needs Triton."""
+"""Triton kernels, each the fused form of plain operations elsewhere; importing them needs Triton."""

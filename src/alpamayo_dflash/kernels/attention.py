@@ -189,7 +189,7 @@ def attend(
     *,
     prompt: bool = True,
 ) -> Tensor:
-    """Attention of rows over a prompt and a tail behind it in the cache.
+    """Attention of rows over a prompt and a tail after it in the cache.
 
     Args:
         q_RHD: rotated queries.

@@ -1,11 +1,4 @@
-"""The kernels as functions of tensors: what block sizes to take, and when cuBLAS is better.
-
-The numbers come from `bench-kernels` (docs/results). Every function is the fast form of plain
-operations: linear layers, `rms_norm` and `rotate` of `target/layers.py`, PyTorch's attention.
-
-Shapes: R rows, N output columns, I inner dimension, J parts, C hidden, H query heads, K KV heads, D head dim,
-E cache entries, T tail slots.
-"""
+"""What a card allows a kernel: shared memory, and how many stages of loads fit into it."""
 
 from __future__ import annotations
 
