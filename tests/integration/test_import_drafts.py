@@ -40,7 +40,9 @@ def truth(target: Alpamayo) -> Truth:
 
 
 def sampled(temperature: float, seed: int) -> dict[str, Any]:
-    return {"temperature": temperature, "num_traj_samples": 2, "seed": seed, "trajectories": False}
+    """Half of the sampled texts end within so many tokens."""
+    options = {"temperature": temperature, "num_traj_samples": 2, "seed": seed}
+    return options | {"max_new_tokens": 48, "trajectories": False}
 
 
 def published(
