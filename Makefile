@@ -12,7 +12,7 @@ demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The parity tests alone; ALPAMAYO_GOLDEN names the fixtures' folder (default: ../shared/golden).
 golden: $(STAMP)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -28,34 +30,52 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_golden(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"ALPAMAYO_GOLDEN": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(GOLDEN_TESTS), *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+Golden = Callable[..., tuple[int, str]]
 
 
-def test_sets_of_other_shapes_pass_whole(sets: Path):
-    done = run_golden(sets, "-rs")
-    assert done.returncode == 0, done.stdout
-    assert "skipped" not in done.stdout
+@pytest.fixture
+def run_golden(monkeypatch: pytest.MonkeyPatch) -> Golden:
+    """A session of pytest inside this one, since a process of its own would import all again.
+
+    Returns its exit status and output. The golden tests find their sets when imported, so they are imported
+    anew, and what this session had imported is put back.
+    """
+
+    def run(folder: Path, *options: str) -> tuple[int, str]:
+        out = StringIO()
+        with monkeypatch.context() as changes, redirect_stdout(out):
+            changes.setenv("ALPAMAYO_GOLDEN", str(folder))
+            for name in ("conftest", GOLDEN_TESTS.stem):
+                changes.setitem(sys.modules, name, ModuleType(name))
+                del sys.modules[name]
+            status = pytest.main(["-p", "no:cacheprovider", "-p", "no:xdist", str(GOLDEN_TESTS), *options])
+        return int(status), out.getvalue()
+
+    return run
 
 
-def test_the_folder_of_one_set_is_enough(sets: Path):
-    done = run_golden(sets / SET_B.name, "--collect-only")
-    assert done.returncode == 0, done.stdout
-    assert f"test_texts[{SET_B.name}-case1]" in done.stdout
-    assert SET_C.name not in done.stdout
+def test_sets_of_other_shapes_pass_whole(sets: Path, run_golden: Golden):
+    status, printed = run_golden(sets, "-rs")
+    assert status == 0, printed
+    assert "passed" in printed and "skipped" not in printed
 
 
-def test_a_wrong_number_is_seen(sets: Path, tmp_path: Path):
+def test_the_folder_of_one_set_is_enough(sets: Path, run_golden: Golden):
+    status, printed = run_golden(sets / SET_B.name, "--collect-only")
+    assert status == 0, printed
+    assert f"test_texts[{SET_B.name}-case1]" in printed
+    assert SET_C.name not in printed
+
+
+def test_a_wrong_number_is_seen(tmp_path: Path, run_golden: Golden):
     folder = write_set(tmp_path, SET_C)
     path = folder / "cases" / "left.safetensors"
     recorded = load_file(path)
     recorded["prompt_hidden"][1, 0, 0] += 1e-3
     save_file(recorded, path)
-    done = run_golden(tmp_path, "-k", "prompt_states")
-    assert done.returncode == 1, done.stdout
-    assert "1 failed, 1 passed" in done.stdout
+    status, printed = run_golden(tmp_path, "-k", "prompt_states")
+    assert status == 1, printed
+    assert "1 failed, 1 passed" in printed
 
 
 @pytest.mark.parametrize("change", [{"rope_theta": 7.0}, {"hidden_act": "gelu"}, {"head_dim": 8}], ids=str)

@@ -190,7 +190,8 @@ def test_an_evaluation_counts_them(tmp_path):
     near = different = 0
     for view, _ in held_out(6, seed=3):
         prompt = target.prompt(view)
-        runs = {arm: arms.timed(arm, prompt) for arm in arms.names}
+        # At this temperature the third arm's run is not looked at.
+        runs = {arm: arms.timed(arm, prompt) for arm in ("autoregressive", "dflash")}
         found = _identity(arms, runs, prompt)
         assert found["not_near_ties"] == 0
         near += found["near_ties"]

@@ -6,6 +6,8 @@ import json
 import mmap
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,15 @@ MIB = 2**20
 
 
 def run(*arguments: object) -> dict[str, Any]:
+    """A command in this process; the last line of its standard output, read."""
+    out = StringIO()
+    with redirect_stdout(out):
+        assert main([str(each) for each in arguments]) == 0
+    return json.loads(out.getvalue().splitlines()[-1])
+
+
+def run_alone(*arguments: object) -> dict[str, Any]:
+    """`run` in a process of its own, for figures of the whole process."""
     done = subprocess.run(
         [sys.executable, "-m", "alpamayo_dflash.cli.main", *map(str, arguments)],
         capture_output=True,
@@ -45,7 +56,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_random_target_is_loaded_and_measured(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "target.json"
     options = ("--device", "cpu", "--max-tokens", 6, "--cold")
-    printed = run("measure-target", "--target", checkpoint, "--out", out, *options)
+    printed = run_alone("measure-target", "--target", checkpoint, "--out", out, *options)
     found = read_json(out)
     assert {name: value for name, value in found.items() if name != "provenance"} == {
         name: value for name, value in printed.items() if name != "out"

@@ -229,14 +229,19 @@ def test_a_run_with_other_options_does_not_continue(made, tmp_path):
     assert again["losses"] != first["losses"]
 
 
+# As torchrun --standalone --nproc-per-node 2 does, but the two are forked after the imports.
 TORCHRUN = """
 import sys
 from pathlib import Path
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.run import run
 target, data, out = sys.argv[1:]
-run(TrainConfig(target, Path(data), Path(out), num_epochs=1, batch_size=48, learning_rate=3e-3,
-                num_draft_layers=1, held_out_chunks="3", log_interval=1, loss_type="ce+kl"))
+config = TrainConfig(target, Path(data), Path(out), num_epochs=1, batch_size=48, learning_rate=3e-3,
+                     num_draft_layers=1, held_out_chunks="3", log_interval=1, loss_type="ce+kl")
+launch = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="two",
+                      start_method="fork", monitor_interval=0.1)
+elastic_launch(launch, run)(config)
 """
 
 
@@ -272,18 +277,15 @@ def test_a_checkpoint_of_other_data_does_not_continue(made, tmp_path):
 def test_two_processes_take_the_steps_of_one(made, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(TORCHRUN)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(script),
-    ]
     places = [str(made / "target"), str(made / "data"), str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
-        launch + places, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(script), *places],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path / "two" / "train.json").read_text())

@@ -1,7 +1,7 @@
-"""Compile the large kernels for a card that need not be here, and print the shared memory that each takes.
+"""Compile the large kernels for cards that need not be here, and print the shared memory that each takes.
 
 Run by `test_cards.py` in a process of its own, because there Triton must not interpret.
-Arguments: the compute capability (89 for 8.9) and the bytes that a program may have.
+Arguments, one a card: compute capability and the bytes that a program may have, as 89:101376 for 8.9.
 """
 
 import sys
@@ -36,7 +36,11 @@ def shared(kernel, constants, *, warps, stages, capability, floats=()):
 
 
 def main():
-    capability, available = int(sys.argv[1]), int(sys.argv[2])
+    for card in sys.argv[1:]:
+        compile_for(*map(int, card.split(":")))
+
+
+def compile_for(capability, available):
     for rows, blocks, gated in (
         (16, product._NARROW, False),
         (16, product._NARROW_GATED, True),
@@ -49,7 +53,7 @@ def main():
         taken = shared(
             product.product_kernel, constants, warps=blocks.warps, stages=stages, capability=capability
         )
-        print(f"product of {rows} rows, gated {gated}, {stages} stages", taken, sep="\t")
+        print(capability, f"product of {rows} rows, gated {gated}, {stages} stages", taken, sep="\t")
     for folded, plan in attention._PLANS.items():
         fitted = plan.fitted(DIM, available)
         constants = {"HEADS": HEADS, "KV_HEADS": KV_HEADS, "DIM": DIM}
@@ -62,7 +66,7 @@ def main():
             capability=capability,
             floats=("out_ptr",),
         )
-        print(f"attention of up to {folded} folded rows, {fitted}", taken, sep="\t")
+        print(capability, f"attention of up to {folded} folded rows, {fitted}", taken, sep="\t")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK_V", 64)
+    monkeypatch.setattr(module, "_BLOCK_V", 128)
 
 
 def places(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
