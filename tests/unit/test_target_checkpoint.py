@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alpamayo_dflash.common.artefacts import folder_hash
 from alpamayo_dflash.target import checkpoint as load
-from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.expert import log_spaced
 
@@ -228,6 +229,19 @@ def test_a_missing_folder_is_refused(tmp_path: Path):
         Alpamayo.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"config\.json: no such file"):
         Alpamayo.from_pretrained(tmp_path)
+
+
+def test_tiny_is_the_one_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tiny, found = open_target("tiny", device="cpu")
+    assert (tiny.num_layers, found) == (8, folder_hash(load.SHIPPED))
+    assert not any(parameter.requires_grad for parameter in tiny.parameters())
+    same(tiny, Alpamayo.from_pretrained("tiny"))
+    assert load.read_target("tiny").embedding.shape == tiny.embedding.shape
+    # A folder of that name has to be written as one.
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load.checkpoint_folder("tiny") == load.SHIPPED
+    assert load.checkpoint_folder("./tiny") == load.checkpoint_folder(Path("tiny")) == Path("tiny")
 
 
 def test_a_local_folder_never_asks_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch):

@@ -28,6 +28,8 @@ from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.qwen3 import rope_settings
 from alpamayo_dflash.target.weights import allocate
 
+# The trained tiny target's folder in the package, installed or not.
+SHIPPED = Path(str(resources.files("alpamayo_dflash") / "standins" / "checkpoint"))
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # What a Qwen3-VL repository holds beside its weights.
@@ -63,16 +65,23 @@ class VLMFiles:
     hub_id: str | None = None
 
 
-def checkpoint_folder(name: str | Path, *, local_files_only: bool) -> Path:
+def checkpoint_folder(name: str | Path, *, local_files_only: bool = False) -> Path:
     """The local folder of a checkpoint, downloaded first where `name` is a hub id.
+
+    Args:
+        name: a folder, a hub id, or `tiny` for the checkpoint that ships with the package; a folder of that
+            name is `./tiny`, or a `Path`.
+        local_files_only: never touch the network.
 
     Raises:
         ValueError: there is neither such a folder nor such a repository.
     """
+    if name == "tiny":
+        return SHIPPED
     if Path(name).is_dir():
         return Path(name)
     if not _is_hub_id(str(name)):
-        raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/name")
+        raise ValueError(f"{name}: no such folder; else give a hub id of the form owner/name, or tiny")
     return _download(str(name), ("*.json", "*.safetensors"), local_files_only=local_files_only)
 
 
@@ -327,11 +336,6 @@ def _copy_vlm(source: Path, target: Path) -> None:
             if not path.name.endswith(".index.json"):
                 with atomic_file(target / path.name) as temporary:
                     shutil.copyfile(path, temporary)
-
-
-def checkpoint_path() -> Path:
-    """The folder of the checkpoint that ships with the package."""
-    return Path(str(resources.files("alpamayo_dflash") / "standins" / "checkpoint"))
 
 
 _TEXT = "vlm.model.language_model."
