@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 from alpamayo_dflash.target.config import AlpamayoConfig
 
 # 29 names give 28 new ids: image_pad is Qwen's own.
-_R1_NAMES = (
+R1_NAMES = (
     "prompt_start",
     "prompt_end",
     "image_start",
@@ -58,22 +58,10 @@ _PADDING_IN_1_5 = {
         )
     )
 }
-_SHORT_NAMES = (
-    "traj_history",
-    "traj_future",
-    "traj_history_start",
-    "traj_future_start",
-    "traj_history_end",
-    "traj_future_end",
-)
 # Roles in config.json's traj_token_ids and the special token of each.
-_ROLES = {
-    "history": "traj_history",
-    "future": "traj_future",
-    "history_start": "traj_history_start",
-    "future_start": "traj_future_start",
-    "history_end": "traj_history_end",
-    "future_end": "traj_future_end",
+ROLES = {
+    role: f"traj_{role}"
+    for role in ("history", "future", "history_start", "future_start", "history_end", "future_end")
 }
 
 
@@ -148,10 +136,10 @@ class SpecialTokens:
 def special_names(config: AlpamayoConfig) -> list[str]:
     """Names of the special tokens in the order in which they are appended."""
     if not config.add_special_tokens:
-        return list(_SHORT_NAMES)
+        return list(ROLES.values())
     if config.version == "1.5":
-        return [_PADDING_IN_1_5.get(name, name) for name in _R1_NAMES]
-    return list(_R1_NAMES)
+        return [_PADDING_IN_1_5.get(name, name) for name in R1_NAMES]
+    return list(R1_NAMES)
 
 
 def load_tokenizer(folder: Path, config: AlpamayoConfig) -> Tokenizer:
@@ -216,7 +204,7 @@ def check_ids(tokenizer: Tokenizer, config: AlpamayoConfig) -> None:
     first, last = config.traj_token_start_idx, config.traj_token_start_idx + config.traj_vocab_size - 1
     expected = {"<i0>": first, f"<i{config.traj_vocab_size - 1}>": last}
     expected |= {
-        f"<|{_ROLES[role]}|>": index for role, index in config.traj_token_ids.items() if role in _ROLES
+        f"<|{ROLES[role]}|>": index for role, index in config.traj_token_ids.items() if role in ROLES
     }
     wrong = [
         f"{token} is {tokenizer.token_to_id(token)}, the checkpoint says {index}"
