@@ -234,10 +234,10 @@ def _summary(plan: Stages, figures: dict[str, float]) -> dict[str, Any]:
     """The evaluation with its rows, and the world's figures: shipped, and over the training clips."""
     from alpamayo_dflash.distill.data import DistillData
     from alpamayo_dflash.evaluate.hardness import BOUNDS, coc_tokens, figures_of
-    from alpamayo_dflash.target.alpamayo import Alpamayo
+    from alpamayo_dflash.target.checkpoint import read_target
 
     evaluation: dict[str, Any] = read_json(plan.evaluate.output_dir / "evaluation.json")
-    cot_end = Alpamayo.from_pretrained(plan.evaluate.alpamayo_model).special.cot_end
+    cot_end = read_target(plan.evaluate.alpamayo_model).special().cot_end
     sampled: dict[str, list[tuple[str, int]]] = {}
     for sample in DistillData(plan.distill.output_dir).samples:
         if sample.temperature > 0:

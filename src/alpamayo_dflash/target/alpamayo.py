@@ -63,7 +63,7 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         special: ids of special tokens.
     """
 
-    special: SpecialTokens
+    special: SpecialTokens[int]
 
     def __init__(
         self,
@@ -77,10 +77,6 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         self.config = config
         self.tokenizer = tokenizer
         self.special = special_tokens(tokenizer)
-        # The ids of `<i0>`, `<i1>` ...
-        self.traj_ids = range(
-            config.traj_token_start_idx, config.traj_token_start_idx + config.traj_vocab_size
-        )
         self.vlm_files = vlm_files
         self.vlm = Qwen3VLForConditionalGeneration(vlm_config)
         self.expert = Expert(expert_config)
@@ -304,7 +300,7 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
     def generation_options(self) -> dict[str, Any]:
         """Stop, pad and masked ids for `vlm.generate`, as the specification's section 7 has them."""
         return {
-            "eos_token_id": [self.special.traj_future_start, self.special.eos],
+            "eos_token_id": self.special.stops,
             "pad_token_id": self.special.pad,
             "suppress_tokens": list(self.traj_ids),
         }

@@ -202,7 +202,7 @@ def _vocabulary(
         training_counts(data.manifest, train, held_out=share),
         config.draft_vocab_size,
         vocab_size=len(target.head),
-        always=end_token_ids(target.folder, local_files_only=config.local_files_only),
+        always=end_token_ids(target),
         masked=target.traj_ids,
     )
 
