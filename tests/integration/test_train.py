@@ -236,6 +236,9 @@ def test_a_run_with_other_options_does_not_continue(made, tmp_path):
     first = run(config)
     with pytest.raises(ValueError, match=r"made with learning_rate 0\.003, not 0\.001"):
         run(dataclasses.replace(config, learning_rate=1e-3))
+    # The target counts by its hash, not by what it is called.
+    shutil.copytree(config.target_model, tmp_path / "renamed")
+    assert run(dataclasses.replace(config, target_model=str(tmp_path / "renamed")))["nothing_to_do"]
     again = run(dataclasses.replace(config, learning_rate=1e-3, resume="never"))
     assert again["losses"] != first["losses"]
 
