@@ -11,7 +11,6 @@ from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.standins.validate import held_out
 from alpamayo_dflash.target.alpamayo import Alpamayo
-from alpamayo_dflash.target.checkpoint import checkpoint_path
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,7 +78,7 @@ def _same_path(found, expected):
 
 @pytest.fixture(scope="module")
 def target():
-    return Alpamayo.from_pretrained(checkpoint_path(), dtype=torch.float32, device="cuda")
+    return Alpamayo.from_pretrained("tiny", dtype=torch.float32, device="cuda")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +120,7 @@ def test_speculative_is_autoregressive(target, views, temperature, samples, bloc
 @pytest.mark.filterwarnings("ignore:the target runs in its plain")
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
 def test_the_gpu_writes_what_the_cpu_writes(target, views, temperature):
-    on_cpu = SpeculativeDecoder(Alpamayo.from_pretrained(checkpoint_path(), dtype=torch.float32))
+    on_cpu = SpeculativeDecoder(Alpamayo.from_pretrained("tiny", dtype=torch.float32))
     on_gpu = SpeculativeDecoder(target)
     for view in views:
         options = {"temperature": temperature, "num_traj_samples": 2, "seed": 1}
@@ -133,7 +132,7 @@ def test_the_gpu_writes_what_the_cpu_writes(target, views, temperature):
 @pytest.mark.filterwarnings("ignore:this round could not be captured")
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
 def test_bfloat16_loops_agree_at_one_row_width(views, temperature):
-    target = Alpamayo.from_pretrained(checkpoint_path(), dtype=torch.bfloat16, device="cuda")
+    target = Alpamayo.from_pretrained("tiny", dtype=torch.bfloat16, device="cuda")
     config = DecodeConfig(row_width=16)
     plain = SpeculativeDecoder(target, None, config)
     for view in views:
@@ -193,7 +192,7 @@ def prompts_of_lengths(target, view, *lengths):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captured_round_serves_prompts_of_any_length(views, dtype):
     """In both forms of the target: fresh decoders, which capture for that prompt, write the same."""
-    target = Alpamayo.from_pretrained(checkpoint_path(), dtype=dtype, device="cuda")
+    target = Alpamayo.from_pretrained("tiny", dtype=dtype, device="cuda")
     options = {"temperature": 0.6, "seed": 4, "trajectories": False, "max_new_tokens": 24}
     draft = random_draft(target, 8).to("cuda")
     kept = [SpeculativeDecoder(target, d, DecodeConfig(row_width=8)) for d in (None, draft)]
@@ -208,7 +207,7 @@ def test_a_captured_round_serves_prompts_of_any_length(views, dtype):
 
 
 def test_a_round_that_cannot_be_captured_says_so(views):
-    target = Alpamayo.from_pretrained(checkpoint_path(), dtype=torch.bfloat16, device="cuda")
+    target = Alpamayo.from_pretrained("tiny", dtype=torch.bfloat16, device="cuda")
     config = DecodeConfig(row_width=8)
     expected = SpeculativeDecoder(target, None, config).generate(views[0], seed=2).token_ids
     oracle = SpeculativeDecoder(target, Oracle(expected, 8, target.vocab_size, 4), config)
@@ -219,7 +218,7 @@ def test_a_round_that_cannot_be_captured_says_so(views):
 @pytest.mark.parametrize("context_len", [16, FULL_CONTEXT])
 def test_a_draft_of_nan_is_dropped_and_leaves_nothing_behind(views, context_len):
     """In bfloat16, where the draft's fast form runs, captured."""
-    target = Alpamayo.from_pretrained(checkpoint_path(), dtype=torch.bfloat16, device="cuda")
+    target = Alpamayo.from_pretrained("tiny", dtype=torch.bfloat16, device="cuda")
     config = DecodeConfig(row_width=8)
     options = {"seed": 2, "trajectories": False}
     expected = SpeculativeDecoder(target, None, config).generate(views[0], **options).token_ids
@@ -277,7 +276,7 @@ def test_the_choice_by_kernels_is_the_plain_one(sampling, reduced):
 def test_a_target_on_the_second_gpu(views):
     expected = None
     for device in ("cuda:0", "cuda:1"):
-        target = Alpamayo.from_pretrained(checkpoint_path(), dtype=torch.bfloat16, device=device)
+        target = Alpamayo.from_pretrained("tiny", dtype=torch.bfloat16, device=device)
         decoder = SpeculativeDecoder(target, random_draft(target, 8), DecodeConfig(row_width=8))
         got = decoder.generate(views[0], seed=2)
         expected = expected or got.token_ids

@@ -15,7 +15,6 @@ from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.standins.validate import held_out
 from alpamayo_dflash.target.alpamayo import Alpamayo
-from alpamayo_dflash.target.checkpoint import checkpoint_path
 
 FILE = Path(__file__).parents[1] / "data" / "texts_tiny.json"
 CLIPS = 40
@@ -28,7 +27,7 @@ REQUESTS = {
 
 def tiny_target():
     """The shipped target in float32 on the CPU."""
-    return Alpamayo.from_pretrained(checkpoint_path(), dtype="float32", device="cpu")
+    return Alpamayo.from_pretrained("tiny", dtype="float32", device="cpu")
 
 
 def windows():

@@ -284,7 +284,7 @@ def test_measure_world_outside_the_bounds(
 def test_demo(work: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = {name: low for name, (low, _) in BOUNDS.items()}
     write_json(tmp_path / "world_tiny.json", {"figures": figures})
-    monkeypatch.setattr(checkpoint, "checkpoint_path", lambda: work / "target")
+    monkeypatch.setattr(checkpoint, "SHIPPED", work / "target")
     monkeypatch.setattr(standins_config, "world_figures_path", lambda: tmp_path / "world_tiny.json")
     out = tmp_path / "demo"
     sizes = {

@@ -20,7 +20,6 @@ from alpamayo_dflash.evaluate.near_ties import Loop, choices_within, parting
 from alpamayo_dflash.evaluate.run import _identity
 from alpamayo_dflash.standins.validate import held_out
 from alpamayo_dflash.target.alpamayo import Alpamayo
-from alpamayo_dflash.target.checkpoint import checkpoint_path
 
 BLOCK, PROMPTS, LIMIT, OFF = 8, 24, 24, 0.02
 
@@ -159,7 +158,7 @@ def test_a_nucleus_of_many_equal_tokens_lets_few_of_them_win():
 
 
 def test_an_evaluation_counts_them(tmp_path):
-    checkpoint = checkpoint_path()
+    checkpoint = "tiny"
     target = Alpamayo.from_pretrained(checkpoint)
     draft = DFlashDraft.random(
         DraftConfig(

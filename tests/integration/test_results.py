@@ -7,11 +7,11 @@ import pytest
 
 from alpamayo_dflash.bench.figures import figures, medians, spread
 from alpamayo_dflash.bench.floors import TextShape, floors
-from alpamayo_dflash.cli.main import main
+from alpamayo_dflash.cli.main import main, parse
 from alpamayo_dflash.common.artefacts import folder_hash, read_json
 from alpamayo_dflash.evaluate.hardness import violations
 from alpamayo_dflash.standins.config import world_figures_path
-from alpamayo_dflash.target.checkpoint import checkpoint_path
+from alpamayo_dflash.target.checkpoint import SHIPPED
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 TAPS = "1,2,4,6"
@@ -36,14 +36,13 @@ def command():
 def trained(tmp_path_factory, command):
     """A small world, and drafts of block 8 and 16 trained on it for a few seconds."""
     folder = tmp_path_factory.mktemp("results")
-    target = checkpoint_path()
     assert command("world", "--out", folder / "world", "--num-chunks", 2, "--clips-per-chunk", 10)[0] == 0
-    distil = ("--model-path", target, "--cache-dir", folder / "world", "--output-dir", folder / "data")
+    distil = ("--model-path", "tiny", "--cache-dir", folder / "world", "--output-dir", folder / "data")
     status, _ = command("distill", *distil, "--chunks", 0, "--target-layers", TAPS, "--samples-per-clip", 2)
     assert status == 0
     for size in (8, 16):
         status, _ = command(
-            *("train", "--target-model", target, "--data-dir", folder / "data"),
+            *("train", "--target-model", "tiny", "--data-dir", folder / "data"),
             *("--output-dir", folder / f"train{size}", "--block-size", size, "--num-draft-layers", 1),
             *(
                 "--max-steps",
@@ -62,9 +61,18 @@ def trained(tmp_path_factory, command):
     return folder
 
 
+def test_no_file_names_the_packages_folder(trained):
+    written = [path for kind in ("json", "jsonl") for path in trained.rglob(f"*.{kind}")]
+    assert len(written) >= 6
+    for path in written:
+        assert str(SHIPPED) not in path.read_text(), path
+    assert read_json(trained / "train8" / "train.json")["provenance"]["config"]["target_model"] == "tiny"
+    assert read_json(trained / "data" / "manifest-rank0.json")["provenance"]["config"]["model_path"] == "tiny"
+
+
 def test_lossless(trained, command):
     status, found = command(
-        *("lossless", "--alpamayo-model", checkpoint_path(), "--cache-dir", trained / "world"),
+        *("lossless", "--alpamayo-model", "tiny", "--cache-dir", trained / "world"),
         *("--chunks", 1, "--num-samples", 6, "--out", trained / "lossless.json"),
         *("--draft-models", trained / "train8" / "draft", trained / "train16" / "draft"),
     )
@@ -79,7 +87,7 @@ def test_lossless(trained, command):
 
 def test_in_bfloat16_an_evaluation_tells_near_ties_from_errors(trained, command):
     status, found = command(
-        *("evaluate", "--alpamayo-model", checkpoint_path(), "--cache-dir", trained / "world"),
+        *("evaluate", "--alpamayo-model", "tiny", "--cache-dir", trained / "world"),
         *("--draft-model", trained / "train8" / "draft", "--chunks", 1, "--num-samples", 4),
         *("--dtype", "bfloat16", "--temperature", 1.2, "--output-dir", trained / "bfloat16"),
     )
@@ -149,7 +157,26 @@ def test_the_shipped_world_lies_in_its_bounds():
 )
 def test_results_belong_to_the_shipped_target(name):
     made = read_json(RESULTS / f"{name}.json")["provenance"]
-    assert made["parents"]["target"] == folder_hash(checkpoint_path())
+    assert made["parents"]["target"] == folder_hash(SHIPPED)
+
+
+def stored_commands():
+    """The arguments of the results' commands; tiny's folder of then has the name of today."""
+    commands = {}
+    for path in [*RESULTS.glob("*.json"), world_figures_path()]:
+        words = read_json(path).get("provenance", {}).get("command", "").split()
+        if words and words[0] in ("alpamayo-dflash", "main.py"):
+            then = "src/alpamayo_dflash/tiny/checkpoint"
+            commands[path.stem] = ["tiny" if word == then else word for word in words[1:]]
+    return commands
+
+
+def test_every_stored_command_parses():
+    commands = stored_commands()
+    assert len(commands) >= 10
+    assert sum("tiny" in words for words in commands.values()) == 4
+    for name, words in commands.items():
+        assert parse(words)[0] == words[0], name
 
 
 def test_the_worlds_figures_hold_loosely_on_few_clips(tmp_path, command):

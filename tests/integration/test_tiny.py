@@ -12,12 +12,12 @@ from alpamayo_dflash.standins.scenes import IGNORE, SceneStream
 from alpamayo_dflash.standins.training import BatchForward, learning_rate, train_steps
 from alpamayo_dflash.standins.validate import held_out, look
 from alpamayo_dflash.target.alpamayo import Alpamayo
-from alpamayo_dflash.target.checkpoint import checkpoint_path
+from alpamayo_dflash.target.checkpoint import SHIPPED
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return Alpamayo.from_pretrained(checkpoint_path())
+    return Alpamayo.from_pretrained("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def batch(tiny):
 
 
 def test_the_checkpoint_is_small(tiny):
-    assert (checkpoint_path() / "model.safetensors").stat().st_size <= 12_000_000
+    assert (SHIPPED / "model.safetensors").stat().st_size <= 12_000_000
     assert tiny.num_layers >= 8
 
 

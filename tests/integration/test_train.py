@@ -33,11 +33,6 @@ def write_target(folder):
         text + "embed_tokens.weight": (V, C),
         "vlm.lm_head.weight": (V, C),
         text + "norm.weight": (C,),
-        text + "layers.0.self_attn.q_proj.weight": (32, C),
-        text + "layers.0.self_attn.k_proj.weight": (16, C),
-        text + "layers.0.self_attn.q_norm.weight": (8,),
-        text + "layers.0.mlp.gate_proj.weight": (48, C),
-        **{text + f"layers.{i}.input_layernorm.weight": (C,) for i in range(LAYERS)},
     }
     tensors = {
         name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator)
@@ -54,7 +49,23 @@ def write_target(folder):
         "hist_traj_tokenizer_cfg": {"num_bins": 4},
     }
     (folder / "config.json").write_text(json.dumps(config))
+    write_vlm(folder, LAYERS)
     return tensors[text + "embed_tokens.weight"]
+
+
+def write_vlm(folder, layers):
+    """The text model's shape, as training reads it."""
+    shape = {
+        "hidden_size": C,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+    }
+    (folder / "vlm").mkdir(exist_ok=True)
+    path = folder / "vlm" / "config.json"
+    path.write_text(json.dumps({"model_type": "qwen3_vl", "text_config": shape}))
 
 
 def toy_response(embedding, clip, sample):
@@ -225,6 +236,9 @@ def test_a_run_with_other_options_does_not_continue(made, tmp_path):
     first = run(config)
     with pytest.raises(ValueError, match=r"made with learning_rate 0\.003, not 0\.001"):
         run(dataclasses.replace(config, learning_rate=1e-3))
+    # The target counts by its hash, not by what it is called.
+    shutil.copytree(config.target_model, tmp_path / "renamed")
+    assert run(dataclasses.replace(config, target_model=str(tmp_path / "renamed")))["nothing_to_do"]
     again = run(dataclasses.replace(config, learning_rate=1e-3, resume="never"))
     assert again["losses"] != first["losses"]
 
@@ -366,13 +380,12 @@ def test_another_target_is_refused(made, tmp_path):
         run(config)
     assert run(dataclasses.replace(config, other_target=True))["steps"] > 0
     config = dataclasses.replace(config, output_dir=tmp_path / "fresh")
-    tensors["vlm.model.language_model.layers.3.input_layernorm.weight"] = torch.ones(C)
-    save_file(tensors, path)
+    write_vlm(tmp_path / "other", LAYERS + 1)
     with pytest.raises(ValueError, match="num_target_layers 3; this target has 4"):
         run(config)
     del tensors["vlm.lm_head.weight"]
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"no tensor vlm.lm_head.weight"):
+    with pytest.raises(ValueError, match=r"1 missing: vlm.lm_head.weight"):
         run(config)
     path.write_bytes(path.read_bytes()[:64])
     with pytest.raises(ValueError, match="not a whole safetensors file"):

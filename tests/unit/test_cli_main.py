@@ -14,7 +14,9 @@ import pytest
 
 from alpamayo_dflash.cli import main as cli
 from alpamayo_dflash.cli.demo import DemoConfig, stages
+from alpamayo_dflash.common.artefacts import to_plain
 from alpamayo_dflash.evaluate.config import EvaluateConfig
+from alpamayo_dflash.target.checkpoint import SHIPPED, checkpoint_folder
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "commands.md"
 
@@ -209,19 +211,58 @@ def test_what_must_not_be_missed_is_said(
     assert json.loads(printed.out) == result
 
 
-GUIDE = Path(__file__).parents[2] / "docs" / "alpamayo.md"
-GUIDE_COMMANDS = [
-    line.strip().removeprefix("alpamayo-dflash ").split(" #")[0].split()
-    for line in GUIDE.read_text().splitlines()
-    if line.startswith("    alpamayo-dflash ")
-]
+def commands_in(path: Path, start: str) -> list[list[str]]:
+    """The arguments of a document's indented commands."""
+    lines = path.read_text().splitlines()
+    return [line.removeprefix(start).split(" #")[0].split() for line in lines if line.startswith(start)]
 
 
-@pytest.mark.parametrize("arguments", GUIDE_COMMANDS, ids=lambda arguments: arguments[0])
-def test_the_guides_commands_parse(arguments: list[str]) -> None:
+GUIDE_COMMANDS = commands_in(DOCUMENT.parent / "alpamayo.md", "    alpamayo-dflash ")
+README_COMMANDS = commands_in(DOCUMENT.parents[1] / "README.md", "    .venv/bin/alpamayo-dflash ")
+
+
+@pytest.mark.parametrize("arguments", GUIDE_COMMANDS + README_COMMANDS, ids=lambda arguments: arguments[0])
+def test_the_documents_commands_parse(arguments: list[str]) -> None:
     found, _ = cli.parse(arguments)
     assert found == arguments[0]
 
 
-def test_the_guide_has_commands() -> None:
+def test_the_documents_have_commands() -> None:
+    assert README_COMMANDS
     assert {"clips", "layers", "distill", "train", "evaluate"} <= {words[0] for words in GUIDE_COMMANDS}
+
+
+TARGET_OPTIONS = {
+    "measure-tiny": "--checkpoint",
+    "measure-world": "--alpamayo-model",
+    "tiny-train": "--init-from",
+    "measure-target": "--target",
+    "bench": "--target",
+    "layers": "--model-path",
+    "distill": "--model-path",
+    "train": "--target-model",
+    "evaluate": "--alpamayo-model",
+    "lossless": "--alpamayo-model",
+    "distribution": "--alpamayo-model",
+}
+
+
+@pytest.mark.parametrize(("name", "option"), TARGET_OPTIONS.items())
+def test_every_command_that_takes_a_target_takes_tiny(name: str, option: str) -> None:
+    _, config = cli.parse([name, *REQUIRED[name], option, "tiny"])
+    given = getattr(config, option[2:].replace("-", "_"))
+    assert given == "tiny"  # a Path would be a folder of that name
+    assert checkpoint_folder(given) == SHIPPED
+    assert str(SHIPPED) not in json.dumps(to_plain(config))
+
+
+@pytest.mark.parametrize("name", ["measure-tiny", "measure-world"])
+def test_the_measurements_of_tiny_take_it_by_themselves(name: str) -> None:
+    _, config = cli.parse([name])
+    assert "tiny" in to_plain(config).values()
+
+
+def test_the_demo_names_tiny_in_every_stage() -> None:
+    plan = stages(DemoConfig(Path("o")))
+    named = (plan.layers.model_path, plan.distill.model_path, plan.train.target_model)
+    assert {*named, plan.evaluate.alpamayo_model} == {"tiny"}

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alpamayo_dflash.common.artefacts import folder_hash
 from alpamayo_dflash.target import checkpoint as load
-from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.expert import log_spaced
 
@@ -230,6 +231,31 @@ def test_a_missing_folder_is_refused(tmp_path: Path):
         Alpamayo.from_pretrained(tmp_path)
 
 
+def test_tiny_is_the_one_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tiny, found = open_target("tiny", device="cpu")
+    assert (tiny.num_layers, found) == (8, folder_hash(load.SHIPPED))
+    assert not any(parameter.requires_grad for parameter in tiny.parameters())
+    same(tiny, Alpamayo.from_pretrained("tiny"))
+    frozen = load.read_target("tiny")
+    assert torch.equal(frozen.embedding, tiny.embedding)
+    assert torch.equal(frozen.head, tiny.head)
+    assert torch.equal(frozen.final_norm, tiny.vlm.model.language_model.norm.weight)
+    assert (frozen.num_layers, frozen.special()) == (tiny.num_layers, tiny.special)
+    q, k, gate = (
+        tiny.text_layers[0].get_submodule(f"{part}_proj").weight
+        for part in ("self_attn.q", "self_attn.k", "mlp.gate")
+    )
+    text = frozen.text
+    assert len(q) == text.num_attention_heads * text.head_dim
+    assert len(k) == text.num_key_value_heads * text.head_dim
+    assert len(gate) == text.intermediate_size
+    # A folder of that name has to be written as one.
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load.checkpoint_folder("tiny") == load.SHIPPED
+    assert load.checkpoint_folder("./tiny") == load.checkpoint_folder(Path("tiny")) == Path("tiny")
+
+
 def test_a_local_folder_never_asks_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch):
     def fail(*args: object, **kwargs: object) -> str:
         raise AssertionError("the hub was asked")
@@ -303,6 +329,7 @@ def test_release_constants_round_as_the_specification_says():
 def test_special_tokens_of_both_versions_have_the_same_ids(tmp_path: Path):
     r1, later = factory.build(tmp_path / "a"), factory.build(tmp_path / "b", "1.5")
     assert r1.special == later.special
+    assert r1.special.traj_ids == r1.config.traj_ids
     assert r1.tokenizer.token_to_id("<|image_pre_tkn|>") == later.tokenizer.token_to_id("<|_padding_0|>")
     assert r1.tokenizer.token_to_id("<|vectorized_wm_pre_tkn|>") == later.tokenizer.token_to_id(
         "<|_padding_8|>"

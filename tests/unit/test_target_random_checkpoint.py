@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alpamayo_dflash.common.artefacts import read_json
+from alpamayo_dflash.common.artefacts import read_json, to_plain
 from alpamayo_dflash.standins import untrained as random
 from alpamayo_dflash.standins.blueprint import (
     QWEN_ADDED,
@@ -20,11 +20,15 @@ from alpamayo_dflash.standins.blueprint import (
     RandomCheckpointConfig,
     TargetShape,
     alpamayo_config,
+    preprocessor_config,
+    tokenizer_config,
     vlm_config,
 )
+from alpamayo_dflash.standins.tiny import TINY
 from alpamayo_dflash.target import checkpoint as load
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.config import AlpamayoConfig
+from alpamayo_dflash.target.tokenizer import load_tokenizer
 
 SMALL = RandomCheckpointConfig(size="small")
 # The release's sizes as specification 1.3, 1.4 and 2 give them.
@@ -52,7 +56,7 @@ RELEASE = {
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Alpamayo:
     folder = tmp_path_factory.mktemp("release") / "vlm"
-    random.write_vlm(folder, SHAPES["r1-10b"])
+    random.write_vlm(folder, SHAPES["r1-10b"], random.made_up_tokenizer(SHAPES["r1-10b"]))
     return random.meta_target(AlpamayoConfig.from_dict(alpamayo_config(SHAPES["r1-10b"])), folder)
 
 
@@ -276,3 +280,15 @@ def test_config_json_is_plain_json() -> None:
         "history_end": 155_676,
         "future_end": 155_683,
     }
+
+
+def test_the_checkpoint_that_ships_is_tinys_blueprint() -> None:
+    written = {
+        "config.json": alpamayo_config(TINY),
+        "vlm/config.json": vlm_config(TINY),
+        "vlm/preprocessor_config.json": preprocessor_config(TINY),
+        "vlm/tokenizer_config.json": tokenizer_config(TINY),
+    }
+    assert {name: read_json(load.SHIPPED / name) for name in written} == to_plain(written)
+    tokenizer = load_tokenizer(load.SHIPPED / "vlm", AlpamayoConfig.from_dict(alpamayo_config(TINY)))
+    assert tokenizer.token_to_id("<i0>") == TINY.traj_start

@@ -15,8 +15,8 @@ class BenchConfig:
     """Measure the engine's speed.
 
     Attributes:
-        target: `random:r1-10b`, `random:medium`, `random:small` (random weights of that size), `tiny`, or a
-            checkpoint.
+        target: `random:r1-10b`, `random:medium`, `random:small` (random weights of that size), or
+            folder or hub id of a checkpoint, or tiny.
         device: torch device.
         rows: rows of the verify passes that are timed, with commas between; the block's own are timed too.
         draft_layers: layers of the drafts that are timed; the first one's drafts decode.
@@ -123,7 +123,7 @@ class MeasureTargetConfig:
     """Measure a target's loading and memory, and run one window of noise images to a trajectory.
 
     Attributes:
-        target: folder of the checkpoint.
+        target: folder or hub id of the checkpoint, or tiny; it must be on this machine.
         device: torch device.
         dtype: of the weights; the checkpoint's own where it is left out (float32 on a CPU).
         max_tokens: limit of generated tokens.
@@ -133,7 +133,7 @@ class MeasureTargetConfig:
         out: the JSON file to write.
     """
 
-    target: Path
+    target: str
     device: str = "cuda"
     dtype: Literal["float32", "bfloat16"] | None = None
     max_tokens: int = 32

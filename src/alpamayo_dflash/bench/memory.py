@@ -20,6 +20,7 @@ from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.standins.untrained import noise_window
 from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.checkpoint import checkpoint_folder
 from alpamayo_dflash.target.prompt import Prompt
 
 # What a GeForce card sold as 24 GB reports: 24,564 MiB.
@@ -41,15 +42,14 @@ def measure(config: MeasureTargetConfig) -> dict[str, Any]:
     """
     started = time.time()
     device = check_device(config.device)
-    shards = _shards(config.target)
+    folder = checkpoint_folder(config.target, local_files_only=True)
+    shards = _shards(folder)
     gpu = GpuMemory(device)
     if config.cold:
         _forget(shards)
     with HostWatch() as host:
         start = time.perf_counter()
-        target = Alpamayo.from_pretrained(
-            config.target, device=device, dtype=config.dtype, local_files_only=True
-        )
+        target = Alpamayo.from_pretrained(folder, device=device, dtype=config.dtype, local_files_only=True)
         gpu.wait()
         load_s = time.perf_counter() - start
     weights = _weight_bytes(target)
@@ -76,7 +76,7 @@ def measure(config: MeasureTargetConfig) -> dict[str, Any]:
     figures["passed"] = passed(figures)
     made = provenance(
         config=config,
-        parents={"target": folder_hash(config.target)},
+        parents={"target": folder_hash(folder)},
         seed=config.seed,
         device=config.device,
         started=started,

@@ -25,7 +25,6 @@ from alpamayo_dflash.draft.model import INITIAL_STD, DFlashDraft
 from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
 from alpamayo_dflash.standins.untrained import noise_window, random_target
 from alpamayo_dflash.target.alpamayo import Alpamayo
-from alpamayo_dflash.target.checkpoint import checkpoint_path
 from alpamayo_dflash.target.prompt import Prompt
 
 _PUBLISHED_TAPS = (24, 30, 31, 32, 34)
@@ -191,8 +190,6 @@ def load(config: BenchConfig) -> Alpamayo:
         shape: Any = size
         with tempfile.TemporaryDirectory() as folder:
             return random_target(RandomCheckpointConfig(shape, config.seed, config.device), Path(folder))
-    if config.target == "tiny":
-        return Alpamayo.from_pretrained(checkpoint_path(), device=config.device)
     return Alpamayo.from_pretrained(config.target, device=config.device)
 
 

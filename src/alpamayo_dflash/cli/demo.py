@@ -100,7 +100,7 @@ class Stages:
     evaluate: EvaluateConfig
 
 
-def stages(config: DemoConfig, target: str) -> Stages:
+def stages(config: DemoConfig, target: str = "tiny") -> Stages:
     """Turn the demo's options into those of its stages."""
     from alpamayo_dflash.distill.config import DistillConfig
     from alpamayo_dflash.evaluate.config import EvaluateConfig
@@ -181,13 +181,13 @@ def run(config: DemoConfig) -> dict[str, Any]:
     from rich.console import Console
 
     from alpamayo_dflash.standins.config import world_figures_path
-    from alpamayo_dflash.target.checkpoint import checkpoint_path
+    from alpamayo_dflash.target.checkpoint import checkpoint_folder
 
     started = time.time()
     torch.set_num_threads(config.threads)
     console = Console(file=sys.stderr)
     figures = read_json(world_figures_path())["figures"]
-    plan = stages(config, str(checkpoint_path()))
+    plan = stages(config)
     path = config.out / "summary.json"
     seconds, nothing_to_do = _run_stages(plan, console)
     if nothing_to_do and path.exists():
@@ -195,7 +195,10 @@ def run(config: DemoConfig) -> dict[str, Any]:
     summary = _summary(plan, figures) | {"seconds": seconds}
     summary["provenance"] = provenance(
         config=config,
-        parents={"target": folder_hash(checkpoint_path()), "draft": folder_hash(plan.evaluate.draft_model)},
+        parents={
+            "target": folder_hash(checkpoint_folder(plan.evaluate.alpamayo_model)),
+            "draft": folder_hash(plan.evaluate.draft_model),
+        },
         seed=config.seed,
         started=started,
     )
@@ -231,10 +234,10 @@ def _summary(plan: Stages, figures: dict[str, float]) -> dict[str, Any]:
     """The evaluation with its rows, and the world's figures: shipped, and over the training clips."""
     from alpamayo_dflash.distill.data import DistillData
     from alpamayo_dflash.evaluate.hardness import BOUNDS, coc_tokens, figures_of
-    from alpamayo_dflash.target.alpamayo import Alpamayo
+    from alpamayo_dflash.target.checkpoint import read_target
 
     evaluation: dict[str, Any] = read_json(plan.evaluate.output_dir / "evaluation.json")
-    cot_end = Alpamayo.from_pretrained(plan.evaluate.alpamayo_model).special.cot_end
+    cot_end = read_target(plan.evaluate.alpamayo_model).special().cot_end
     sampled: dict[str, list[tuple[str, int]]] = {}
     for sample in DistillData(plan.distill.output_dir).samples:
         if sample.temperature > 0:

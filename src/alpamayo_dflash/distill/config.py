@@ -21,7 +21,7 @@ class DistillConfig:
     """Let the target write on training clips; keep its token ids, tapped states and top-k logits.
 
     Attributes:
-        model_path: folder or hub id of the Alpamayo checkpoint.
+        model_path: folder or hub id of the Alpamayo checkpoint, or tiny.
         cache_dir: hub cache that holds the dataset.
         output_dir: where shards, tables and manifests go.
         chunks: chunks to take clips from, such as 0-3,7; all where neither it nor the next three are given.

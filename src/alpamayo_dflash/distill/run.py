@@ -24,7 +24,7 @@ from alpamayo_dflash.distill.config import EXPECTED_TOKENS, DistillConfig, respo
 from alpamayo_dflash.distill.shards import write_merged
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 from alpamayo_dflash.layers.choice import CHOICE_FILE, read_choice
-from alpamayo_dflash.target.alpamayo import Alpamayo, load_target
+from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 
 
 def run(config: DistillConfig) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
     rank, world_size = share_of(config.rank, config.world_size)
     source = ClipSource(config.cache_dir)
     clip_ids = source.clip_ids(_chunks(config, source))
-    target, target_hash = load_target(
+    target, target_hash = open_target(
         config.model_path,
         dtype=config.target_dtype,
         device=own_device(config.device),

@@ -23,7 +23,7 @@ class EvaluateConfig:
     Attributes:
         draft_model: folder of the draft.
         cache_dir: hub cache folder that holds the clips' dataset (or that `world` wrote).
-        alpamayo_model: folder or hub id of the target.
+        alpamayo_model: folder or hub id of the target, or tiny.
         clip_id: evaluate this one clip.
         clip_ids: file with clip ids, one a line (or JSON or Parquet).
         chunks: chunks to take clips from, such as 0-3,7; all where neither clips nor chunks are given.
@@ -109,7 +109,7 @@ class LosslessConfig:
     Attributes:
         draft_models: folders of trained drafts, one for each block size; each gets a random twin.
         cache_dir: hub cache folder that holds the clips' dataset.
-        alpamayo_model: folder or hub id of the target.
+        alpamayo_model: folder or hub id of the target, or tiny.
         chunks: chunks to take clips from; all where it is left out.
         num_samples: number of clips.
         t0_us: moment in the clip, microseconds.
@@ -150,7 +150,7 @@ class DistributionConfig:
     Attributes:
         draft_model: folder of the draft of the speculative runs.
         cache_dir: hub cache folder that holds the clip.
-        alpamayo_model: folder or hub id of the target.
+        alpamayo_model: folder or hub id of the target, or tiny.
         clip_id: the prompt's clip; where it is left out, the most uncertain of a few.
         t0_us: moment in the clip, microseconds.
         seeds: number of seeds.
@@ -193,7 +193,7 @@ class MeasureWorldConfig:
     """Measure how hard the world is, on the target's own sampled CoCs; fails outside the bounds.
 
     Attributes:
-        alpamayo_model: folder of the tiny target; the one in the package where it is left out.
+        alpamayo_model: folder or hub id of the target, or tiny.
         cache_dir: hub cache folder of a written world; scenes are drawn in memory where it is left out.
         chunks: chunks of the written world; all where it is left out.
         num_samples: number of clips.
@@ -206,7 +206,7 @@ class MeasureWorldConfig:
         device: torch device.
     """
 
-    alpamayo_model: str | None = None
+    alpamayo_model: str = "tiny"
     cache_dir: Path | None = None
     chunks: str | None = None
     num_samples: int = 1200

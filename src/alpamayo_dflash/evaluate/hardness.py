@@ -24,7 +24,6 @@ from alpamayo_dflash.common.artefacts import provenance, write_json
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.evaluate.config import MeasureWorldConfig
 from alpamayo_dflash.target.alpamayo import open_target
-from alpamayo_dflash.target.checkpoint import checkpoint_path
 from alpamayo_dflash.world.events import sample_scene
 from alpamayo_dflash.world.language import END, split_words
 from alpamayo_dflash.world.render import window
@@ -179,8 +178,7 @@ def run(config: MeasureWorldConfig) -> dict[str, Any]:
     from rich.progress import track
 
     started = time.time()
-    name = config.alpamayo_model or str(checkpoint_path())
-    target, target_hash = open_target(name, device=config.device, dtype="float32")
+    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
     decoder = SpeculativeDecoder(target)
     responses: list[list[tuple[str, int]]] = []
     console = Console(file=sys.stderr)

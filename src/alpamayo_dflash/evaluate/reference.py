@@ -136,7 +136,7 @@ def generate(
 
 def cut(token_ids: list[int], target: Alpamayo) -> list[int]:
     """A sample's tokens through the first `<|traj_future_start|>` or eos; all if there is neither."""
-    stops = (target.special.traj_future_start, target.special.eos)
+    stops = target.special.stops
     end = next((place for place, token in enumerate(token_ids) if token in stops), len(token_ids) - 1)
     return token_ids[: end + 1]
 

@@ -18,7 +18,7 @@ class LayersConfig:
     """Score the target's layers on what it writes itself, and choose the layers to tap.
 
     Attributes:
-        model_path: folder or hub id of the Alpamayo checkpoint. Not needed with `aggregate`.
+        model_path: folder or hub id of the Alpamayo checkpoint, or tiny. Not needed with `aggregate`.
         cache_dir: hub cache that holds the dataset. Not needed with `aggregate`.
         output_dir: where the scores, `layers.json` and the plot go.
         chunks: chunks to draw clips from, such as 0-3,7; all where it is left out.

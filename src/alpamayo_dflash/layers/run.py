@@ -20,7 +20,7 @@ from alpamayo_dflash.layers.choice import CHOICE_FILE
 from alpamayo_dflash.layers.config import LayersConfig
 from alpamayo_dflash.layers.score import Scores, score_response
 from alpamayo_dflash.report.plots import plot_scores
-from alpamayo_dflash.target.alpamayo import Alpamayo, load_target
+from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 
 PLOT_FILE = "layers.png"
 
@@ -60,7 +60,7 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
     assert config.cache_dir is not None
     source = ClipSource(config.cache_dir)
     clip_ids = source.clip_ids(None if config.chunks is None else parse_chunks(config.chunks))
-    target, target_hash = load_target(
+    target, target_hash = open_target(
         config.model_path,
         dtype=config.dtype,
         device=own_device(config.device),

@@ -1,4 +1,4 @@
-"""The configuration files of a random checkpoint: the R1 release's keys and sizes, and smaller ones.
+"""All of a checkpoint but its weights: the R1 release's keys and sizes, and smaller ones.
 
 Sizes and keys are those of specification 1.2 and 1.3. Nothing here imports torch, so that a command line can
 be made of it.
@@ -7,10 +7,15 @@ be made of it.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tokenizers import Tokenizer
+
+from alpamayo_dflash.common.artefacts import atomic_file, write_json
 from alpamayo_dflash.target.config import ActionSpaceConfig
+from alpamayo_dflash.target.tokenizer import R1_NAMES, ROLES
 
 RandomSize = Literal["r1-10b", "medium", "small"]
 
@@ -46,18 +51,8 @@ QWEN_ORDINARY = (
     "</think>",
 )
 QWEN_ADDED = QWEN_SPECIAL + QWEN_ORDINARY
-_FUTURE_BINS = 3000
-_HISTORY_BINS = 1000
-_NEW_SPECIALS = 28  # appended behind the trajectory tokens (specification 2)
-# Where the roles of `traj_token_ids` lie in those 28.
-_ROLE_OFFSETS = {
-    "history": 15,
-    "future": 16,
-    "history_start": 5,
-    "future_start": 12,
-    "history_end": 7,
-    "future_end": 14,
-}
+# Appended after the trajectory tokens (specification 2); the image's is Qwen's own.
+_NEW_SPECIALS = [name for name in R1_NAMES if name != "image_pad"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +61,10 @@ class TargetShape:
 
     Attributes:
         pieces: entries of the byte-level BPE, before the added tokens.
+        added: the tokens that Qwen adds.
+        spare_rows: rows of Qwen's own table beyond its tokenizer.
+        future_bins: trajectory tokens of future actions.
+        history_bins: of the ego history.
         hidden: width of the text model.
         layers: text layers, and expert layers.
         heads: query heads a text layer.
@@ -74,6 +73,8 @@ class TargetShape:
         mlp: width of the text MLP.
         mrope_section: frequencies of time, height and width; they add up to half of `head_dim`.
         rope_theta: base of the rotary frequencies.
+        max_positions: the longest sequence.
+        attention: the implementation that config.json names.
         vision_depth: blocks of the vision tower.
         vision_hidden: its width.
         vision_heads: its heads.
@@ -84,11 +85,17 @@ class TargetShape:
         expert_heads: query heads of the expert.
         expert_mlp: width of its MLP.
         action_hidden: width of the action projection.
+        action_space: constants of the actions.
         min_pixels: the least area of a resized image.
         max_pixels: the greatest.
+        processor_pixels: the two in the Qwen3-VL preprocessor's file, which does not act.
     """
 
     pieces: int = 151_643
+    added: tuple[str, ...] = QWEN_ADDED
+    spare_rows: int = 267
+    future_bins: int = 3000
+    history_bins: int = 1000
     hidden: int = 4096
     layers: int = 36
     heads: int = 32
@@ -97,6 +104,8 @@ class TargetShape:
     mlp: int = 12_288
     mrope_section: tuple[int, int, int] = (24, 20, 20)
     rope_theta: float = 5e6
+    max_positions: int = 262_144
+    attention: str = "flash_attention_2"
     vision_depth: int = 27
     vision_hidden: int = 1152
     vision_heads: int = 16
@@ -107,8 +116,10 @@ class TargetShape:
     expert_heads: int = 16
     expert_mlp: int = 8256
     action_hidden: int = 512
+    action_space: ActionSpaceConfig = field(default_factory=ActionSpaceConfig)
     min_pixels: int = 163_840
     max_pixels: int = 196_608
+    processor_pixels: tuple[int, int] = (65_536, 16_777_216)
 
     def __post_init__(self) -> None:
         """Check that the parts fit each other."""
@@ -128,21 +139,21 @@ class TargetShape:
     @property
     def traj_start(self) -> int:
         """The id of `<i0>`: the length of Qwen's tokenizer."""
-        return self.pieces + len(QWEN_ADDED)
+        return self.pieces + len(self.added)
 
     @property
     def special_start(self) -> int:
-        """The id of the first token behind the trajectory tokens."""
-        return self.traj_start + _FUTURE_BINS + _HISTORY_BINS
+        """The id of the first token after the trajectory tokens."""
+        return self.traj_start + self.future_bins + self.history_bins
 
     @property
     def vocab_size(self) -> int:
         """V, rows of the embedding and of the head."""
-        return self.special_start + _NEW_SPECIALS
+        return self.special_start + len(_NEW_SPECIALS)
 
     def id_of(self, token: str) -> int:
         """The id of one of Qwen's added tokens."""
-        return self.pieces + QWEN_ADDED.index(token)
+        return self.pieces + self.added.index(token)
 
 
 SHAPES: dict[str, TargetShape] = {
@@ -228,7 +239,7 @@ def alpamayo_config(shape: TargetShape) -> dict[str, Any]:
     """config.json with the keys of the R1 release (specification 1.2); the Qwen3-VL files lie in `vlm`."""
     action_space = {
         "_target_": "alpamayo_r1.action_space.UnicycleAccelCurvatureActionSpace",
-        **dataclasses.asdict(ActionSpaceConfig()),
+        **dataclasses.asdict(shape.action_space),
     }
     return {
         "model_type": "alpamayo_r1",
@@ -237,13 +248,15 @@ def alpamayo_config(shape: TargetShape) -> dict[str, Any]:
         "model_dtype": "bfloat16",
         "vlm_name_or_path": "vlm",
         "vlm_backend": "qwenvl3",
-        "attn_implementation": "flash_attention_2",
-        "traj_vocab_size": _FUTURE_BINS + _HISTORY_BINS,
+        "attn_implementation": shape.attention,
+        "traj_vocab_size": shape.future_bins + shape.history_bins,
         "tokens_per_history_traj": 48,
         "tokens_per_future_traj": 128,
         "vocab_size": shape.vocab_size,
         "traj_token_start_idx": shape.traj_start,
-        "traj_token_ids": {role: shape.special_start + offset for role, offset in _ROLE_OFFSETS.items()},
+        "traj_token_ids": {
+            role: shape.special_start + _NEW_SPECIALS.index(name) for role, name in ROLES.items()
+        },
         "add_special_tokens": True,
         "min_pixels": shape.min_pixels,
         "max_pixels": shape.max_pixels,
@@ -272,7 +285,7 @@ def alpamayo_config(shape: TargetShape) -> dict[str, Any]:
         "action_space_cfg": action_space,
         "hist_traj_tokenizer_cfg": {
             "_target_": "alpamayo_r1.models.delta_tokenizer.DeltaTrajectoryTokenizer",
-            "num_bins": _HISTORY_BINS,
+            "num_bins": shape.history_bins,
         },
         "traj_tokenizer_cfg": {
             "_target_": "alpamayo_r1.action_space.discrete_action_space.DiscreteTrajectoryTokenizer",
@@ -280,7 +293,7 @@ def alpamayo_config(shape: TargetShape) -> dict[str, Any]:
             "action_space_cfg": action_space,
             "dims_min": [-10.0, -10.0],
             "dims_max": [10.0, 10.0],
-            "num_bins": _FUTURE_BINS,
+            "num_bins": shape.future_bins,
         },
     }
 
@@ -288,8 +301,8 @@ def alpamayo_config(shape: TargetShape) -> dict[str, Any]:
 def vlm_config(shape: TargetShape) -> dict[str, Any]:
     """The Qwen3-VL config.json (specification 1.3).
 
-    Its vocabulary is Qwen's own table, 151,936 rows in the release: the tokenizer's length and the rows that
-    Qwen leaves free; the checkpoint's `vocab_size` takes its place on loading.
+    Its vocabulary is Qwen's own table, 151,936 rows in the release: the tokenizer's length and the spare
+    rows; the checkpoint's `vocab_size` takes its place on loading.
     """
     return {
         "architectures": ["Qwen3VLForConditionalGeneration"],
@@ -310,7 +323,7 @@ def vlm_config(shape: TargetShape) -> dict[str, Any]:
             "hidden_size": shape.hidden,
             "initializer_range": 0.02,
             "intermediate_size": shape.mlp,
-            "max_position_embeddings": 262_144,
+            "max_position_embeddings": shape.max_positions,
             "num_attention_heads": shape.heads,
             "num_hidden_layers": shape.layers,
             "num_key_value_heads": shape.kv_heads,
@@ -322,7 +335,7 @@ def vlm_config(shape: TargetShape) -> dict[str, Any]:
                 "rope_type": "default",
             },
             "use_cache": True,
-            "vocab_size": shape.traj_start + 267,
+            "vocab_size": shape.traj_start + shape.spare_rows,
         },
         "vision_config": {
             "model_type": "qwen3_vl",
@@ -343,12 +356,13 @@ def vlm_config(shape: TargetShape) -> dict[str, Any]:
     }
 
 
-def preprocessor_config() -> dict[str, Any]:
+def preprocessor_config(shape: TargetShape) -> dict[str, Any]:
     """Qwen3-VL's preprocessor_config.json; the pixel limits that act are those of the checkpoint."""
+    shortest, longest = shape.processor_pixels
     return {
         "image_processor_type": "Qwen2VLImageProcessorFast",
         "processor_class": "Qwen3VLProcessor",
-        "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
+        "size": {"shortest_edge": shortest, "longest_edge": longest},
         "patch_size": 16,
         "temporal_patch_size": 2,
         "merge_size": 2,
@@ -357,7 +371,7 @@ def preprocessor_config() -> dict[str, Any]:
     }
 
 
-def tokenizer_config() -> dict[str, Any]:
+def tokenizer_config(shape: TargetShape) -> dict[str, Any]:
     """What transformers reads beside tokenizer.json."""
     return {
         "tokenizer_class": "Qwen2Tokenizer",
@@ -366,5 +380,20 @@ def tokenizer_config() -> dict[str, Any]:
         "bos_token": None,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
-        "model_max_length": 262_144,
+        "model_max_length": shape.max_positions,
     }
+
+
+def write_vlm(folder: Path, shape: TargetShape, tokenizer: Tokenizer) -> None:
+    """Write what the checkpoint takes from a Qwen3-VL repository: config, tokenizer, preprocessor.
+
+    Args:
+        folder: is made if it does not exist.
+        shape: the sizes.
+        tokenizer: has `shape.pieces` entries and the added tokens.
+    """
+    with atomic_file(folder / "tokenizer.json") as temporary:
+        tokenizer.save(str(temporary))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(shape))
+    write_json(folder / "preprocessor_config.json", preprocessor_config(shape))
+    write_json(folder / "config.json", vlm_config(shape))

@@ -24,7 +24,7 @@ class TinyTrainConfig:
         workers: processes that draw scenes.
         seed: of weights, scenes and order.
         device: torch device.
-        init_from: a checkpoint of the same shape to go on from; none starts from random weights.
+        init_from: a checkpoint of the same shape, or tiny, to go on from; none starts from random weights.
         validate_every: steps between looks at held-out scenes.
         validate_scenes: held-out scenes of such a look.
         time_limit_s: stop (with a finished schedule) when this much time has passed; 0 is no limit.
@@ -41,7 +41,7 @@ class TinyTrainConfig:
     workers: int = 2
     seed: int = 0
     device: str = "cpu"
-    init_from: Path | None = None
+    init_from: str | None = None
     validate_every: int = 2000
     validate_scenes: int = 64
     time_limit_s: float = 0.0
@@ -64,14 +64,14 @@ class MeasureTinyConfig:
     """Measure on held-out scenes whether a tiny checkpoint sees: its words on its own and on other images.
 
     Attributes:
-        checkpoint: folder; the one that ships with the package where it is left out.
+        checkpoint: folder or hub id, or tiny.
         scenes: how many held-out scenes.
         seed: of the scenes.
         out: the JSON file to write.
         device: torch device.
     """
 
-    checkpoint: Path | None = None
+    checkpoint: str = "tiny"
     scenes: int = 500
     seed: int = 0
     out: Path = Path("docs/results/tiny_sees.json")

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from alpamayo_dflash.common.artefacts import atomic_folder, folder_hash, provenance, write_json
+from alpamayo_dflash.common.artefacts import atomic_folder, provenance, write_json
 from alpamayo_dflash.standins.config import MeasureTinyConfig, TinyTrainConfig
 from alpamayo_dflash.standins.scenes import SceneStream, loader
 from alpamayo_dflash.standins.tiny import write_blueprint
 from alpamayo_dflash.standins.training import BatchForward, train_steps
 from alpamayo_dflash.standins.validate import held_out, look
-from alpamayo_dflash.target.alpamayo import Alpamayo
-from alpamayo_dflash.target.checkpoint import checkpoint_path
+from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.world.language import vocabulary_texts
 
@@ -60,10 +59,9 @@ def measure(config: MeasureTinyConfig) -> dict[str, Any]:
         ValueError: the checkpoint is missing or does not load.
     """
     started = time.time()
-    folder = config.checkpoint or checkpoint_path()
-    target = Alpamayo.from_pretrained(folder, dtype=torch.float32, device=config.device)
+    target, target_hash = open_target(config.checkpoint, dtype=torch.float32, device=config.device)
     seen = look(target, held_out(config.scenes, config.seed))
-    parents = {"target": folder_hash(folder)}
+    parents = {"target": target_hash}
     made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
     write_json(config.out, {"held_out": seen, "provenance": made})
     return {"held_out": seen, "out": str(config.out)}

@@ -40,9 +40,7 @@ from alpamayo_dflash.standins.blueprint import (
     RandomCheckpointConfig,
     TargetShape,
     alpamayo_config,
-    preprocessor_config,
-    tokenizer_config,
-    vlm_config,
+    write_vlm,
 )
 from alpamayo_dflash.standins.config import WriteRandomTargetConfig
 from alpamayo_dflash.target.alpamayo import Alpamayo
@@ -88,7 +86,7 @@ def write_random_checkpoint(folder: Path | str, config: RandomCheckpointConfig) 
     if (folder / "config.json").exists():
         return _already(folder, config)
     raw = alpamayo_config(config.shape)
-    write_vlm(folder / "vlm", config.shape)
+    write_vlm(folder / "vlm", config.shape, made_up_tokenizer(config.shape))
     target = meta_target(AlpamayoConfig.from_dict(raw), folder / "vlm")
     constants = {name: target.state_dict()[name] for name in OPTIONAL_TENSORS}
     shapes = {name: tuple(tensor.shape) for name, tensor in target.state_dict().items()}
@@ -146,7 +144,7 @@ def random_target(config: RandomCheckpointConfig, vlm: Path) -> Alpamayo:
         ValueError: the device is not there.
     """
     device = check_device(config.device)
-    write_vlm(vlm, config.shape)
+    write_vlm(vlm, config.shape, made_up_tokenizer(config.shape))
     target = meta_target(AlpamayoConfig.from_dict(alpamayo_config(config.shape)), vlm)
     fill_rotary_buffers(target.vlm, device)
     _reset_constants(target, device)
@@ -178,16 +176,6 @@ def random_tensor(name: str, shape: Sequence[int], seed: int, device: torch.devi
     word = hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]
     generator = torch.Generator(device).manual_seed(int.from_bytes(word, "little") >> 1)
     return tensor.normal_(0.0, math.prod(tensor.shape[1:]) ** -0.5, generator=generator)
-
-
-def write_vlm(folder: Path, shape: TargetShape) -> None:
-    """Write what the checkpoint takes from a Qwen3-VL repository: config, tokenizer, preprocessor."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / "tokenizer.json") as temporary:
-        made_up_tokenizer(shape).save(str(temporary))
-    write_json(folder / "tokenizer_config.json", tokenizer_config())
-    write_json(folder / "preprocessor_config.json", preprocessor_config())
-    write_json(folder / "config.json", vlm_config(shape))
 
 
 def made_up_tokenizer(shape: TargetShape) -> Tokenizer:

@@ -21,8 +21,15 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import folder_hash
 from alpamayo_dflash.common.machine import check_device
-from alpamayo_dflash.target import checkpoint as load
-from alpamayo_dflash.target.checkpoint import checkpoint_folder
+from alpamayo_dflash.target.checkpoint import (
+    VLMFiles,
+    checkpoint_folder,
+    fill_rotary_buffers,
+    load_weights,
+    read_vlm_config,
+    save_checkpoint,
+    vlm_files,
+)
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.expert import (
     ACTION_CHANNELS,
@@ -56,24 +63,20 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         special: ids of special tokens.
     """
 
-    special: SpecialTokens
+    special: SpecialTokens[int]
 
     def __init__(
         self,
         config: AlpamayoConfig,
         vlm_config: Qwen3VLConfig,
         tokenizer: Tokenizer,
-        vlm_files: load.VLMFiles,
+        vlm_files: VLMFiles,
     ) -> None:
         super().__init__()
         expert_config = expert_text_config(vlm_config, dict(config.expert_cfg))
         self.config = config
         self.tokenizer = tokenizer
         self.special = special_tokens(tokenizer)
-        # The ids of `<i0>`, `<i1>` ...
-        self.traj_ids = range(
-            config.traj_token_start_idx, config.traj_token_start_idx + config.traj_vocab_size
-        )
         self.vlm_files = vlm_files
         self.vlm = Qwen3VLForConditionalGeneration(vlm_config)
         self.expert = Expert(expert_config)
@@ -100,7 +103,7 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         """Load a checkpoint in the official layout.
 
         Args:
-            name_or_folder: a local folder, or a hub id.
+            name_or_folder: a local folder, a hub id, or `tiny` (see `checkpoint_folder`).
             dtype: of the parameters; None means float32 on a CPU and the checkpoint's own dtype elsewhere.
             device: where the weights go, straight from the file.
             local_files_only: never touch the network.
@@ -110,14 +113,14 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
             ValueError: something is missing or does not fit; the message names it.
         """
         device = check_device(device)
-        folder = load.checkpoint_folder(name_or_folder, local_files_only=local_files_only)
+        folder = checkpoint_folder(name_or_folder, local_files_only=local_files_only)
         config = AlpamayoConfig.from_file(folder / "config.json")
-        files = load.vlm_files(config, folder, override=vlm, local_files_only=local_files_only)
+        files = vlm_files(config, folder, override=vlm, local_files_only=local_files_only)
         with torch.device("meta"):
             model = cls._build(config, files)
         wanted = _dtype(dtype, config, device)
         model._fill_buffers(device, rounded=wanted == torch.bfloat16)
-        load.load_weights(model, folder, device=device, dtype=wanted)
+        load_weights(model, folder, device=device, dtype=wanted)
         return model
 
     @classmethod
@@ -138,7 +141,7 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
             device: where they go.
         """
         device = check_device(device)
-        model = cls._build(config, load.VLMFiles(Path(vlm_folder)))
+        model = cls._build(config, VLMFiles(Path(vlm_folder)))
         deviation = model.expert.config.initializer_range
         for module in model.expert.modules():
             if isinstance(module, nn.Linear):
@@ -151,9 +154,9 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         return model
 
     @classmethod
-    def _build(cls, config: AlpamayoConfig, files: load.VLMFiles) -> Alpamayo:
+    def _build(cls, config: AlpamayoConfig, files: VLMFiles) -> Alpamayo:
         tokenizer = load_tokenizer(files.folder, config)
-        return cls(config, load.read_vlm_config(files.folder, config), tokenizer, files)
+        return cls(config, read_vlm_config(files.folder, config), tokenizer, files)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | str | None = None) -> None:
         """Write the official layout: config.json, model.safetensors and, where local, the Qwen3-VL files.
@@ -163,11 +166,11 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
             dtype: of every tensor in the file; None means that of the parameters.
         """
         wanted = self.dtype if dtype is None else _dtype(dtype, self.config, self.device)
-        load.save_checkpoint(Path(folder), self.config.raw, self.state_dict(), self.vlm_files, wanted)
+        save_checkpoint(Path(folder), self.config.raw, self.state_dict(), self.vlm_files, wanted)
 
     def _fill_buffers(self, device: torch.device, *, rounded: bool) -> None:
         """Compute what the file may not hold; the file's tensors, where present, go over it."""
-        load.fill_rotary_buffers(self.vlm, device)
+        fill_rotary_buffers(self.vlm, device)
         for module in self.modules():
             if isinstance(module, (FourierFeatures, ActionSpace)):
                 module.reset(device, rounded=rounded)
@@ -297,10 +300,29 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
     def generation_options(self) -> dict[str, Any]:
         """Stop, pad and masked ids for `vlm.generate`, as the specification's section 7 has them."""
         return {
-            "eos_token_id": [self.special.traj_future_start, self.special.eos],
+            "eos_token_id": self.special.stops,
             "pad_token_id": self.special.pad,
             "suppress_tokens": list(self.traj_ids),
         }
+
+
+def open_target(
+    name: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | str | None = None,
+    local_files_only: bool = False,
+) -> tuple[Alpamayo, str]:
+    """Load a target to be run, not trained; returns it and the hash of its folder.
+
+    The arguments are those of `Alpamayo.from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint is missing or broken; the message names what.
+    """
+    folder = checkpoint_folder(name, local_files_only=local_files_only)
+    target = Alpamayo.from_pretrained(folder, dtype=dtype, device=device, local_files_only=local_files_only)
+    return target.requires_grad_(False), folder_hash(folder)
 
 
 def time_grid(steps: int) -> Tensor:
@@ -323,29 +345,3 @@ def _dtype(dtype: torch.dtype | str | None, config: AlpamayoConfig, device: torc
     if dtype not in known:
         raise ValueError(f"dtype is {dtype!r}; known are {', '.join(known)}")
     return known[dtype]
-
-
-def open_target(
-    name: str, *, device: str, dtype: str | None = None, local_files_only: bool = False
-) -> tuple[Alpamayo, str]:
-    """Load the target; returns it and its folder's hash.
-
-    Raises:
-        ValueError: the checkpoint is missing or broken; the message names the file.
-    """
-    folder = checkpoint_folder(name, local_files_only=local_files_only)
-    target = Alpamayo.from_pretrained(folder, dtype=dtype, device=device, local_files_only=local_files_only)
-    return target, folder_hash(folder)
-
-
-def load_target(
-    model_path: str, *, dtype: str | None, device: str, local_files_only: bool
-) -> tuple[Alpamayo, str]:
-    """Load the target, ready to be run, and the hash of its folder.
-
-    Raises:
-        ValueError: the checkpoint is missing or incomplete; the message names what.
-    """
-    folder = checkpoint_folder(model_path, local_files_only=local_files_only)
-    target = Alpamayo.from_pretrained(folder, dtype=dtype, device=device, local_files_only=local_files_only)
-    return target.requires_grad_(False), folder_hash(folder)

@@ -7,7 +7,6 @@ parameters that read one input are moved into one storage, with the same values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,13 @@ from alpamayo_dflash.target.checkpoint import OPTIONAL_TENSORS, VLMFiles
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.expert import FourierFeatures
 from alpamayo_dflash.target.motion import ActionSpace
-from alpamayo_dflash.target.tokenizer import check_ids
+from alpamayo_dflash.target.tokenizer import check_ids, found_tokens
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 from alpamayo_dflash.target.weights import share_storage
 
 _EXPERT_PARTS = ("expert", "action_in_proj", "action_out_proj", "action_space")
 # Small modules of ours that get their tensors; the large ones are theirs.
 _OURS = ("action_in_proj", "action_space")
-
-
-@dataclass(frozen=True)
-class FoundTokens:
-    """The ids of a vocabulary that may or may not be Alpamayo's; None for a token that it lacks."""
-
-    image_pad: int
-    eos: int
-    pad: int
-    cot_end: int | None
-    traj_future_start: int | None
-    traj_history: int | None
 
 
 class BareTarget(Qwen3VLTarget):
@@ -54,23 +41,7 @@ class BareTarget(Qwen3VLTarget):
 
     def __init__(self, vlm: Any, tokenizer: Tokenizer) -> None:
         self.vlm, self.tokenizer = vlm, tokenizer
-        find = tokenizer.token_to_id
-        eos, pad = find("<|im_end|>"), find("<|endoftext|>")
-        if eos is None or pad is None:
-            raise ValueError("the tokenizer has no <|im_end|> or no <|endoftext|>; it is not Qwen3-VL's")
-        self.special = FoundTokens(
-            vlm.config.image_token_id,
-            eos,
-            pad,
-            find("<|cot_end|>"),
-            find("<|traj_future_start|>"),
-            find("<|traj_history|>"),
-        )
-        first = find("<i0>")
-        count = 0
-        while first is not None and find(f"<i{count}>") == first + count:
-            count += 1
-        self.traj_ids = range(first or 0, (first or 0) + count)
+        self.special = found_tokens(tokenizer, image_pad=vlm.config.image_token_id)
 
     def coc_text(self, token_ids: Any) -> str:
         """The Chain-of-Causation; the whole text where the vocabulary has no mark for its end."""

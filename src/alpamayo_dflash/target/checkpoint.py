@@ -7,7 +7,6 @@ counts as the process's memory until it is closed, so a file is opened anew afte
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +25,11 @@ from transformers import Qwen3VLConfig
 from alpamayo_dflash.common.artefacts import atomic_file, read_json, write_json
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.qwen3 import rope_settings
+from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from alpamayo_dflash.target.weights import allocate
 
+# The trained tiny target's folder in the package, installed or not.
+SHIPPED = Path(str(resources.files("alpamayo_dflash") / "standins" / "checkpoint"))
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # What a Qwen3-VL repository holds beside its weights.
@@ -44,6 +46,7 @@ OPTIONAL_TENSORS = frozenset(
         "action_space.curvature_std",
     }
 )
+_TEXT = "vlm.model.language_model."
 _VISION_THETA = 10000.0
 _NAMES_SHOWN = 20
 # How much of a file is read through one mapping: enough to make opening it again cost nothing.
@@ -63,21 +66,69 @@ class VLMFiles:
     hub_id: str | None = None
 
 
-def checkpoint_folder(name: str | Path, *, local_files_only: bool) -> Path:
+@dataclass(frozen=True)
+class FrozenTarget:
+    """Parts of a target that a draft shares, and the shape that a new draft takes over.
+
+    Attributes:
+        folder: where the checkpoint lies.
+        config: what its config.json says.
+        vlm_files: where its tokenizer lies.
+        text: the text model's configuration.
+        embedding: [V, C] float32.
+        head: [V, C] float32.
+        final_norm: [C] float32, weight of the text decoder's last norm.
+    """
+
+    folder: Path
+    config: AlpamayoConfig
+    vlm_files: VLMFiles
+    text: Any
+    embedding: Tensor
+    head: Tensor
+    final_norm: Tensor
+
+    @property
+    def num_layers(self) -> int:
+        """L, the text model's layers."""
+        return int(self.text.num_hidden_layers)
+
+    @property
+    def traj_ids(self) -> range:
+        """Ids of trajectory tokens, which are never generated in text."""
+        return self.config.traj_ids
+
+    def special(self) -> SpecialTokens[int]:
+        """Ids of special tokens.
+
+        Raises:
+            ValueError: the tokenizer is not found or does not fit the checkpoint.
+        """
+        return special_tokens(load_tokenizer(self.vlm_files.folder, self.config))
+
+
+def checkpoint_folder(name: str | Path, *, local_files_only: bool = False) -> Path:
     """The local folder of a checkpoint, downloaded first where `name` is a hub id.
+
+    Args:
+        name: a folder, a hub id, or `tiny` for the checkpoint that ships with the package; a folder of that
+            name is `./tiny`, or a `Path`.
+        local_files_only: never touch the network.
 
     Raises:
         ValueError: there is neither such a folder nor such a repository.
     """
+    if name == "tiny":
+        return SHIPPED
     if Path(name).is_dir():
         return Path(name)
     if not _is_hub_id(str(name)):
-        raise ValueError(f"{name}: no such folder, and not a hub id of the form owner/name")
+        raise ValueError(f"{name}: no such folder; else give a hub id of the form owner/name, or tiny")
     return _download(str(name), ("*.json", "*.safetensors"), local_files_only=local_files_only)
 
 
 def vlm_files(
-    config: AlpamayoConfig, checkpoint: Path, *, override: str | Path | None, local_files_only: bool
+    config: AlpamayoConfig, checkpoint: Path, *, override: str | Path | None = None, local_files_only: bool
 ) -> VLMFiles:
     """Find the Qwen3-VL configuration and tokenizer.
 
@@ -163,6 +214,31 @@ def load_weights(model: nn.Module, folder: Path, *, device: torch.device, dtype:
                     for name, start, stop in group:
                         values = file.get_tensor(name).view(-1)[start:stop]
                         targets[name].view(-1)[start:stop].copy_(values)
+
+
+def read_target(name: str | Path, *, local_files_only: bool = False) -> FrozenTarget:
+    """Read the shared parts of a checkpoint in the official layout.
+
+    Args:
+        name: folder, hub id or `tiny`.
+        local_files_only: never ask the hub.
+
+    Raises:
+        ValueError: the checkpoint is not found, or a tensor is missing or corrupt; the message names it.
+    """
+    folder = checkpoint_folder(name, local_files_only=local_files_only)
+    config = AlpamayoConfig.from_file(folder / "config.json")
+    files = vlm_files(config, folder, local_files_only=local_files_only)
+    text: Any = read_vlm_config(files.folder, config).text_config
+    rows = (config.vocab_size, text.hidden_size)
+    shapes = {
+        f"{_TEXT}embed_tokens.weight": rows,
+        "vlm.lm_head.weight": rows,
+        f"{_TEXT}norm.weight": rows[1:],
+    }
+    shards = {name: path for name, path in _shards(folder).items() if name in shapes}
+    _check_tensors(shapes, shards, folder)
+    return FrozenTarget(folder, config, files, text, *(_read(shards[name], name) for name in shapes))
 
 
 def fill_rotary_buffers(vlm: nn.Module, device: torch.device) -> None:
@@ -296,6 +372,15 @@ def _groups(path: Path) -> list[list[tuple[str, int, int]]]:
     return groups
 
 
+def _read(path: Path, name: str) -> Tensor:
+    """A tensor of a file, in float32."""
+    with _open(path) as file:
+        tensor: Tensor = file.get_tensor(name)
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{path}: {name} holds values that are not finite")
+    return tensor.float()
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
     """Open a safetensors file; a broken one is a ValueError that names it."""
@@ -327,83 +412,3 @@ def _copy_vlm(source: Path, target: Path) -> None:
             if not path.name.endswith(".index.json"):
                 with atomic_file(target / path.name) as temporary:
                     shutil.copyfile(path, temporary)
-
-
-def checkpoint_path() -> Path:
-    """The folder of the checkpoint that ships with the package."""
-    return Path(str(resources.files("alpamayo_dflash") / "standins" / "checkpoint"))
-
-
-_TEXT = "vlm.model.language_model."
-_LAYER = re.compile(re.escape(_TEXT) + r"layers\.(\d+)\.input_layernorm\.weight")
-
-
-@dataclass(frozen=True)
-class FrozenTarget:
-    """Parts of a target that a draft shares, and the shape that a new draft takes over.
-
-    Attributes:
-        folder: where the checkpoint lies.
-        embedding: [V, C] float32.
-        head: [V, C] float32.
-        final_norm: [C] float32, weight of the text decoder's last norm.
-        num_layers: decoder layers.
-        num_heads: query heads.
-        num_kv_heads: key and value heads.
-        head_dim: D.
-        intermediate_size: width of the MLP.
-        traj_ids: ids of trajectory tokens, which are never generated in text.
-    """
-
-    folder: Path
-    embedding: Tensor
-    head: Tensor
-    final_norm: Tensor
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    traj_ids: range
-
-
-def read_target(name: str | Path, *, local_files_only: bool = False) -> FrozenTarget:
-    """Read the shared parts of a checkpoint in the official layout.
-
-    Args:
-        name: folder or hub id.
-        local_files_only: never ask the hub.
-
-    Raises:
-        ValueError: the checkpoint is not found, or a tensor is missing or corrupt; the message names it.
-    """
-    folder = checkpoint_folder(name, local_files_only=local_files_only)
-    config = AlpamayoConfig.from_file(folder / "config.json")
-    shards = _shards(folder)
-    layers = [int(match[1]) for match in map(_LAYER.fullmatch, shards) if match]
-    if not layers:
-        raise ValueError(f"{folder}: no text decoder layers ({_TEXT}layers.*) among its tensors")
-    first = _TEXT + "layers.0."
-    (head_dim,) = _read(shards, first + "self_attn.q_norm.weight", folder).shape
-    return FrozenTarget(
-        folder=folder,
-        embedding=_read(shards, _TEXT + "embed_tokens.weight", folder).float(),
-        head=_read(shards, "vlm.lm_head.weight", folder).float(),
-        final_norm=_read(shards, _TEXT + "norm.weight", folder).float(),
-        num_layers=max(layers) + 1,
-        num_heads=_read(shards, first + "self_attn.q_proj.weight", folder).shape[0] // head_dim,
-        num_kv_heads=_read(shards, first + "self_attn.k_proj.weight", folder).shape[0] // head_dim,
-        head_dim=head_dim,
-        intermediate_size=_read(shards, first + "mlp.gate_proj.weight", folder).shape[0],
-        traj_ids=range(config.traj_token_start_idx, config.traj_token_start_idx + config.traj_vocab_size),
-    )
-
-
-def _read(shards: Mapping[str, Path], name: str, folder: Path) -> Tensor:
-    if name not in shards:
-        raise ValueError(f"{folder}: no tensor {name}")
-    with _open(shards[name]) as file:
-        tensor: Tensor = file.get_tensor(name)
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{shards[name]}: {name} holds values that are not finite")
-    return tensor

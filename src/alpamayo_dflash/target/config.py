@@ -204,7 +204,7 @@ class AlpamayoConfig:
             )
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
-        end = self.traj_token_start_idx + self.traj_vocab_size
+        end = self.traj_ids.stop
         if self.history_token_start_idx + self.history_tokenizer.num_bins > end:
             raise ValueError(
                 f"the history's {self.history_tokenizer.num_bins} bins from id "
@@ -212,6 +212,11 @@ class AlpamayoConfig:
             )
         if end > self.vocab_size:
             raise ValueError(f"vocab_size is {self.vocab_size}, but the trajectory ids end at {end - 1}")
+
+    @property
+    def traj_ids(self) -> range:
+        """The ids of `<i0>`, `<i1>` ..."""
+        return range(self.traj_token_start_idx, self.traj_token_start_idx + self.traj_vocab_size)
 
     @classmethod
     def from_file(cls, path: Path | str) -> AlpamayoConfig:

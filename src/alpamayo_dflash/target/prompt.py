@@ -204,7 +204,7 @@ def build_prompt(
     window: Window,
     config: AlpamayoConfig,
     tokenizer: Tokenizer,
-    special: SpecialTokens,
+    special: SpecialTokens[int],
     shape: PatchShape,
     *,
     camera_text: bool | None = None,

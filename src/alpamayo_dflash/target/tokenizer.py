@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Generic, TypeVar, cast
 
 from tokenizers import AddedToken, Tokenizer
 
 from alpamayo_dflash.target.config import AlpamayoConfig
 
 # 29 names give 28 new ids: image_pad is Qwen's own.
-_R1_NAMES = (
+R1_NAMES = (
     "prompt_start",
     "prompt_end",
     "image_start",
@@ -58,81 +59,50 @@ _PADDING_IN_1_5 = {
         )
     )
 }
-_SHORT_NAMES = (
-    "traj_history",
-    "traj_future",
-    "traj_history_start",
-    "traj_future_start",
-    "traj_history_end",
-    "traj_future_end",
-)
 # Roles in config.json's traj_token_ids and the special token of each.
-_ROLES = {
-    "history": "traj_history",
-    "future": "traj_future",
-    "history_start": "traj_history_start",
-    "future_start": "traj_future_start",
-    "history_end": "traj_history_end",
-    "future_end": "traj_future_end",
+ROLES = {
+    role: f"traj_{role}"
+    for role in ("history", "future", "history_start", "future_start", "history_end", "future_end")
 }
 
 
-class EndTokens(Protocol):
-    """The ids that decoding looks at; None for a token that the tokenizer does not have."""
-
-    @property
-    def image_pad(self) -> int:
-        """Stands for an image's features."""
-        ...
-
-    @property
-    def eos(self) -> int:
-        """Ends a turn."""
-        ...
-
-    @property
-    def pad(self) -> int:
-        """Fills sequences which ended early."""
-        ...
-
-    @property
-    def cot_end(self) -> int | None:
-        """Ends the Chain-of-Causation."""
-        ...
-
-    @property
-    def traj_future_start(self) -> int | None:
-        """Ends the text; the trajectory begins."""
-        ...
+Id_co = TypeVar("Id_co", int, int | None, covariant=True)
 
 
 @dataclass(frozen=True)
-class SpecialTokens:
+class SpecialTokens(Generic[Id_co]):
     """Ids of the tokens that have a part in the prompt or in generation; each is `<|name|>` in text.
 
-    `eos` is `<|im_end|>` and `pad` is `<|endoftext|>`.
+    In an Alpamayo all are there (`SpecialTokens[int]`); a bare Qwen3-VL's vocabulary has None for those that
+    it lacks. `im_end` ends a turn, `endoftext` fills sequences that ended early.
+
+    Attributes:
+        period: the sentence's end; None if no single token is it.
+        traj_ids: ids of `<i0>`, `<i1>` ..., which generation never emits; empty where there are none.
     """
 
-    cot_start: int
-    cot_end: int
-    traj_history_start: int
-    traj_history: int
-    traj_history_end: int
-    traj_future_start: int
-    traj_future: int
-    traj_future_end: int
-    route_start: int
-    route_end: int
-    question_start: int
-    question_end: int
-    answer_start: int
-    answer_end: int
     image_pad: int
-    vision_start: int
-    vision_end: int
-    im_start: int
     im_end: int
     endoftext: int
+    cot_start: Id_co
+    cot_end: Id_co
+    traj_history_start: Id_co
+    traj_history: Id_co
+    traj_history_end: Id_co
+    traj_future_start: Id_co
+    traj_future: Id_co
+    traj_future_end: Id_co
+    route_start: Id_co
+    route_end: Id_co
+    question_start: Id_co
+    question_end: Id_co
+    answer_start: Id_co
+    answer_end: Id_co
+    vision_start: Id_co
+    vision_end: Id_co
+    im_start: Id_co
+    period: int | None
+    traj_ids: range
 
     @property
     def eos(self) -> int:
@@ -144,14 +114,22 @@ class SpecialTokens:
         """The id that fills sequences which ended early."""
         return self.endoftext
 
+    @property
+    def stops(self) -> list[Id_co | int]:
+        """The ids after which a text has ended: the trajectory's start and the turn's end."""
+        return [self.traj_future_start, self.im_end]
+
+
+_LOOKED_UP = [f.name for f in fields(SpecialTokens) if f.name not in ("period", "traj_ids")]
+
 
 def special_names(config: AlpamayoConfig) -> list[str]:
     """Names of the special tokens in the order in which they are appended."""
     if not config.add_special_tokens:
-        return list(_SHORT_NAMES)
+        return list(ROLES.values())
     if config.version == "1.5":
-        return [_PADDING_IN_1_5.get(name, name) for name in _R1_NAMES]
-    return list(_R1_NAMES)
+        return [_PADDING_IN_1_5.get(name, name) for name in R1_NAMES]
+    return list(R1_NAMES)
 
 
 def load_tokenizer(folder: Path, config: AlpamayoConfig) -> Tokenizer:
@@ -181,23 +159,34 @@ def load_tokenizer(folder: Path, config: AlpamayoConfig) -> Tokenizer:
     return tokenizer
 
 
-def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
-    """Look the special ids up.
+def special_tokens(tokenizer: Tokenizer) -> SpecialTokens[int]:
+    """Look the special ids of an Alpamayo's tokenizer up.
 
     Raises:
         ValueError: the tokenizer lacks one; the message names it.
     """
-    ids: dict[str, int] = {}
-    missing = []
-    for name in (f.name for f in fields(SpecialTokens)):
-        found = tokenizer.token_to_id(f"<|{name}|>")
-        if found is None:
-            missing.append(f"<|{name}|>")
-        else:
-            ids[name] = found
+    missing = [f"<|{name}|>" for name in _LOOKED_UP if tokenizer.token_to_id(f"<|{name}|>") is None]
     if missing:
         raise ValueError(f"the tokenizer has no {', '.join(missing)}; a Chain-of-Causation target needs them")
-    return SpecialTokens(**ids)
+    return cast("SpecialTokens[int]", found_tokens(tokenizer))
+
+
+def found_tokens(tokenizer: Tokenizer, **known: int) -> SpecialTokens[int | None]:
+    """Look up those special ids that a Qwen3-VL's tokenizer has; `known` ones come from elsewhere.
+
+    Raises:
+        ValueError: the tokenizer lacks Qwen's own.
+    """
+    find = tokenizer.token_to_id
+    ids: dict[str, Any] = {name: find(f"<|{name}|>") for name in _LOOKED_UP} | known
+    if None in (ids["im_end"], ids["endoftext"]):
+        raise ValueError("the tokenizer has no <|im_end|> or no <|endoftext|>; it is not Qwen3-VL's")
+    first = find("<i0>") or 0
+    traj = sum(1 for _ in takewhile(lambda index: find(f"<i{index}>") == first + index, count()))
+    period = tokenizer.encode(".", add_special_tokens=False).ids
+    return SpecialTokens(
+        **ids, period=period[0] if len(period) == 1 else None, traj_ids=range(first, first + traj)
+    )
 
 
 def check_ids(tokenizer: Tokenizer, config: AlpamayoConfig) -> None:
@@ -213,10 +202,9 @@ def check_ids(tokenizer: Tokenizer, config: AlpamayoConfig) -> None:
             f"{config.vlm_name_or_path!r} extended by {config.traj_vocab_size} trajectory tokens and the "
             f"special tokens has {size}"
         )
-    first, last = config.traj_token_start_idx, config.traj_token_start_idx + config.traj_vocab_size - 1
-    expected = {"<i0>": first, f"<i{config.traj_vocab_size - 1}>": last}
+    expected = {f"<i{place}>": config.traj_ids[place] for place in (0, config.traj_vocab_size - 1)}
     expected |= {
-        f"<|{_ROLES[role]}|>": index for role, index in config.traj_token_ids.items() if role in _ROLES
+        f"<|{ROLES[role]}|>": index for role, index in config.traj_token_ids.items() if role in ROLES
     }
     wrong = [
         f"{token} is {tokenizer.token_to_id(token)}, the checkpoint says {index}"

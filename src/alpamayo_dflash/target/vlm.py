@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from alpamayo_dflash.target.prompt import PatchShape, Prompt, PromptEmbeddings, read_inputs
 from alpamayo_dflash.target.qwen3 import AfterLayer, rope_settings, rotary_tables
-from alpamayo_dflash.target.tokenizer import EndTokens
+from alpamayo_dflash.target.tokenizer import SpecialTokens
 from alpamayo_dflash.target.vision import encode_images
 
 
@@ -29,13 +29,16 @@ class Qwen3VLTarget:
         vlm: transformers' Qwen3-VL for conditional generation.
         tokenizer: the tokenizer of its vocabulary.
         special: the ids that prompts and texts end or are marked by.
-        traj_ids: ids that generation never emits; empty where there are no trajectory tokens.
     """
 
     vlm: Any
     tokenizer: Tokenizer
-    special: EndTokens
-    traj_ids: range
+    special: SpecialTokens[int | None]
+
+    @property
+    def traj_ids(self) -> range:
+        """Ids that generation never emits; empty where there are no trajectory tokens."""
+        return self.special.traj_ids
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +136,7 @@ class Qwen3VLTarget:
 
     def _fused(self, prompt: Prompt) -> Tensor:
         """The prompt's ids with no history placeholder left (design, invariant 5)."""
-        placeholder = self.tokenizer.token_to_id("<|traj_history|>")
+        placeholder = self.special.traj_history
         if placeholder is not None and bool((prompt.input_ids == placeholder).any()):
             raise ValueError("inputs: the ids hold <|traj_history|> placeholders; fuse the history first")
         return prompt.input_ids

@@ -24,7 +24,7 @@ class TrainConfig:
     from its last checkpoint, or says that there is nothing to do.
 
     Attributes:
-        target_model: folder or hub id of the Alpamayo checkpoint; its embedding and head are read.
+        target_model: folder or hub id of the Alpamayo checkpoint, or tiny; embedding and head are read.
         data_dir: folder that `distill` wrote.
         output_dir: gets draft/ (the best draft), checkpoint/ (to resume from), logs/ and train.json.
         num_epochs: passes over all blocks.

@@ -34,8 +34,10 @@ from alpamayo_dflash.train.trainer import Progress, Trainer
 
 SUMMARY = "train.json"
 
-# Options that a continued run may change: they do not move its numbers.
-_FREE = frozenset(("output_dir", "num_workers", "cache_gib", "resume", "other_target", "local_files_only"))
+# Options that a continued run may change: they do not move its numbers. The target counts by its hash.
+_FREE = frozenset(
+    ("output_dir", "num_workers", "cache_gib", "resume", "other_target", "local_files_only", "target_model")
+)
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def _vocabulary(
         training_counts(data.manifest, train, held_out=share),
         config.draft_vocab_size,
         vocab_size=len(target.head),
-        always=end_token_ids(target.folder, local_files_only=config.local_files_only),
+        always=end_token_ids(target),
         masked=target.traj_ids,
     )
 

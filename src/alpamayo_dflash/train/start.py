@@ -14,9 +14,7 @@ from alpamayo_dflash.common.options import parse_layers
 from alpamayo_dflash.draft.config import DraftConfig
 from alpamayo_dflash.draft.formats import KEPT_IDS, check_token_ids, read_draft, resize_vocabulary
 from alpamayo_dflash.draft.model import DFlashDraft
-from alpamayo_dflash.target.checkpoint import FrozenTarget, vlm_files
-from alpamayo_dflash.target.config import AlpamayoConfig
-from alpamayo_dflash.target.tokenizer import load_tokenizer
+from alpamayo_dflash.target.checkpoint import FrozenTarget
 from alpamayo_dflash.train.config import DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS, TrainConfig
 
 
@@ -53,15 +51,15 @@ def _new(
     Its last norm starts as the target's, for the head that follows is the target's too; its mask embedding
     starts as the mean of the target's table.
     """
-    vocab_size, hidden_size = target.embedding.shape
+    (vocab_size, hidden_size), text = target.embedding.shape, target.text
     draft = DFlashDraft.random(
         DraftConfig(
             hidden_size=hidden_size,
             num_layers=config.num_draft_layers or DEFAULT_NUM_LAYERS,
-            num_heads=target.num_heads,
-            num_kv_heads=target.num_kv_heads,
-            head_dim=target.head_dim,
-            intermediate_size=target.intermediate_size,
+            num_heads=text.num_attention_heads,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            intermediate_size=text.intermediate_size,
             vocab_size=vocab_size,
             block_size=config.block_size or DEFAULT_BLOCK_SIZE,
             context_len=config.context_len or manifest["context_len"],
@@ -153,9 +151,6 @@ def check_data(
         )
 
 
-_END_MARKS = ("<|cot_end|>", "<|traj_future_start|>", "<|im_end|>")
-
-
 @dataclass(frozen=True)
 class Vocabulary:
     """The kept tokens.
@@ -171,22 +166,15 @@ class Vocabulary:
     filled: int
 
 
-def end_token_ids(target_folder: Path, *, local_files_only: bool = False) -> set[int]:
-    """Ids of `<|cot_end|>`, `<|traj_future_start|>`, eos and the period, as far as the target has them.
-
-    Args:
-        target_folder: of the checkpoint.
-        local_files_only: never ask the hub for its tokenizer.
+def end_token_ids(target: FrozenTarget) -> set[int]:
+    """Ids of `<|cot_end|>`, `<|traj_future_start|>`, eos and, where it is a single token, the period.
 
     Raises:
         ValueError: the tokenizer is not found or does not fit the checkpoint.
     """
-    config = AlpamayoConfig.from_file(target_folder / "config.json")
-    files = vlm_files(config, target_folder, override=None, local_files_only=local_files_only)
-    tokenizer = load_tokenizer(files.folder, config)
-    ids = [tokenizer.token_to_id(name) for name in _END_MARKS]
-    period = tokenizer.encode(".", add_special_tokens=False).ids
-    return {token for token in (*ids, *(period if len(period) == 1 else ())) if token is not None}
+    special = target.special()
+    period = [] if special.period is None else [special.period]
+    return {special.cot_end, *special.stops, *period}
 
 
 def choose_tokens(
