@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from alpamayo_dflash.clips.window import DEFAULT_CAMERAS, DEFAULT_T0_US
+from alpamayo_dflash.clips.config import DEFAULT_T0_US
+from alpamayo_dflash.clips.window import DEFAULT_CAMERAS
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.events import sample_facts, sample_scene
 from alpamayo_dflash.world.facts import (

@@ -13,6 +13,7 @@ from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, find_snapshot, repo_
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, check_cameras
 from alpamayo_dflash.common.artefacts import atomic_file
+from alpamayo_dflash.common.options import check_positive
 
 
 @dataclass
@@ -64,8 +65,7 @@ def download_chunks(
     Raises:
         ValueError: an unknown camera, chunk or clip, or the hub cannot be reached or does not give access.
     """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; it must be at least 1")
+    check_positive(workers=workers)
     features = [*(CAMERAS[index] for index in check_cameras(cameras)), EGOMOTION]
     cached = _cached(cache_dir, revision, repo_id)
     dataset = _online(cache_dir, revision, repo_id) if cached is None else cached

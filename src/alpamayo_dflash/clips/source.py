@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, chunk_file, find_snapshot
+from alpamayo_dflash.clips.config import DEFAULT_T0_US
 from alpamayo_dflash.clips.window import (
     CAMERAS,
     DEFAULT_CAMERAS,
-    DEFAULT_T0_US,
     FRAMES_PER_CAMERA,
     FUTURE_POINTS,
     HISTORY_POINTS,
@@ -27,6 +27,7 @@ from alpamayo_dflash.clips.window import (
     Window,
     check_cameras,
 )
+from alpamayo_dflash.common.options import check_positive
 
 _STEP_US = round(STEP_S * 1e6)
 Frames = npt.NDArray[np.uint8]
@@ -303,8 +304,7 @@ def iterate_windows(
     """
     if not clip_ids:
         raise ValueError("the list of clips is empty")
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; it must be at least 1")
+    check_positive(workers=workers)
     return _windows(source, clip_ids, t0_us, workers)
 
 

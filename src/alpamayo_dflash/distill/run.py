@@ -216,9 +216,6 @@ def write_windows(
             results = []
 
 
-GREEDY = 0.0
-
-
 def top_k_of(config: DistillConfig, target: Alpamayo) -> int:
     """How many logits are kept: never more than there are unmasked tokens."""
     allowed = target.vocab_size - (0 if config.full_vocab else len(target.traj_ids))
@@ -243,12 +240,11 @@ def respond(rollouts: Rollouts, window: Window, config: DistillConfig) -> tuple[
         ValueError: the window does not fit the target, or its prompt is too long.
     """
     rollouts.read(window)
-    greedy = Sampling(GREEDY, config.top_p)
+    greedy = Sampling(0.0, config.top_p)
     written = [(greedy, response) for response in rollouts.write(greedy, seed=config.seed)]
     if config.samples_per_clip > 1:
-        sampled = Sampling(config.temperature, config.top_p)
-        more = rollouts.write(sampled, seed=config.seed, num_samples=config.samples_per_clip - 1)
-        written += [(sampled, response) for response in more]
+        more = rollouts.write(config.sampling, seed=config.seed, num_samples=config.samples_per_clip - 1)
+        written += [(config.sampling, response) for response in more]
     forced = rollouts.score([response.token_ids for _, response in written])
     return tuple(
         Response(

@@ -197,7 +197,7 @@ def run(config: DistributionConfig) -> dict[str, Any]:
     source = ClipSource(config.cache_dir)
     draft = DFlashDraft.from_pretrained(config.draft_model, dtype=torch.float32)
     target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
-    sampling = Sampling(config.temperature, config.top_p)
+    sampling = config.sampling
     decoders = {"autoregressive": SpeculativeDecoder(target), "dflash": SpeculativeDecoder(target, draft)}
     plain = decoders["autoregressive"]
     named = take(source.clip_ids(), None)[:_CANDIDATES] if config.clip_id is None else [config.clip_id]

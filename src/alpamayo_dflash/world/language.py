@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from alpamayo_dflash.common.options import check_positive
 from alpamayo_dflash.world.facts import (
     EVENT_SHARES,
     OTHER_SIDE,
@@ -171,8 +172,7 @@ def vocabulary_texts(n: int, seed: int) -> list[str]:
     Raises:
         ValueError: n is below 1.
     """
-    if n < 1:
-        raise ValueError(f"n is {n}; it must be at least 1")
+    check_positive(n=n)
     rng = np.random.default_rng(seed)
     by_event: dict[Event, list[Facts]] = {event: [] for event in Event}
     for facts in all_facts():

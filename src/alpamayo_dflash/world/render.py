@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from alpamayo_dflash.clips.config import DEFAULT_T0_US
 from alpamayo_dflash.clips.window import (
     CAMERAS,
     DEFAULT_CAMERAS,
-    DEFAULT_T0_US,
     FRAMES_PER_CAMERA,
     STEP_S,
     Window,

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from alpamayo_dflash.clips.cache import EGOMOTION, chunk_file
-from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, DEFAULT_T0_US, STEP_S
+from alpamayo_dflash.clips.config import DEFAULT_T0_US
+from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, STEP_S
 from alpamayo_dflash.common.artefacts import atomic_file
 from alpamayo_dflash.world.events import sample_scene
 from alpamayo_dflash.world.render import HEIGHT, WIDTH, render
