@@ -15,7 +15,7 @@ from typing import Any
 from alpamayo_dflash.bench.config import MeasureTargetConfig
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import folder_hash, provenance, write_json
-from alpamayo_dflash.common.machine import GpuMemory, HostWatch, check_device, gib
+from alpamayo_dflash.common.machine import Clock, GpuMemory, HostWatch, check_device, gib
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.standins.untrained import noise_window
@@ -42,16 +42,15 @@ def measure(config: MeasureTargetConfig) -> dict[str, Any]:
     started = time.time()
     device = check_device(config.device)
     shards = _shards(config.target)
-    gpu = GpuMemory(device)
+    gpu, clock = GpuMemory(device), Clock(device)
     if config.cold:
         _forget(shards)
     with HostWatch() as host:
-        start = time.perf_counter()
+        start = clock.now_ms()
         target = Alpamayo.from_pretrained(
             config.target, device=device, dtype=config.dtype, local_files_only=True
         )
-        gpu.wait()
-        load_s = time.perf_counter() - start
+        load_s = (clock.now_ms() - start) / 1e3
     weights = _weight_bytes(target)
     after_load, load_peak = gpu.allocated(), gpu.phase_peak()
     decoder = SpeculativeDecoder(target, None, DecodeConfig(prompt_capacity=config.prompt_capacity))

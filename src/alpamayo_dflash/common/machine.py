@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,6 +29,18 @@ def synchronise(device: torch.device) -> Callable[[], None]:
     if device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return lambda: None
+
+
+class Clock:
+    """The host's clock, read once a device has done its work: a GPU is waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._wait = synchronise(device)
+
+    def now_ms(self) -> float:
+        """Milliseconds from some moment on; only differences mean something."""
+        self._wait()
+        return time.perf_counter() * 1e3
 
 
 _GIB = 2**30
@@ -109,48 +122,40 @@ class GpuMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        import torch
-
         self.used = device.type == "cuda"
         self._device = device
-        self._cuda = torch.cuda
         self._reserved = 0
         if self.used:
             torch.ones(8, device=device).sum().item()
             torch.cuda.reset_peak_memory_stats(device)
 
-    def wait(self) -> None:
-        """Wait for the GPU."""
-        if self.used:
-            self._cuda.synchronize(self._device)
-
     def allocated(self) -> int:
         """What tensors hold now."""
-        return self._cuda.memory_allocated(self._device) if self.used else 0
+        return torch.cuda.memory_allocated(self._device) if self.used else 0
 
     def reserved(self) -> int:
         """The most that the allocator has taken from the device."""
         if not self.used:
             return 0
-        self._reserved = max(self._reserved, self._cuda.max_memory_reserved(self._device))
+        self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self._device))
         return self._reserved
 
     def phase_peak(self) -> int:
         """The most that tensors held since the last call."""
         if not self.used:
             return 0
-        self.wait()
-        peak = self._cuda.max_memory_allocated(self._device)
+        torch.cuda.synchronize(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device)
         self.reserved()  # the reset forgets that peak too
-        self._cuda.reset_peak_memory_stats(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
         return peak
 
     def context(self) -> int:
         """What the device holds beside the allocator's: the context, kernels, and other processes."""
         if not self.used:
             return 0
-        free, total = self._cuda.mem_get_info(self._device)
-        return total - free - self._cuda.memory_reserved(self._device)
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free - torch.cuda.memory_reserved(self._device)
 
     def above(self, call: Callable[[], _T]) -> tuple[_T, int]:
         """A call's value and the most that it held beyond what was held before."""
@@ -161,9 +166,7 @@ class GpuMemory:
 
     def describe(self) -> dict[str, Any]:
         """The device and what drives it."""
-        import torch
-
-        properties = self._cuda.get_device_properties(self._device)
+        properties = torch.cuda.get_device_properties(self._device)
         return {
             "name": properties.name,
             "total_gib": gib(properties.total_memory),

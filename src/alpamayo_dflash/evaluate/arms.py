@@ -5,14 +5,13 @@ Shapes: S sample, N way-points.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.common.machine import synchronise
+from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.decode.noise import flow_noise
@@ -65,6 +64,7 @@ class Arms:
     def __init__(self, target: Alpamayo, draft: Proposer, config: EvaluateConfig) -> None:
         self.target = target
         self.config = config
+        self._clock = Clock(target.device)
         self._decoders = {"dflash": SpeculativeDecoder(target, draft, config.decode)}
         if config.compare:
             self._decoders["autoregressive"] = SpeculativeDecoder(target, None, config.decode)
@@ -138,15 +138,11 @@ class Arms:
             seed=self.config.seed,
         ).token_ids
 
-    def _now_ms(self) -> float:
-        synchronise(self.target.device)()
-        return time.perf_counter() * 1e3
-
     def _loop(self, arm: str, prompt: Prompt) -> Run:
         config, decoder = self.config, self._decoders[arm]
-        start = self._now_ms()
+        start = self._clock.now_ms()
         prefilled = self._read[arm] = decoder.prefill(prompt)
-        prefill_ms = self._now_ms() - start
+        prefill_ms = self._clock.now_ms() - start
         result = decoder.generate(
             prefilled,
             temperature=config.temperature,
@@ -170,13 +166,13 @@ class Arms:
             max_new_tokens=config.max_tokens,
             seed=config.seed,
         )
-        start = self._now_ms()
+        start = self._clock.now_ms()
         samples = range(config.num_traj_samples)
         noise = flow_noise(config.seed, prompt.key, samples, target.n_waypoints, device=target.device)
         with torch.inference_mode():
             action = target.denoise(noise, given.prefix)
             xyz, _ = target.trajectory(action, prompt.ego_history_xyz, prompt.ego_history_rot)
-        action_ms = self._now_ms() - start
+        action_ms = self._clock.now_ms() - start
         times = arm_row(given.prefill_ms, given.decode_ms, action_ms, given.token_ids)
         return Run(given.token_ids, [target.coc_text(ids) for ids in given.token_ids], xyz, times)
 
