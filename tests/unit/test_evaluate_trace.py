@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from alpamayo_dflash.decode.observer import RoundTrace, SampleTrace
-from alpamayo_dflash.evaluate.trace import RoundPrinter, render
+from alpamayo_dflash.evaluate.trace import RoundPrinter, round_line
 
 WORDS = ["Keep", "␣lane", "␣now", ".", "<end>"]
 
@@ -16,7 +16,7 @@ def test_marks_without_colour() -> None:
     sample = SampleTrace(
         sample=0, position=0, anchor=0, proposed=(1, 2, 3), accepted=1, emitted=(1, 4), drafted=3
     )
-    line = render(sample, 7, WORDS.__getitem__)
+    line = round_line(sample, 7, WORDS.__getitem__)
     assert line.plain == "pass  7 sample 0 Keep | +␣lane -␣now -. =<end>"
     styles = {line.plain[span.start : span.end].strip(): span.style for span in line.spans}
     assert (styles["+␣lane"], styles["-␣now"], styles["=<end>"]) == ("green", "red", "bold cyan")
@@ -26,7 +26,7 @@ def test_a_round_that_ended_inside_the_block_shows_no_target_token() -> None:
     sample = SampleTrace(
         sample=0, position=0, anchor=0, proposed=(1, 4), accepted=2, emitted=(1, 4), drafted=2
     )
-    assert "=" not in render(sample, 0, WORDS.__getitem__).plain
+    assert "=" not in round_line(sample, 0, WORDS.__getitem__).plain
 
 
 def test_printer_prints_one_line_a_sample() -> None:

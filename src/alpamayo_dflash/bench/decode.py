@@ -26,7 +26,7 @@ _FEW_TEXTS = 21  # of transformers, and of each length; the first is not timed
 _TEXTS_OF_SIX = 5  # of transformers, which takes a second for each
 
 
-def measure(bench: Bench) -> dict[str, Any]:
+def timings(bench: Bench) -> dict[str, Any]:
     """All timings, milliseconds, and what their floors are counted from."""
     config, target = bench.config, bench.target
     with torch.inference_mode():

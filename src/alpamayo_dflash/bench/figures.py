@@ -81,12 +81,12 @@ def _redrawn(value: Any, generator: random.Random) -> Any:
     return value
 
 
-def quartiles(raw: Mapping[str, Any]) -> dict[str, Any]:
+def timing_quartiles(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Least, quartiles and most of every list of timings."""
     out: dict[str, Any] = {}
     for name, value in raw.items():
         if isinstance(value, Mapping):
-            out[name] = quartiles(value)
+            out[name] = timing_quartiles(value)
         elif isinstance(value, list) and len(value) > 1 and isinstance(value[0], float):
             low, middle, high = statistics.quantiles(value, n=4)
             found = {"min": min(value), "q1": low, "median": middle, "q3": high, "max": max(value)}

@@ -12,7 +12,7 @@ from typing import Any
 from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, find_snapshot, repo_folder
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, check_cameras
-from alpamayo_dflash.common.artefacts import atomic_file
+from alpamayo_dflash.common.artefacts import write_text
 from alpamayo_dflash.common.options import check_positive
 
 
@@ -157,8 +157,7 @@ def _main(cache_dir: Path | str, commit: str, repo_id: str) -> str:
     """The commit that the cache calls `main`; one without a `main` gets this, as the later steps read it."""
     reference = repo_folder(cache_dir, repo_id) / "refs" / "main"
     if not reference.is_file():
-        with atomic_file(reference) as temporary:
-            temporary.write_text(commit, encoding="utf-8")
+        write_text(reference, commit)
     return reference.read_text(encoding="utf-8").strip()
 
 

@@ -61,6 +61,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically; a list of numbers takes one line.
 
@@ -68,9 +74,7 @@ def write_json(path: Path | str, value: Any) -> None:
     """
     text = json.dumps(to_plain(value), indent=1, allow_nan=False) + "\n"
     # Only between elements does JSON break lines, so nothing inside a string is touched.
-    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text))
 
 
 def read_json(path: Path | str) -> Any:

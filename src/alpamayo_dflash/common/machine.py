@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 
@@ -164,18 +164,17 @@ class GpuMemory:
         value = call()
         return value, self.phase_peak() - before
 
-    def describe(self) -> dict[str, Any]:
-        """The device and what drives it."""
-        properties = torch.cuda.get_device_properties(self._device)
-        return {
-            "name": properties.name,
-            "total_gib": gib(properties.total_memory),
-            "driver": driver_version(),
-            "cuda": torch.version.cuda,
-        }
+
+def describe_gpu(device: torch.device) -> dict[str, str | None]:
+    """A GPU's name and what drives it."""
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "driver": _driver_version(),
+        "cuda": torch.version.cuda,
+    }
 
 
-def driver_version() -> str | None:
+def _driver_version() -> str | None:
     """The GPU driver's version; None where its tool is missing or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alpamayo_dflash.draft.blocks import Proposal
+from alpamayo_dflash.draft.blocks import DraftLogits
 from alpamayo_dflash.draft.config import DraftConfig
 from alpamayo_dflash.target.qwen3_fused import FusedDecoder, FusedLayer
 from alpamayo_dflash.target.weights import Linear, padded
 
 
-class Texts(Protocol):
+class DraftState(Protocol):
     """What of the decoder's state the draft reads, int64 on the device."""
 
     tokens: Tensor
@@ -69,7 +69,7 @@ class BoundDraft(Protocol):
 
 
 @dataclass(frozen=True)
-class Places:
+class DraftPlaces:
     """Where a round's rows stand: first those of the new features, then those of the block, sample by sample.
 
     Attributes:
@@ -87,7 +87,9 @@ class Places:
     seen: Tensor
 
 
-def places(state: Texts, first_1: Tensor, *, block: int, context: int, window: int, slots: int) -> Places:
+def places(
+    state: DraftState, first_1: Tensor, *, block: int, context: int, window: int, slots: int
+) -> DraftPlaces:
     """The plain form of what a round begins with.
 
     Args:
@@ -110,7 +112,7 @@ def places(state: Texts, first_1: Tensor, *, block: int, context: int, window: i
     number = torch.where(numbers < 0, numbers, numbers - state.bases[:, None])
     oldest = torch.maximum(anchor - window, first_1)
     seen = (number >= oldest) & (number < anchor + block) & ((numbers < 0) | (number >= 0))
-    return Places(
+    return DraftPlaces(
         state.tokens.gather(1, anchor)[:, 0],
         torch.cat((kept.flatten(), (bases + own).flatten())),
         torch.cat((fresh.flatten(), own.flatten())) + context,
@@ -119,7 +121,7 @@ def places(state: Texts, first_1: Tensor, *, block: int, context: int, window: i
     )
 
 
-class FastDraft:
+class FusedDraft:
     """A draft bound to a target, for one shape. It is called as `decode.proposer.StaticBlock`.
 
     Args:
@@ -159,7 +161,7 @@ class FastDraft:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
-        self._places = Places(
+        self._places = DraftPlaces(
             zeros(samples),
             zeros(2 * rows),
             zeros(2 * rows),
@@ -187,7 +189,7 @@ class FastDraft:
         for index, layer in enumerate(self._decoder.layers):
             self._store(index, layer, features, rotary, entries)
 
-    def __call__(self, state: Texts) -> Proposal:
+    def __call__(self, state: DraftState) -> DraftLogits:
         """Predict the masks of one block for each sample."""
         from alpamayo_dflash.kernels.attention import attend
         from alpamayo_dflash.kernels.rows import add_norm
@@ -208,9 +210,9 @@ class FastDraft:
         # The block's normed input lands behind the new features, and one product serves both.
         normed = self._decoder(self._tokens.flatten(0, 1), attention, inputs_RC=self._inputs[rows:])
         logits = self._head(normed.index_select(0, self._predicting))
-        return Proposal(logits.view(-1, self._block - 1, logits.shape[-1]), self._draft.token_ids)
+        return DraftLogits(logits.view(-1, self._block - 1, logits.shape[-1]), self._draft.token_ids)
 
-    def _placed(self, state: Texts) -> Places:
+    def _placed(self, state: DraftState) -> DraftPlaces:
         """`places` by one kernel."""
         import triton
 

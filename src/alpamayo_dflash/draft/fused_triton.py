@@ -1,4 +1,4 @@
-"""`FastDraft`'s bookkeeping of one round as one kernel, where PyTorch takes thirty launches.
+"""`FusedDraft`'s bookkeeping of one round as one kernel, where PyTorch takes thirty launches.
 
 Shapes: S sample, b block, X context, T slots a sample.
 """

@@ -21,7 +21,7 @@ from alpamayo_dflash.decode.verify import Prefilled
 from alpamayo_dflash.evaluate.config import ARMS, EvaluateConfig
 from alpamayo_dflash.evaluate.near_ties import Loop, parting
 from alpamayo_dflash.evaluate.reference import generate
-from alpamayo_dflash.evaluate.rows import Acceptance, ArmRow
+from alpamayo_dflash.evaluate.rows import AcceptanceRow, ArmRow
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
 
@@ -188,7 +188,7 @@ def arm_row(prefill_ms: float, decode_ms: float, action_ms: float, token_ids: li
     }
 
 
-def acceptance_of(result: Result) -> Acceptance:
+def acceptance_of(result: Result) -> AcceptanceRow:
     """The counts of a speculative run that are pooled over clips."""
     return {
         "tokens_after_first": result.emitted,

@@ -70,7 +70,7 @@ def words_given(tree: frozenset[tuple[str, ...]], sentence: Sequence[str]) -> in
     return given
 
 
-def measure(
+def hardness(
     texts: Sequence[str], token_counts: Sequence[int], pairs: Sequence[tuple[str, str]]
 ) -> dict[str, float]:
     """Measure one sampled text for each of many clips.
@@ -116,7 +116,7 @@ def violations(figures: Mapping[str, float]) -> list[str]:
     """Name every figure that lies outside its bounds.
 
     Args:
-        figures: as `measure` returns them.
+        figures: as `hardness` returns them.
 
     Returns:
         One line for each, with the figure's name, its value and its bounds; empty where all is well.
@@ -126,7 +126,7 @@ def violations(figures: Mapping[str, float]) -> list[str]:
     """
     missing = sorted(BOUNDS.keys() - figures.keys())
     if missing:
-        raise ValueError(f"figures lack {', '.join(missing)}; `measure` gives them all")
+        raise ValueError(f"figures lack {', '.join(missing)}; `hardness` gives them all")
     return [
         f"{name} is {figures[name]:.3f}, should be between {low:.2f} and {high:.2f}"
         for name, (low, high) in BOUNDS.items()
@@ -149,7 +149,7 @@ def figures_of(responses: Sequence[Sequence[tuple[str, int]]]) -> dict[str, floa
     """
     firsts = [samples[0] for samples in responses]
     pairs = [(samples[0][0], samples[1][0]) for samples in responses if len(samples) > 1]
-    figures = measure([text for text, _ in firsts], [tokens for _, tokens in firsts], pairs)
+    figures = hardness([text for text, _ in firsts], [tokens for _, tokens in firsts], pairs)
     return {name: round(value, 4) for name, value in figures.items()}
 
 

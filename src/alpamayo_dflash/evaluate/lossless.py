@@ -138,7 +138,7 @@ def difference(expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
     return "none"
 
 
-def summarise(rows: Sequence[LosslessRow], drafts: Sequence[NamedDraft]) -> dict[str, Any]:
+def lossless_summary(rows: Sequence[LosslessRow], drafts: Sequence[NamedDraft]) -> dict[str, Any]:
     """Counts over clips; `passed` says whether all outputs were equal on all clips."""
     of = len(rows)
     tables = []
@@ -188,7 +188,7 @@ def run(config: LosslessConfig) -> dict[str, Any]:
         if clip_id not in store:
             prompt = target.prompt(clip_source.window(clip_id, config.t0_us))
             store.add(checker.check(clip_id, prompt))
-    result = summarise(store.rows(), drafts)
+    result = lossless_summary(store.rows(), drafts)
     settings = {"temperature": config.temperature, "top_p": config.top_p, "dtype": "float32"}
     made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
     write_json(config.out, result | {"settings": settings, "provenance": made})

@@ -157,7 +157,9 @@ def parts_summary(rows: Sequence[ClipRow]) -> dict[str, Any] | None:
     }
 
 
-def summarise(rows: Sequence[ClipRow], failures: Sequence[Failure], attempted: int) -> dict[str, Any]:
+def evaluation_summary(
+    rows: Sequence[ClipRow], failures: Sequence[Failure], attempted: int
+) -> dict[str, Any]:
     """The evaluation's JSON object, from its rows.
 
     Raises:

@@ -77,7 +77,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     store: RowStore[ClipRow] = RowStore(config.output_dir / ROWS, head)
     failures = _evaluate_clips(arms, source, clip_ids, store, console)
     rows = store.rows()
-    result = metrics.summarise(rows, failures, attempted=len(clip_ids)) | _settings(arms)
+    result = metrics.evaluation_summary(rows, failures, attempted=len(clip_ids)) | _settings(arms)
     made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
     write_json(config.output_dir / RESULT, result | {"head": head, "provenance": made, "clip_rows": rows})
     if not failures:  # else a later run does these clips again, and only these

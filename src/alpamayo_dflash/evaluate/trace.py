@@ -29,7 +29,7 @@ def piece_of(tokenizer: Tokenizer) -> Callable[[int], str]:
     return piece
 
 
-def render(sample: SampleTrace, index: int, piece: Callable[[int], str]) -> Text:
+def round_line(sample: SampleTrace, index: int, piece: Callable[[int], str]) -> Text:
     """One sample's part of a round in one line.
 
     Accepted tokens carry a plus sign and are green, rejected ones a minus sign and are red, and what the
@@ -68,7 +68,7 @@ class RoundPrinter(Observer):
     def on_round(self, trace: RoundTrace) -> None:
         """Print one line a sample."""
         for sample in trace.samples:
-            self._print(render(sample, trace.index, self._piece))
+            self._print(round_line(sample, trace.index, self._piece))
 
     def _print(self, line: Text) -> None:
         self._console.print(line, soft_wrap=True)

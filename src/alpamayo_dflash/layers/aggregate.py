@@ -11,7 +11,7 @@ from typing import Any
 from alpamayo_dflash.common.artefacts import file_hash, provenance, read_json, write_json
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import require_same
-from alpamayo_dflash.layers.choice import CHOICE_FILE, RULE, choose, progress, reasons
+from alpamayo_dflash.layers.choice import CHOICE_FILE, RULE, choose_taps, progress, reasons
 from alpamayo_dflash.layers.config import LayersConfig
 from alpamayo_dflash.layers.score import Scores
 
@@ -102,7 +102,7 @@ def aggregate(config: LayersConfig, world_size: int | None) -> dict[str, Any]:
     if unscored:
         raise ValueError(f"layers {unscored} were not scored; scored are {sorted(early_exit_ce)}")
     progress_of = progress(cosine, early_exit_ce, candidates)
-    taps = choose(progress_of, config.num_target_layers)
+    taps = choose_taps(progress_of, config.num_target_layers)
     content = {
         "target_layers": list(taps),
         "num_target_layers": num_layers,

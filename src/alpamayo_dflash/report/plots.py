@@ -35,7 +35,7 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=120, format="png")
 
 
-def times(result: Mapping[str, Any], path: Path) -> None:
+def plot_times(result: Mapping[str, Any], path: Path) -> None:
     """Bars of each arm's median prefill, decode and action time."""
     figure, axes = _figure("Time of a clip (medians)")
     arms = list(result["arms"])[::-1]
@@ -49,7 +49,7 @@ def times(result: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def decode_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_decode_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Decode time of each clip against its number of tokens, one colour an arm."""
     figure, axes = _figure("Decode time of each clip", height=3.8)
     colours = {"transformers": _PURPLE, "autoregressive": _BLUE, "dflash": _VERMILION}
@@ -64,7 +64,7 @@ def decode_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def acceptance(rows: Sequence[Mapping[str, Any]], pooled: float, path: Path) -> None:
+def plot_acceptance(rows: Sequence[Mapping[str, Any]], pooled: float, path: Path) -> None:
     """Histogram of the clips' own acceptance lengths, with the pooled one marked."""
     figure, axes = _figure("Acceptance length of each clip")
     found = [row["acceptance"] for row in rows if row["acceptance"]["passes"]]
@@ -83,7 +83,7 @@ def acceptance(rows: Sequence[Mapping[str, Any]], pooled: float, path: Path) -> 
     _save(figure, path)
 
 
-def speedup(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_speedup(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Histograms of each clip's decode speed-up against the two other arms."""
     figure, axes = _figure("Decode speed-up of each clip")
     for arm, colour in (("autoregressive", _BLUE), ("transformers", _PURPLE)):
@@ -97,7 +97,7 @@ def speedup(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def parts(result: Mapping[str, Any], path: Path) -> None:
+def plot_parts(result: Mapping[str, Any], path: Path) -> None:
     """Bars of decode's parts."""
     figure, axes = _figure("Where decode's time goes", height=2.6)
     found = result["decode_parts"]
@@ -108,7 +108,7 @@ def parts(result: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def training(result: Mapping[str, Any], path: Path) -> None:
+def plot_training(result: Mapping[str, Any], path: Path) -> None:
     """The draft's simulated acceptance length on validation clips as it was trained."""
     figure, axes = _figure("The draft's training")
     entries = result["training"]["evaluations"]
@@ -138,17 +138,17 @@ def all_plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
         drawn.append(folder / f"{name}.png")
         return drawn[-1]
 
-    times(result, add("times"))
+    plot_times(result, add("times"))
     if rows:
-        decode_by_length(rows, add("decode_by_length"))
+        plot_decode_by_length(rows, add("decode_by_length"))
         if result["acceptance_length"] is not None:
-            acceptance(rows, result["acceptance_length"], add("acceptance"))
+            plot_acceptance(rows, result["acceptance_length"], add("acceptance"))
         if len(rows[0]["arms"]) > 1:
-            speedup(rows, add("speedup"))
+            plot_speedup(rows, add("speedup"))
     if result.get("decode_parts"):
-        parts(result, add("decode_parts"))
+        plot_parts(result, add("decode_parts"))
     if result.get("training"):
-        training(result, add("training"))
+        plot_training(result, add("training"))
     return drawn
 
 

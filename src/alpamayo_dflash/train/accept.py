@@ -24,7 +24,7 @@ _BATCH = 256
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class SimulatedAcceptance:
     """Counts of a simulated decoding; they add up over responses and processes.
 
     Attributes:
@@ -46,7 +46,7 @@ def accepted_prefix(predicted_SB: Tensor, labels_SB: Tensor, labelled_SB: Tensor
     return ((predicted_SB == labels_SB) & labelled_SB).long().cumprod(dim=1).sum(dim=1)
 
 
-def walk(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> Acceptance:
+def walk_responses(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> SimulatedAcceptance:
     """Walk through responses.
 
     Args:
@@ -62,13 +62,13 @@ def walk(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> Acceptance:
             position[few] += accepted(Blocks(few, position[few])) + 1
         passes += len(responses)
     # A block never passes the end: only labels are accepted, and the target's token behind the last is none.
-    return Acceptance(tokens=int(last.clamp_min(0).sum()), passes=passes)
+    return SimulatedAcceptance(tokens=int(last.clamp_min(0).sum()), passes=passes)
 
 
 @torch.no_grad()
 def simulate(
     draft: DFlashDraft, data: BlockData, masked_ids: range, responses: Tensor | None = None
-) -> Acceptance:
+) -> SimulatedAcceptance:
     """Simulated acceptance of a bound draft.
 
     Args:
@@ -92,6 +92,6 @@ def simulate(
 
     was_training = draft.training
     draft.eval()
-    counts = walk(data.lengths[responses], accepted)
+    counts = walk_responses(data.lengths[responses], accepted)
     draft.train(was_training)
     return counts

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.config import TrainConfig, decay_gamma
-from alpamayo_dflash.train.data import Batch
+from alpamayo_dflash.train.data import BlockBatch
 
 CHUNK_ELEMENTS = 1 << 26
 """Vocabulary logits computed at once: 256 MiB in float32."""
@@ -150,7 +150,7 @@ class BlockLoss(nn.Module):
         gamma = decay_gamma(block_size, config.prefix_weight_gamma)
         self._decay_B = decay_weights(block_size - 1, gamma)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: BlockBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted sums over the batch's label rows.
 
         Labels that a reduced head has no row for get no weight in CE, and rows of which it keeps none of the

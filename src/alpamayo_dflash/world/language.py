@@ -126,7 +126,7 @@ def _table(facts: Facts, soften: float) -> tuple[tuple[str, ...], npt.NDArray[np
     return tuple(softened), np.fromiter(softened.values(), dtype=np.float64)
 
 
-def distribution(facts: Facts, *, soften: float = 1.0) -> dict[str, float]:
+def coc_distribution(facts: Facts, *, soften: float = 1.0) -> dict[str, float]:
     """Every text that the grammar has for some facts, with its probability.
 
     Args:
