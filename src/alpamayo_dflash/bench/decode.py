@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 from alpamayo_dflash.bench.clocks import RoundClock, ceilings, graph_ms, wall_ms
 from alpamayo_dflash.bench.figures import SIX
@@ -82,8 +83,6 @@ def _shapes(bench: Bench) -> dict[str, Any]:
 
 def _prompts(bench: Bench) -> dict[str, dict[str, list[float]]]:
     """Vision, and the language model's pass over the prompt, by arm."""
-    from transformers import DynamicCache
-
     config, target, prompt = bench.config, bench.target, bench.prompt
     verifier, embeddings = bench.decoder(None).verifier, target.embed(prompt)
     text, visual = target.vlm.model.language_model, target.vlm.model.visual

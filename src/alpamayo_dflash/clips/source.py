@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.progress import track
 
 from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, chunk_file, find_snapshot
 from alpamayo_dflash.clips.config import DEFAULT_T0_US
@@ -345,9 +347,6 @@ def progressing_windows(
     Yields:
         clip id, and its window or why it could not be read.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     if not clip_ids:
         return
     windows = iterate_windows(source, clip_ids, t0_us)

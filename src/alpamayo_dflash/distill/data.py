@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import file_hash
 from alpamayo_dflash.distill.shards import (
@@ -17,10 +20,6 @@ from alpamayo_dflash.distill.shards import (
     shard_path,
     table_path,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 _OPEN_SHARDS = 32
 
@@ -79,8 +78,6 @@ class DistillData:
         Raises:
             ValueError: the shard is missing or corrupt; the message names the file.
         """
-        from safetensors import SafetensorError
-
         path = shard_path(self.folder, sample.shard)
         try:
             file = self._open(path)
@@ -111,8 +108,6 @@ class DistillData:
 
     def _open(self, path: Path) -> Any:
         """Open a shard, or take it from the few kept open."""
-        from safetensors import safe_open
-
         if path.name not in self._files:
             if path.name not in self._sound:
                 self._check_content(path)

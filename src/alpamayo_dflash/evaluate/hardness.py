@@ -17,6 +17,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.progress import track
+
 from alpamayo_dflash.clips.lists import chosen_clips
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import Window
@@ -175,9 +178,6 @@ def run(config: MeasureWorldConfig) -> dict[str, Any]:
     Raises:
         ValueError: the target or the clips are missing.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     started = time.time()
     name = config.alpamayo_model or str(checkpoint_path())
     target, target_hash = open_target(name, device=config.device, dtype="float32")

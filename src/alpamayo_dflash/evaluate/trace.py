@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.text import Text
+from tokenizers import Tokenizer
 
 from alpamayo_dflash.decode.observer import Observer, RoundTrace, SampleTrace
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from tokenizers import Tokenizer
-
 
 LEGEND = Text.assemble(
     "each pass: ", ("+accepted", "green"), " ", ("-rejected", "red"), " ", ("=the target's own", "bold cyan")

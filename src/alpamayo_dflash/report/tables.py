@@ -5,11 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as RichTable
 
 ARM_NAMES = {
     "transformers": "transformers",
@@ -59,9 +58,6 @@ class Table:
 
     def rich(self) -> RichTable:
         """The table for a console."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table as RichTable
-
         table = RichTable(title=self.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, name in enumerate(self.header):
             table.add_column(name, justify="right" if number else "left")

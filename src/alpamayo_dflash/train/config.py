@@ -14,7 +14,7 @@ from alpamayo_dflash.common.options import (
     check_range,
     parse_layers,
 )
-from alpamayo_dflash.distill.shards import DEFAULT_HELD_OUT
+from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT
 
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_NUM_LAYERS = 5

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from scipy.spatial.transform import Rotation
 
 from alpamayo_dflash.clips.cache import EGOMOTION, chunk_file
 from alpamayo_dflash.clips.config import DEFAULT_T0_US
@@ -94,8 +95,6 @@ def encode_video(pictures: npt.NDArray[np.uint8]) -> bytes:
 
 def motion_columns(scene: Scene) -> dict[str, npt.NDArray[np.generic]]:
     """The ego motion of a clip, by the dataset's columns, in the clip's own frame."""
-    from scipy.spatial.transform import Rotation
-
     track = scene.track
     first, last = (track.index(time) for time in _MOTION_SPAN_S)
     rows = slice(first, last + 1, _MOTION_STRIDE)
