@@ -60,9 +60,9 @@ def run(config: BenchKernelsConfig) -> dict[str, Any]:
     return {"medians": found, "out": str(config.out)}
 
 
-def weight_shapes(shape: TargetShape | None = None) -> dict[str, tuple[int, int]]:
+def weight_shapes() -> dict[str, tuple[int, int]]:
     """[N, I] of a layer's fused weights and of the padded head."""
-    shape = shape or TargetShape()
+    shape = TargetShape()
     heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {
         "qkv": (heads + 2 * kv, shape.hidden),

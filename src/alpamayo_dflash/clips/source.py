@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import zipfile
 import zlib
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from alpamayo_dflash.clips.window import (
     Window,
     check_cameras,
 )
+from alpamayo_dflash.common.ahead import read_ahead
 from alpamayo_dflash.common.options import check_positive
 
 _STEP_US = round(STEP_S * 1e6)
@@ -285,9 +283,6 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-_AHEAD_PER_WORKER = 2
-
-
 def iterate_windows(
     source: ClipSource, clip_ids: Sequence[str], t0_us: int = DEFAULT_T0_US, workers: int = 1
 ) -> Iterator[tuple[str, Window | ClipError]]:
@@ -307,30 +302,14 @@ def iterate_windows(
     if not clip_ids:
         raise ValueError("the list of clips is empty")
     check_positive(workers=workers)
-    return _windows(source, clip_ids, t0_us, workers)
 
-
-def _windows(
-    source: ClipSource, clip_ids: Sequence[str], t0_us: int, workers: int
-) -> Iterator[tuple[str, Window | ClipError]]:
-    def read(clip_id: str) -> Window | ClipError:
+    def read(clip_id: str) -> tuple[str, Window | ClipError]:
         try:
-            return source.window(clip_id, t0_us)
+            return clip_id, source.window(clip_id, t0_us)
         except ClipError as error:
-            return error
+            return clip_id, error
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="clips")
-    waiting: deque[tuple[str, Future[Window | ClipError]]] = deque()
-    remaining = iter(clip_ids)
-    try:
-        waiting.extend((c, pool.submit(read, c)) for c in islice(remaining, workers * _AHEAD_PER_WORKER))
-        while waiting:
-            clip_id, result = waiting.popleft()
-            window = result.result()
-            waiting.extend((c, pool.submit(read, c)) for c in islice(remaining, 1))
-            yield clip_id, window
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return read_ahead(clip_ids, read, workers)
 
 
 def progressing_windows(

@@ -40,7 +40,8 @@ def run(config: DistillConfig) -> dict[str, Any]:
     started = time.time()
     rank, world_size = share_of(config.rank, config.world_size)
     source = ClipSource(config.cache_dir)
-    clip_ids = source.clip_ids(_chunks(config, source))
+    chunks = config.chunk_numbers(source.chunks()) if config.chunks is None else parse_chunks(config.chunks)
+    clip_ids = source.clip_ids(chunks)
     target, target_hash = load_target(
         config.model_path,
         dtype=config.target_dtype,
@@ -83,13 +84,6 @@ def run(config: DistillConfig) -> dict[str, Any]:
     }
 
 
-def _chunks(config: DistillConfig, source: ClipSource) -> list[int] | None:
-    """The chunks asked for; None for all."""
-    if config.chunks is not None:
-        return parse_chunks(config.chunks)
-    return config.chunk_numbers(source.chunks())
-
-
 def _layers_parent(config: DistillConfig) -> dict[str, str]:
     """The hash of the choice of layers, where one was read."""
     if config.layers_file is None:
@@ -124,11 +118,8 @@ def data_settings(
         "target_dtype": target_dtype,
         "dtype": config.dtype or target_dtype,
     }
-    for key in ("context_len", "full_vocab", "samples_per_clip", "temperature", "top_p", "max_tokens"):
-        settings[key] = getattr(config, key)
-    for key in ("shard_size", "seed", "t0_us"):
-        settings[key] = getattr(config, key)
-    return settings
+    sampled = ("context_len", "full_vocab", "samples_per_clip", "temperature", "top_p", "max_tokens")
+    return settings | {key: getattr(config, key) for key in (*sampled, "shard_size", "seed", "t0_us")}
 
 
 def estimated_bytes(settings: dict[str, Any], num_clips: int) -> int:

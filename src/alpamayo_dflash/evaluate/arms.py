@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from alpamayo_dflash.decode.proposer import Proposer
 from alpamayo_dflash.decode.verify import Prefilled
 from alpamayo_dflash.evaluate.config import ARMS, EvaluateConfig
 from alpamayo_dflash.evaluate.near_ties import Loop, parting
-from alpamayo_dflash.evaluate.reference import generate
+from alpamayo_dflash.evaluate.reference import generate, greedy_tokens
 from alpamayo_dflash.evaluate.rows import AcceptanceRow, ArmRow
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
@@ -82,19 +83,11 @@ class Arms:
         Raises:
             ValueError: the loop has read another prompt, or none.
         """
-        config = self.config
         prefilled = self._read.get(arm)
         if prefilled is None or prefilled.prompt.key != prompt.key:
             raise ValueError(f"the {arm} loop has not read {prompt.key}")
         return self._decoders[arm].generate(
-            prefilled,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            num_traj_samples=config.num_traj_samples,
-            seed=config.seed,
-            max_new_tokens=config.max_tokens,
-            observer=observer,
-            trajectories=False,
+            prefilled, **self._options(sampling), observer=observer, trajectories=False
         )
 
     def near_ties(
@@ -128,44 +121,32 @@ class Arms:
 
     def transformers_greedy(self, prompt: Prompt) -> list[list[int]]:
         """The greedy tokens of transformers, one sample."""
-        return generate(
-            self.target,
-            prompt,
-            temperature=0.0,
-            top_p=1.0,
-            num_traj_samples=1,
-            max_new_tokens=self.config.max_tokens,
-            seed=self.config.seed,
-        ).token_ids
+        return greedy_tokens(self.target, prompt, max_new_tokens=self.config.max_tokens)
+
+    def _options(self, sampling: Sampling) -> dict[str, Any]:
+        """What every arm's `generate` takes."""
+        config = self.config
+        return {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "num_traj_samples": config.num_traj_samples,
+            "seed": config.seed,
+            "max_new_tokens": config.max_tokens,
+        }
 
     def _loop(self, arm: str, prompt: Prompt) -> Run:
-        config, decoder = self.config, self._decoders[arm]
+        decoder = self._decoders[arm]
         start = self._clock.now_ms()
         prefilled = self._read[arm] = decoder.prefill(prompt)
         prefill_ms = self._clock.now_ms() - start
-        result = decoder.generate(
-            prefilled,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            num_traj_samples=config.num_traj_samples,
-            seed=config.seed,
-            max_new_tokens=config.max_tokens,
-        )
+        result = decoder.generate(prefilled, **self._options(self.config.sampling))
         assert result.pred_xyz is not None, "trajectories were asked for"
         times = arm_row(prefill_ms, result.timings.decode_ms, result.timings.action_ms, result.token_ids)
         return Run(result.token_ids, result.coc, result.pred_xyz, times, result)
 
     def _transformers(self, prompt: Prompt) -> Run:
         config, target = self.config, self.target
-        given = generate(
-            target,
-            prompt,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            num_traj_samples=config.num_traj_samples,
-            max_new_tokens=config.max_tokens,
-            seed=config.seed,
-        )
+        given = generate(target, prompt, **self._options(config.sampling))
         start = self._clock.now_ms()
         samples = range(config.num_traj_samples)
         noise = flow_noise(config.seed, prompt.key, samples, target.n_waypoints, device=target.device)

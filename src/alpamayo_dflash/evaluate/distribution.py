@@ -97,17 +97,17 @@ def frequency_test(series: str, found: Sequence[Sequence[Text]], joint: Mapping[
     return Test(f"joint frequencies, {series}", fit.p_value, detail)
 
 
-def contingency(pairs: Sequence[tuple[Any, Any]], least: float = 5.0) -> tuple[float, int, float]:
+def contingency(pairs: Sequence[tuple[Any, Any]]) -> tuple[float, int, float]:
     """Pearson's chi-square test of independence of two categories.
 
-    Categories whose smallest expected cell would be below `least` are pooled into one.
+    Categories whose smallest expected cell would be below five are pooled into one.
 
     Returns:
         The statistic, its degrees of freedom and its p-value; a p-value of 1 where fewer than two categories
         are left on a side.
     """
     total = len(pairs)
-    threshold = math.sqrt(least * total)
+    threshold = math.sqrt(_LEAST_EXPECTED * total)
     left, right = (_pooled([pair[side] for pair in pairs], threshold) for side in (0, 1))
     rows, columns, cells = Counter(left), Counter(right), Counter(zip(left, right, strict=True))
     statistic = 0.0
@@ -327,43 +327,6 @@ def _next_logits(verifier: Verifier, prefilled: Prefilled, texts: Sequence[Text]
     return torch.cat(parts) if parts else prefilled.logits_V.new_zeros(0, len(prefilled.logits_V))
 
 
-def count_texts(
-    decoder: SpeculativeDecoder,
-    prefilled: Prefilled,
-    depth: int,
-    sampling: Sampling,
-    seeds: Iterable[int],
-    *,
-    num_traj_samples: int = 1,
-    max_new_tokens: int | None = None,
-) -> Counter[Text]:
-    """Decode behind one prompt with many seeds and count the first `depth` tokens of every sample.
-
-    Args:
-        decoder: with or without a draft; has read the prompt.
-        prefilled: the prompt.
-        depth: how many tokens count.
-        sampling: temperature and top_p.
-        seeds: each is one decode.
-        num_traj_samples: samples a decode; all of them count.
-        max_new_tokens: how far each text is written; None writes no more than count. A few more let a
-            draft's proposals run past the counted tokens, as they do in use.
-    """
-    counts: Counter[Text] = Counter()
-    for seed in seeds:
-        result = decoder.generate(
-            prefilled,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            num_traj_samples=num_traj_samples,
-            seed=seed,
-            max_new_tokens=max_new_tokens or depth,
-            trajectories=False,
-        )
-        counts.update(tuple(tokens[:depth]) for tokens in result.token_ids)
-    return counts
-
-
 def chi_square(counts: Mapping[Text, int], joint: Mapping[Text, float]) -> ChiSquare:
     """Test counts against a distribution.
 
@@ -394,8 +357,7 @@ def chi_square(counts: Mapping[Text, int], joint: Mapping[Text, float]) -> ChiSq
     degrees = len(pairs) - 1
     if _is_complete(joint) and not counts.keys() <= joint.keys():
         return ChiSquare(statistic, degrees, 0.0, draws)
-    upper = torch.special.gammaincc(torch.tensor(degrees / 2).double(), torch.tensor(statistic / 2).double())
-    return ChiSquare(statistic, degrees, float(upper), draws)
+    return ChiSquare(statistic, degrees, upper_tail(statistic, degrees), draws)
 
 
 def _is_complete(joint: Mapping[Text, float]) -> bool:

@@ -20,7 +20,7 @@ from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.arms import acceptance_of
 from alpamayo_dflash.evaluate.config import LosslessConfig
-from alpamayo_dflash.evaluate.reference import generate
+from alpamayo_dflash.evaluate.reference import greedy_tokens
 from alpamayo_dflash.evaluate.rows import LosslessRow, RowStore
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 from alpamayo_dflash.target.prompt import Prompt
@@ -84,15 +84,7 @@ class Checker:
     def check(self, clip_id: str, prompt: Prompt) -> LosslessRow:
         """Compare all outputs on one clip."""
         expected = self._decode(self._plain, prompt)
-        reference = generate(
-            self.target,
-            prompt,
-            temperature=0.0,
-            top_p=1.0,
-            num_traj_samples=1,
-            max_new_tokens=self.config.max_tokens,
-            seed=self.config.seed,
-        ).token_ids
+        reference = greedy_tokens(self.target, prompt, max_new_tokens=self.config.max_tokens)
         found = {name: self._decode(decoder, prompt) for name, decoder in self._speculative.items()}
         pairs = [("transformers, greedy", expected["greedy"].token_ids, reference)]
         for name, results in found.items():

@@ -26,8 +26,8 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def _rounded(values: Sequence[float], digits: int = 3) -> list[float]:
-    return [round(value, digits) for value in values]
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 3) for value in values]
 
 
 def arm_summary(rows: Sequence[ClipRow], arm: str) -> dict[str, Any]:
@@ -50,12 +50,12 @@ def arm_summary(rows: Sequence[ClipRow], arm: str) -> dict[str, Any]:
     return summary
 
 
-def speedup(rows: Sequence[ClipRow], time: str, slow: str, fast: str = "dflash") -> list[float]:
-    """Quartiles over clips of the paired ratio of one arm's time to another's.
+def speedup(rows: Sequence[ClipRow], time: str, slow: str) -> list[float]:
+    """Quartiles over clips of the paired ratio of one arm's time to the speculative one's.
 
-    A clip on which the fast arm took no time at all (a CoC of one token) is left out.
+    A clip on which the latter took no time at all (a CoC of one token) is left out.
     """
-    pairs = [(row["arms"][slow], row["arms"][fast]) for row in rows]
+    pairs = [(row["arms"][slow], row["arms"]["dflash"]) for row in rows]
     ratios = [one[time] / other[time] for one, other in pairs if other[time] > 0]  # type: ignore[literal-required]
     return _rounded(quartiles(ratios))
 

@@ -121,10 +121,16 @@ def generate(
     token_ids = [cut(row, target) for row in output.sequences[:, len(prompt) :].tolist()]
     return Generated(
         token_ids=token_ids,
-        prefix=action_prefix(output.past_key_values, token_ids, prompt, target),
+        prefix=action_prefix(output.past_key_values, token_ids, prompt),
         prefill_ms=mask.first_logits_at - started,
         decode_ms=ended - mask.first_logits_at,
     )
+
+
+def greedy_tokens(target: Alpamayo, prompt: Prompt, *, max_new_tokens: int) -> list[list[int]]:
+    """The greedy tokens of transformers, one sample."""
+    options: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "num_traj_samples": 1, "seed": 0}
+    return generate(target, prompt, max_new_tokens=max_new_tokens, **options).token_ids
 
 
 def cut(token_ids: list[int], target: Alpamayo) -> list[int]:
@@ -134,7 +140,7 @@ def cut(token_ids: list[int], target: Alpamayo) -> list[int]:
     return token_ids[: end + 1]
 
 
-def action_prefix(cache: Any, token_ids: list[list[int]], prompt: Prompt, target: Alpamayo) -> ActionPrefix:
+def action_prefix(cache: Any, token_ids: list[list[int]], prompt: Prompt) -> ActionPrefix:
     """The cache of `generate` in the expert's form (specification 7 and 8.2).
 
     The offset counts tokens through `<|traj_future_start|>`; a sample that lacks it has the sequence's

@@ -58,7 +58,7 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
     assert config.model_path is not None
     assert config.cache_dir is not None
     source = ClipSource(config.cache_dir)
-    clip_ids = source.clip_ids(None if config.chunks is None else parse_chunks(config.chunks))
+    clip_ids = source.clip_ids(parse_chunks(config.chunks))
     target, target_hash = load_target(
         config.model_path,
         dtype=config.dtype,
@@ -117,9 +117,8 @@ def scoring_settings(
         "layers": sorted({*candidates, last}),
         "dtype": str(target.dtype).removeprefix("torch."),
     }
-    for key in ("num_samples", "seed", "t0_us", "temperature", "top_p", "max_tokens"):
-        settings[key] = getattr(config, key)
-    return settings
+    sampled = ("num_samples", "seed", "t0_us", "temperature", "top_p", "max_tokens")
+    return settings | {key: getattr(config, key) for key in sampled}
 
 
 @dataclass

@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 
 
-def _figure(title: str, width: float = 7.0, height: float = 3.2) -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _canvas(height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    return Figure(figsize=(7.0, height), layout="constrained")
+
+
+def _figure(title: str, height: float = 3.2) -> tuple[Figure, Axes]:
+    figure = _canvas(height)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
@@ -159,14 +161,11 @@ def plot_scores(content: Mapping[str, Any], path: Path) -> None:
         content: what `layers.json` holds.
         path: the PNG to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     ce = {int(layer): value for layer, value in content["early_exit_ce"].items()}
     layers = sorted(ce)
-    figure = Figure(figsize=(7, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _canvas(5.5)
     above, below = figure.subplots(2, 1, sharex=True)
     above.plot(range(len(content["cosine"])), content["cosine"], marker="o", color="tab:blue")
     above.set_ylabel("cosine to the last layer")
@@ -179,5 +178,4 @@ def plot_scores(content: Mapping[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
         for tap in content["target_layers"]:
             axes.axvline(tap, color="tab:green", linestyle="--", linewidth=1)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    _save(figure, path)

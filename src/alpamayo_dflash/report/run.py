@@ -70,9 +70,9 @@ def _inline(plot: Path) -> str:
     return f'<p><img alt="{plot.stem}" src="data:image/png;base64,{data}"></p>'
 
 
-def _examples(result: Mapping[str, Any], count: int = 10) -> str:
+def _examples(result: Mapping[str, Any]) -> str:
     """The first clips' CoCs."""
-    rows = result.get("clip_rows", [])[:count]
+    rows = result.get("clip_rows", [])[:10]
     items = "\n".join(f"<li>{html.escape(row['coc'][0])}</li>" for row in rows if row["coc"])
     return f"<h2>First CoCs</h2>\n<ul>\n{items}\n</ul>" if items else ""
 

@@ -11,11 +11,9 @@ N all blocks.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +22,6 @@ from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import DistillSample, is_held_out
 from alpamayo_dflash.draft.blocks import anchors, context_slots, label_positions
 from alpamayo_dflash.draft.config import DraftConfig
-
-_Item = TypeVar("_Item")
-_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -295,7 +290,7 @@ class BlockData:
 
 
 def _starts(sizes: Sequence[int]) -> Tensor:
-    """Where each of several runs begins when they are put one behind the other."""
+    """Where each of several runs begins when they are put one after the other."""
     counts = torch.tensor(sizes)
     return counts.cumsum(0) - counts
 
@@ -316,22 +311,3 @@ def step_share(num_blocks: int, steps: int, step: int, rank: int, world_size: in
     begin, end = num_blocks * step // steps, num_blocks * (step + 1) // steps
     size = end - begin
     return slice(begin + size * rank // world_size, begin + size * (rank + 1) // world_size)
-
-
-def read_ahead(items: Iterable[_Item], make: Callable[[_Item], _Made], threads: int) -> Iterator[_Made]:
-    """Yield make(item) in order, made by threads some items ahead; in line with no threads."""
-    if threads == 0:
-        yield from map(make, items)
-        return
-    waiting: deque[Future[_Made]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(make, item))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alpamayo_dflash.common.ahead import read_ahead
 from alpamayo_dflash.common.processes import Processes
 from alpamayo_dflash.common.progress import Monitor
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.accept import simulate
 from alpamayo_dflash.train.checkpoint import load_training, save_training
 from alpamayo_dflash.train.config import TrainConfig
-from alpamayo_dflash.train.data import BlockBatch, BlockData, Blocks, read_ahead, step_count, step_share
+from alpamayo_dflash.train.data import BlockBatch, BlockData, Blocks, step_count, step_share
 from alpamayo_dflash.train.loss import BlockLoss, ce_weight
 from alpamayo_dflash.train.optimizer import (
     MAX_GRADIENT_NORM,

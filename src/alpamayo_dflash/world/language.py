@@ -32,8 +32,6 @@ from alpamayo_dflash.world.facts import (
 )
 from alpamayo_dflash.world.grammar import GRAMMAR
 
-# fmt: on
-
 
 def all_facts() -> list[Facts]:
     """Every combination of facts that there is, in a fixed order."""
@@ -221,7 +219,6 @@ _CAUSES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (rf"\b(?:braking|slowing|decelerating) {_VEHICLE}\b", "lead vehicle"),
         (rf"\bparked {_VEHICLE}\b", "parked vehicle"),
         (rf"\b(?:stopped|stationary) {_VEHICLE}\b", "stopped vehicle"),
-        (rf"\b{_VEHICLE} (?:that is )?(?:stopped|stationary|blocking)\b", "stopped vehicle"),
         (rf"\b{_VEHICLE} (?:that is )?(?:stopped|stationary|blocking)\b", "stopped vehicle"),
         (r"\bred (?:straight )?(?:traffic light|light|signal)\b", "red light"),
         (r"\b(?:light|signal)\b[^,.]{0,40}\bred\b", "red light"),
