@@ -16,6 +16,10 @@ from typing import Self, TypeVar
 
 import torch
 
+_GIB = 2**30
+_SAMPLE_EVERY_S = 0.005
+_T = TypeVar("_T")
+
 
 def device_name(device: str) -> str:
     """A device's own name: the GPU's, or the processor's architecture and count of cores."""
@@ -41,11 +45,6 @@ class Clock:
         """Milliseconds from some moment on; only differences mean something."""
         self._wait()
         return time.perf_counter() * 1e3
-
-
-_GIB = 2**30
-_SAMPLE_EVERY_S = 0.005
-_T = TypeVar("_T")
 
 
 def host_memory() -> dict[str, int]:

@@ -41,6 +41,34 @@ class NamedDraft:
     draft: DFlashDraft
 
 
+def run(config: LosslessConfig) -> dict[str, Any]:
+    """Check every clip, or the rest of an interrupted check; write the counts.
+
+    Raises:
+        ValueError: bad input; the message names it.
+    """
+    started = time.time()
+    clip_source = ClipSource(config.cache_dir)
+    clip_ids = chosen_clips(clip_source, chunks=config.chunks, count=config.num_samples)
+    drafts = named_drafts(config)
+    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
+    checker = Checker(target, drafts, config)
+    parents = {"target": target_hash}
+    parents |= {f"draft-{number}": folder_hash(folder) for number, folder in enumerate(config.draft_models)}
+    head = {"config": to_plain(config), "parents": parents, "clips": clip_ids}
+    store: RowStore[LosslessRow] = RowStore(config.out.with_suffix(".rows.jsonl"), head)
+    for clip_id in track(clip_ids, "lossless", console=Console(file=sys.stderr)):
+        if clip_id not in store:
+            prompt = target.prompt(clip_source.window(clip_id, config.t0_us))
+            store.add(checker.check(clip_id, prompt))
+    result = lossless_summary(store.rows(), drafts)
+    settings = {"temperature": config.temperature, "top_p": config.top_p, "dtype": "float32"}
+    made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
+    write_json(config.out, result | {"settings": settings, "provenance": made})
+    store.remove()
+    return result | {"out": str(config.out)}
+
+
 def named_drafts(config: LosslessConfig) -> list[NamedDraft]:
     """The trained drafts, and a random one of each one's shape.
 
@@ -158,31 +186,3 @@ def lossless_summary(rows: Sequence[LosslessRow], drafts: Sequence[NamedDraft]) 
         "differences": differences,
         "passed": of > 0 and not differences,
     }
-
-
-def run(config: LosslessConfig) -> dict[str, Any]:
-    """Check every clip, or the rest of an interrupted check; write the counts.
-
-    Raises:
-        ValueError: bad input; the message names it.
-    """
-    started = time.time()
-    clip_source = ClipSource(config.cache_dir)
-    clip_ids = chosen_clips(clip_source, chunks=config.chunks, count=config.num_samples)
-    drafts = named_drafts(config)
-    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
-    checker = Checker(target, drafts, config)
-    parents = {"target": target_hash}
-    parents |= {f"draft-{number}": folder_hash(folder) for number, folder in enumerate(config.draft_models)}
-    head = {"config": to_plain(config), "parents": parents, "clips": clip_ids}
-    store: RowStore[LosslessRow] = RowStore(config.out.with_suffix(".rows.jsonl"), head)
-    for clip_id in track(clip_ids, "lossless", console=Console(file=sys.stderr)):
-        if clip_id not in store:
-            prompt = target.prompt(clip_source.window(clip_id, config.t0_us))
-            store.add(checker.check(clip_id, prompt))
-    result = lossless_summary(store.rows(), drafts)
-    settings = {"temperature": config.temperature, "top_p": config.top_p, "dtype": "float32"}
-    made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
-    write_json(config.out, result | {"settings": settings, "provenance": made})
-    store.remove()
-    return result | {"out": str(config.out)}

@@ -18,66 +18,6 @@ from alpamayo_dflash.layers.score import Scores
 _NAME = re.compile(r"scores-rank(\d+)of(\d+)\.json")
 
 
-def scores_path(folder: Path, rank: int, world_size: int) -> Path:
-    """Where a rank's scores lie."""
-    return folder / f"scores-rank{rank}of{world_size}.json"
-
-
-def score_files(folder: Path, world_size: int | None) -> list[Path]:
-    """The files of all ranks, in order.
-
-    Args:
-        folder: the output folder.
-        world_size: number of ranks; None to take it from the files' names.
-
-    Raises:
-        ValueError: no file, files of several world sizes, or a rank's file missing; the message names it.
-    """
-    names = [_NAME.fullmatch(path.name) for path in folder.glob("scores-rank*.json")]
-    sizes = sorted({int(match[2]) for match in names if match})
-    if world_size is None:
-        if not sizes:
-            raise ValueError(f"{folder}: no scores-rank<r>of<w>.json to pool")
-        if len(sizes) > 1:
-            raise ValueError(f"{folder} holds scores for world sizes {sizes}; name one with world_size")
-        world_size = sizes[0]
-    paths = [scores_path(folder, rank, world_size) for rank in range(world_size)]
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
-        raise ValueError(f"{folder}: cannot pool, missing {', '.join(missing)}")
-    return paths
-
-
-def pool(paths: Sequence[Path]) -> tuple[Scores, dict[str, Any]]:
-    """Pool the ranks' sums over tokens.
-
-    Returns:
-        the pooled scores, and the settings, clip counts and failures of all ranks.
-
-    Raises:
-        ValueError: a file is broken, or was made with other settings than the first.
-    """
-    scores: Scores | None = None
-    about: dict[str, Any] = {"clips": {"attempted": 0, "done": 0, "failed": 0}, "failures": []}
-    for path in paths:
-        content = read_json(path)
-        if not isinstance(content, dict) or not {"settings", "scores", "clips", "failures"} <= content.keys():
-            raise ValueError(f"{path}: not a file of layer scores")
-        part = Scores.from_plain(content["scores"])
-        if scores is None:
-            scores, about["settings"] = part, content["settings"]
-        else:
-            require_same(content["settings"], about["settings"], path)
-            scores.add(part)
-        for key in about["clips"]:
-            about["clips"][key] += content["clips"][key]
-        about["failures"] += content["failures"]
-    assert scores is not None
-    if scores.tokens == 0:
-        raise ValueError(f"{paths[0].parent}: no clip was scored; the reasons are in the files' failures")
-    return scores, about
-
-
 def aggregate(config: LayersConfig, world_size: int | None) -> dict[str, Any]:
     """Pool all ranks' files, choose the taps and write `layers.json`.
 
@@ -123,3 +63,63 @@ def aggregate(config: LayersConfig, world_size: int | None) -> dict[str, Any]:
     }
     write_json(config.output_dir / CHOICE_FILE, content)
     return content
+
+
+def score_files(folder: Path, world_size: int | None) -> list[Path]:
+    """The files of all ranks, in order.
+
+    Args:
+        folder: the output folder.
+        world_size: number of ranks; None to take it from the files' names.
+
+    Raises:
+        ValueError: no file, files of several world sizes, or a rank's file missing; the message names it.
+    """
+    names = [_NAME.fullmatch(path.name) for path in folder.glob("scores-rank*.json")]
+    sizes = sorted({int(match[2]) for match in names if match})
+    if world_size is None:
+        if not sizes:
+            raise ValueError(f"{folder}: no scores-rank<r>of<w>.json to pool")
+        if len(sizes) > 1:
+            raise ValueError(f"{folder} holds scores for world sizes {sizes}; name one with world_size")
+        world_size = sizes[0]
+    paths = [scores_path(folder, rank, world_size) for rank in range(world_size)]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise ValueError(f"{folder}: cannot pool, missing {', '.join(missing)}")
+    return paths
+
+
+def scores_path(folder: Path, rank: int, world_size: int) -> Path:
+    """Where a rank's scores lie."""
+    return folder / f"scores-rank{rank}of{world_size}.json"
+
+
+def pool(paths: Sequence[Path]) -> tuple[Scores, dict[str, Any]]:
+    """Pool the ranks' sums over tokens.
+
+    Returns:
+        the pooled scores, and the settings, clip counts and failures of all ranks.
+
+    Raises:
+        ValueError: a file is broken, or was made with other settings than the first.
+    """
+    scores: Scores | None = None
+    about: dict[str, Any] = {"clips": {"attempted": 0, "done": 0, "failed": 0}, "failures": []}
+    for path in paths:
+        content = read_json(path)
+        if not isinstance(content, dict) or not {"settings", "scores", "clips", "failures"} <= content.keys():
+            raise ValueError(f"{path}: not a file of layer scores")
+        part = Scores.from_plain(content["scores"])
+        if scores is None:
+            scores, about["settings"] = part, content["settings"]
+        else:
+            require_same(content["settings"], about["settings"], path)
+            scores.add(part)
+        for key in about["clips"]:
+            about["clips"][key] += content["clips"][key]
+        about["failures"] += content["failures"]
+    assert scores is not None
+    if scores.tokens == 0:
+        raise ValueError(f"{paths[0].parent}: no clip was scored; the reasons are in the files' failures")
+    return scores, about

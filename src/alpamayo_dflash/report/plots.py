@@ -13,28 +13,35 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
 # Okabe and Ito's colours, told apart also by readers with colour blindness.
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 
 
-def _canvas(height: float) -> Figure:
-    from matplotlib.figure import Figure
+def all_plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw every plot that the JSON object has the numbers for.
 
-    return Figure(figsize=(7.0, height), layout="constrained")
+    Returns:
+        The PNG files, in the order of the report.
+    """
+    rows = result.get("clip_rows", [])
+    drawn: list[Path] = []
 
+    def add(name: str) -> Path:
+        drawn.append(folder / f"{name}.png")
+        return drawn[-1]
 
-def _figure(title: str, height: float = 3.2) -> tuple[Figure, Axes]:
-    figure = _canvas(height)
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    plot_times(result, add("times"))
+    if rows:
+        plot_decode_by_length(rows, add("decode_by_length"))
+        if result["acceptance_length"] is not None:
+            plot_acceptance(rows, result["acceptance_length"], add("acceptance"))
+        if len(rows[0]["arms"]) > 1:
+            plot_speedup(rows, add("speedup"))
+    if result.get("decode_parts"):
+        plot_parts(result, add("decode_parts"))
+    if result.get("training"):
+        plot_training(result, add("training"))
+    return drawn
 
 
 def plot_times(result: Mapping[str, Any], path: Path) -> None:
@@ -127,33 +134,6 @@ def plot_training(result: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def all_plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw every plot that the JSON object has the numbers for.
-
-    Returns:
-        The PNG files, in the order of the report.
-    """
-    rows = result.get("clip_rows", [])
-    drawn: list[Path] = []
-
-    def add(name: str) -> Path:
-        drawn.append(folder / f"{name}.png")
-        return drawn[-1]
-
-    plot_times(result, add("times"))
-    if rows:
-        plot_decode_by_length(rows, add("decode_by_length"))
-        if result["acceptance_length"] is not None:
-            plot_acceptance(rows, result["acceptance_length"], add("acceptance"))
-        if len(rows[0]["arms"]) > 1:
-            plot_speedup(rows, add("speedup"))
-    if result.get("decode_parts"):
-        plot_parts(result, add("decode_parts"))
-    if result.get("training"):
-        plot_training(result, add("training"))
-    return drawn
-
-
 def plot_scores(content: Mapping[str, Any], path: Path) -> None:
     """Draw cosine and early-exit cross-entropy by layer, the chosen taps marked.
 
@@ -179,3 +159,22 @@ def plot_scores(content: Mapping[str, Any], path: Path) -> None:
         for tap in content["target_layers"]:
             axes.axvline(tap, color="tab:green", linestyle="--", linewidth=1)
     _save(figure, path)
+
+
+def _canvas(height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7.0, height), layout="constrained")
+
+
+def _figure(title: str, height: float = 3.2) -> tuple[Figure, Axes]:
+    figure = _canvas(height)
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

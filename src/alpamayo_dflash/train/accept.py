@@ -41,30 +41,6 @@ class SimulatedAcceptance:
         return self.tokens / self.passes if self.passes else 0.0
 
 
-def accepted_prefix(predicted_SB: Tensor, labels_SB: Tensor, labelled_SB: Tensor) -> Tensor:
-    """How many leading predictions equal their labels; int64 [S]. A mask without a label ends the prefix."""
-    return ((predicted_SB == labels_SB) & labelled_SB).long().cumprod(dim=1).sum(dim=1)
-
-
-def walk_responses(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> SimulatedAcceptance:
-    """Walk through responses.
-
-    Args:
-        lengths: int64 [responses], tokens of each.
-        accepted: for some blocks, the accepted drafted tokens of each, int64 [S].
-    """
-    position = torch.zeros_like(lengths)
-    last = lengths - 1
-    passes = 0
-    while bool((walking := position < last).any()):
-        responses = walking.nonzero()[:, 0]
-        for few in responses.split(_BATCH):
-            position[few] += accepted(Blocks(few, position[few])) + 1
-        passes += len(responses)
-    # A block never passes the end: only labels are accepted, and the target's token behind the last is none.
-    return SimulatedAcceptance(tokens=int(last.clamp_min(0).sum()), passes=passes)
-
-
 @torch.no_grad()
 def simulate(
     draft: DFlashDraft, data: BlockData, masked_ids: range, responses: Tensor | None = None
@@ -95,3 +71,27 @@ def simulate(
     counts = walk_responses(data.lengths[responses], accepted)
     draft.train(was_training)
     return counts
+
+
+def walk_responses(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> SimulatedAcceptance:
+    """Walk through responses.
+
+    Args:
+        lengths: int64 [responses], tokens of each.
+        accepted: for some blocks, the accepted drafted tokens of each, int64 [S].
+    """
+    position = torch.zeros_like(lengths)
+    last = lengths - 1
+    passes = 0
+    while bool((walking := position < last).any()):
+        responses = walking.nonzero()[:, 0]
+        for few in responses.split(_BATCH):
+            position[few] += accepted(Blocks(few, position[few])) + 1
+        passes += len(responses)
+    # A block never passes the end: only labels are accepted, and the target's token behind the last is none.
+    return SimulatedAcceptance(tokens=int(last.clamp_min(0).sum()), passes=passes)
+
+
+def accepted_prefix(predicted_SB: Tensor, labels_SB: Tensor, labelled_SB: Tensor) -> Tensor:
+    """How many leading predictions equal their labels; int64 [S]. A mask without a label ends the prefix."""
+    return ((predicted_SB == labels_SB) & labelled_SB).long().cumprod(dim=1).sum(dim=1)

@@ -19,6 +19,23 @@ from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.tokenizer import load_tokenizer
 from alpamayo_dflash.train.config import DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS, TrainConfig
 
+_END_MARKS = ("<|cot_end|>", "<|traj_future_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The kept tokens.
+
+    Attributes:
+        token_ids: int64 [Vd], ascending.
+        counted: how many of them stand in the training responses.
+        filled: how many were added only to reach the size: they are no end marks and stand in no response.
+    """
+
+    token_ids: Tensor
+    counted: int
+    filled: int
+
 
 def first_draft(
     config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTarget, token_ids: Tensor | None = None
@@ -151,24 +168,6 @@ def check_data(
             f"{where}: made with another target (hash {made_with[:12]}) than {target.folder}; "
             "--other-target goes on all the same"
         )
-
-
-_END_MARKS = ("<|cot_end|>", "<|traj_future_start|>", "<|im_end|>")
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The kept tokens.
-
-    Attributes:
-        token_ids: int64 [Vd], ascending.
-        counted: how many of them stand in the training responses.
-        filled: how many were added only to reach the size: they are no end marks and stand in no response.
-    """
-
-    token_ids: Tensor
-    counted: int
-    filled: int
 
 
 def end_token_ids(target_folder: Path, *, local_files_only: bool = False) -> set[int]:
