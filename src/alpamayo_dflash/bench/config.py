@@ -12,7 +12,7 @@ from alpamayo_dflash.decode.config import MOST_BLOCK, Sampling
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure the engine's speed.
+    """Measure the decoder's speed.
 
     Attributes:
         target: `random:r1-10b`, `random:medium`, `random:small` (random weights of that size), `tiny`, or a

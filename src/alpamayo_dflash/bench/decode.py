@@ -165,7 +165,7 @@ def _draft(bench: Bench, draft: DFlashDraft, samples: int) -> list[float]:
 
 
 class _Pair:
-    """The two loops of the project, each behind its own reading of the prompt."""
+    """The two loops of the project, each after its own reading of the prompt."""
 
     def __init__(self, bench: Bench) -> None:
         self.plain: SpeculativeDecoder = bench.decoder(None)
@@ -185,7 +185,7 @@ class _Pair:
 
 
 def _texts(bench: Bench) -> dict[str, Any]:
-    """Whole texts: decode times of every arm, the passes behind the first token, and single rounds."""
+    """Whole texts: decode times of every arm, the passes after the first token, and single rounds."""
     config, pair = bench.config, _Pair(bench)
     times: dict[str, list[float]] = {}
     passes: dict[str, list[int]] = {}
@@ -218,7 +218,7 @@ def _texts(bench: Bench) -> dict[str, Any]:
 
 
 def _transformers(bench: Bench, samples: int) -> tuple[list[float], list[int]]:
-    """Decode times of `generate`, and its passes behind the first token."""
+    """Decode times of `generate`, and its passes after the first token."""
     config, times, passes = bench.config, [], []
     for index in range(min(config.texts, _FEW_TEXTS if samples == 1 else _TEXTS_OF_SIX)):
         given = generate(

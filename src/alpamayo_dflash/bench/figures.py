@@ -24,7 +24,7 @@ def figures(raw: Mapping[str, Any]) -> dict[str, float]:
 
     Args:
         raw: lists of milliseconds: `verify_ms` by rows, `draft_ms` by draft, `round_ms` by samples, `text_ms`
-            by arm and samples, `prefill_ms` by arm; `text_rounds`, passes behind the first token, like
+            by arm and samples, `prefill_ms` by arm; `text_rounds`, passes after the first token, like
             `text_ms`; `block_size`, `weight_bytes`, and the list `read_bytes_per_s`.
     """
     median, mean = statistics.median, statistics.fmean

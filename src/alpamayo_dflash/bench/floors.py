@@ -178,7 +178,7 @@ def prefill_work(shape: TextShape, prompt: int) -> Work:
 
 
 def pass_work(shape: TextShape, prompt: int, rows: int) -> Work:
-    """A verify pass of so many rows, all with logits, behind a prompt."""
+    """A verify pass of so many rows, all with logits, after a prompt."""
     weights = shape.layers * shape.layer_weights + shape.vocab * shape.hidden
     seen = shape.layers * shape.attention_operations(rows, prompt)
     cached = shape.layers * prompt * shape.entry_bytes

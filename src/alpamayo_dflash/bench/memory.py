@@ -27,7 +27,7 @@ from alpamayo_dflash.target.prompt import Prompt
 # What a GeForce card sold as 24 GB reports: 24,564 MiB.
 _CARD_BYTES = 24_564 * 2**20
 _HOST_OVER_SHARD = 1.2
-# Below this a shard is small beside the tokenizer and the modules themselves, and the ratio says nothing.
+# Below this a shard is small beside the tokenizer and the modules themselves, and the ratio means nothing.
 _RATIO_FROM_GIB = 1.0
 
 
@@ -123,7 +123,7 @@ def _stages(
 ) -> dict[str, int]:
     """What each stage holds beyond weights and cache, bytes.
 
-    The action expert is looked at behind a text of one token, whose decoding has no verify pass with logits.
+    The action expert is looked at after a text of one token, whose decoding has no verify pass with logits.
     """
     prefilled, prefill = gpu.above(lambda: decoder.prefill(prompt))
     tokens = config.max_tokens

@@ -46,7 +46,7 @@ def run(config: ClipsConfig) -> dict[str, Any]:
 
 
 def _summary(found: Download) -> dict[str, Any]:
-    """What the JSON line says of a fetch; that the later steps read another revision is said aloud too."""
+    """The JSON line's part on a fetch; warns if the later steps read another revision."""
     if found.main != found.revision:
         print(
             f"alpamayo-dflash clips: fetched revision {found.revision}, but this cache's `main`, which the "

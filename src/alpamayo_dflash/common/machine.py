@@ -92,7 +92,7 @@ class HostWatch:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             self.peak_was_reset = True
         except OSError:
-            self.peak_was_reset = False  # some containers forbid it; the results say so
+            self.peak_was_reset = False  # some containers forbid it; the results record that
         self.before = host_memory()
         self._thread.start()
         return self

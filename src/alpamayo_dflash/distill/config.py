@@ -53,7 +53,7 @@ class DistillConfig:
         keep_going: record a clip that fails and go on; else stop there (a later run continues).
 
     Raises:
-        ValueError: a value is out of its range, or two options say the same; the message names them.
+        ValueError: a value is out of its range, or two options contradict each other; the message names them.
     """
 
     model_path: str
@@ -116,7 +116,7 @@ class DistillConfig:
             ascending chunk numbers; None where none of the three is given.
 
         Raises:
-            ValueError: the range is empty or said twice.
+            ValueError: the range is empty or given twice.
         """
         given = (self.start_chunk, self.end_chunk, self.num_chunks)
         if all(value is None for value in given):

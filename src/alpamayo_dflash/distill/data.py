@@ -31,7 +31,7 @@ class DistillData:
         folder: where it lies.
         manifest: taps, context_len, top_k, hidden_size, vocab_size, num_target_layers, dtype, the settings
             and the counts, as in `distill.json`; `token_counts` where the set is new enough to have them
-            (`counts.training_counts` counts in any case).
+            (`shards.training_counts` counts in any case).
         samples: one entry a response: rank by rank, in the order written.
     """
 
@@ -133,5 +133,5 @@ class DistillData:
                 raise ValueError(f"{path}: corrupt shard, {sample.index}.{name} is {found}, not {shape}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind when a data loader's worker takes a copy."""
+        """Leave open files out when a data loader's worker takes a copy."""
         return {**self.__dict__, "_files": OrderedDict()}

@@ -179,7 +179,7 @@ def write_windows(
 
     Args:
         target: the model.
-        source: says which chunk a clip belongs to.
+        source: knows which chunk a clip belongs to.
         windows: the clips of `writer.remaining` in order, with their windows or with why there is none.
         writer: takes the results.
         config: what is sampled and kept.

@@ -223,7 +223,7 @@ def merge(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def write_merged(folder: Path) -> dict[str, Any]:
     """Bring `distill.json` up to date with the manifests of all ranks, beside other ranks doing the same.
 
-    A rank looks again after its own write, until the file says what the manifests say; so whoever writes last
+    A rank looks again after its own write, until the file agrees with the manifests; so whoever writes last
     has seen every manifest.
     """
     path = folder / MANIFEST_FILE

@@ -72,7 +72,7 @@ _FIXED: dict[str, Callable[[Any], bool]] = {
     "tap_convention": lambda value: value == TAP_CONVENTION,
     "pruned_heads": lambda value: not value,
 }
-# Keys that say nothing about the arithmetic here.
+# Keys that mean nothing for the arithmetic here.
 _IGNORED = {
     *("_name_or_path", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id"),
     *("id2label", "initializer_range", "is_encoder_decoder", "label2id", "max_position_embeddings"),

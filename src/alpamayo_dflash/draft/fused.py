@@ -1,4 +1,4 @@
-"""The draft in its fast form: buffers for one shape, features and their keys computed once.
+"""The draft in its fused form: buffers for one shape, features and their keys computed once.
 
 The plain form, `DFlashDraft.forward`, computes the features of all context states in every round and numbers
 its slots from the block backwards. Here a state's features become keys and values once, when the state is
@@ -34,7 +34,7 @@ class DraftState(Protocol):
 
 
 class BoundDraft(Protocol):
-    """What of a `DFlashDraft` that is bound to a target its fast form reads."""
+    """What of a `DFlashDraft` that is bound to a target its fused form reads."""
 
     config: DraftConfig
     mask_embedding: nn.Parameter
@@ -93,8 +93,8 @@ def places(
     """The plain form of what a round begins with.
 
     Args:
-        state: the texts.
-        first_1: int64 [1], the number of the oldest prompt state; states are numbered from the text's first
+        state: the samples.
+        first_1: int64 [1], the number of the oldest prompt state; states are numbered from the sample's first
             token on, and the prompt's have negative numbers.
         block: b.
         context: X.
@@ -146,7 +146,7 @@ class FusedDraft:
         shape = (config.num_layers, context + slots + 1, config.num_kv_heads, config.head_dim)
         self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)
         rows = samples * self._block
-        # The new features, and behind them the block's tokens.
+        # The new features, and after them the block's tokens.
         self._inputs = like.new_zeros(2 * rows, config.hidden_size)
         self._tokens = like.new_zeros(samples, self._block, config.hidden_size)
         self._tokens[:, 1:] = draft.mask_embedding.detach()
@@ -177,7 +177,7 @@ class FusedDraft:
 
         context, count = self._context, min(self._context, prompt_length)
         self._first.fill_(-count)
-        # What nobody sees counts for nothing only if it is finite, and an earlier text may have left a NaN.
+        # What nobody sees counts for nothing only if it is finite, and an earlier sample may have left a NaN.
         self._keys.zero_()
         self._values.zero_()
         if not count:
@@ -207,7 +207,7 @@ class FusedDraft:
             keys, values = self._keys[index], self._values[index]
             return attend(q[rows:], keys, values, self._nothing, seen, prompt=False)
 
-        # The block's normed input lands behind the new features, and one product serves both.
+        # The block's normed input lands after the new features, and one product serves both.
         normed = self._decoder(self._tokens.flatten(0, 1), attention, inputs_RC=self._inputs[rows:])
         logits = self._head(normed.index_select(0, self._predicting))
         return DraftLogits(logits.view(-1, self._block - 1, logits.shape[-1]), self._draft.token_ids)

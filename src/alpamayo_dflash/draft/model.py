@@ -301,7 +301,7 @@ class DFlashDraft(nn.Module):
             )
         self.to(device=embedding.device, dtype=embedding.dtype)
         if embedding.is_cuda:
-            share_groups(self)  # so that the fast form can run them as one product
+            share_groups(self)  # so that the fused form can run them as one product
         self.config = replace(config, num_target_layers=num_layers)
         ids = self.token_ids
         self._bound = (embedding.detach(), head.detach() if ids is None else head.detach()[ids])
@@ -330,13 +330,13 @@ class DFlashDraft(nn.Module):
 
     @property
     def has_static_block(self) -> bool:
-        """Whether the fast form runs where the draft is (`decode.proposer.StaticProposer`)."""
+        """Whether the fused form runs where the draft is (`decode.proposer.StaticProposer`)."""
         return why_plain(self.layers, self.mask_embedding) is None
 
     def static_block(
         self, taps: Tensor, *, context: int, samples: int, per_sample: int, slots: int
     ) -> FusedDraft:
-        """The fast form for one shape."""
+        """The fused form for one shape."""
         return FusedDraft(self, taps, context=context, samples=samples, per_sample=per_sample, slots=slots)
 
     def features(self, states: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class Arms:
         return self._transformers(prompt) if arm == "transformers" else self._loop(arm, prompt)
 
     def again(self, arm: str, prompt: Prompt, sampling: Sampling, observer: Observer | None = None) -> Result:
-        """Decode once more behind the prompt that a loop has just read; no trajectory.
+        """Decode once more after the prompt that a loop has just read; no trajectory.
 
         Raises:
             ValueError: the loop has read another prompt, or none.

@@ -298,7 +298,7 @@ def joint_distribution(
     Every text is extended by each token of its nucleus, level by level; no noise takes part.
 
     Args:
-        decoder: has read the prompt; what it has in its cache behind the prompt is lost.
+        decoder: has read the prompt; what it has in its cache after the prompt is lost.
         prefilled: the prompt.
         depth: how many tokens.
         sampling: temperature and top_p.
@@ -328,7 +328,7 @@ def joint_distribution(
 
 @torch.inference_mode()
 def _next_logits(verifier: Verifier, prefilled: Prefilled, texts: Sequence[Text]) -> Tensor:
-    """Logits [R, V] of what follows each text behind the prompt; texts share the rows of equal beginnings."""
+    """Logits [R, V] of what follows each text after the prompt; texts share the rows of equal beginnings."""
     if texts == [()]:
         return prefilled.logits_V.unsqueeze(0)
     parts = []

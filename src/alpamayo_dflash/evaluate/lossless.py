@@ -129,7 +129,7 @@ class Checker:
         }
 
     def _decode(self, decoder: SpeculativeDecoder, prompt: Prompt) -> dict[str, Result]:
-        """Decode greedily and sampled behind one reading of the prompt."""
+        """Decode greedily and sampled after one reading of the prompt."""
         prefilled = decoder.prefill(prompt)
         temperatures = {"greedy": 0.0, "sampled": self.config.temperature}
         return {

@@ -42,7 +42,7 @@ _FREE = frozenset(("output_dir", "verbose", "local_files_only"))
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate, or continue an evaluation that was interrupted, or say that there is nothing to do.
+    """Evaluate, or continue an evaluation that was interrupted, or report that there is nothing to do.
 
     Returns:
         The JSON object of `evaluation.json` without its rows and provenance.
@@ -208,7 +208,7 @@ def evaluate_clip(arms: Arms, window: Window, facts: Facts | None, *, turn: int,
 def _identity(arms: Arms, runs: Mapping[str, Run], prompt: Prompt) -> Identity:
     """Compare the loops greedily and sampled, and the autoregressive one with transformers greedily.
 
-    Of the two samplings, the timed runs have done one; the other is decoded behind the same prompts. Of texts
+    Of the two samplings, the timed runs have done one; the other is decoded after the same prompts. Of texts
     that differ it is found out whether they part at a near-tie.
     """
     config = arms.config

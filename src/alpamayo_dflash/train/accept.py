@@ -88,7 +88,7 @@ def walk_responses(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> Sim
         for few in responses.split(_BATCH):
             position[few] += accepted(Blocks(few, position[few])) + 1
         passes += len(responses)
-    # A block never passes the end: only labels are accepted, and the target's token behind the last is none.
+    # A block never passes the end: only labels are accepted, and no token of the target's follows the last.
     return SimulatedAcceptance(tokens=int(last.clamp_min(0).sum()), passes=passes)
 
 

@@ -28,7 +28,7 @@ class TrainConfig:
     """Train a draft on distillation data, from scratch or from an existing draft.
 
     Run it under torchrun to use several processes (DDP: NCCL on GPUs, gloo on CPUs). Run again, it continues
-    from its last checkpoint, or says that there is nothing to do.
+    from its last checkpoint, or reports that there is nothing to do.
 
     Attributes:
         target_model: folder or hub id of the Alpamayo checkpoint; its embedding and head are read.

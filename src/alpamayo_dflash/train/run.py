@@ -39,7 +39,7 @@ _FREE = frozenset(("output_dir", "num_workers", "cache_gib", "resume", "other_ta
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Train, or continue, or say that there is nothing to do.
+    """Train, or continue, or report that there is nothing to do.
 
     Returns:
         what `train.json` holds: the draft's folder, the simulated acceptance length of the best draft and of

@@ -1,4 +1,4 @@
-"""What may happen in a scene: each event places signals, lanes and traffic, and says what the ego does."""
+"""What may happen in a scene: each event places signals, lanes and traffic, and decides what the ego does."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def _approach(plan: _Plan, fastest: float, farthest: float, standing: float) -> 
 
 
 def _add_signals(plan: _Plan, line: float, lights: Lights) -> None:
-    """A traffic light behind the stop line: one head on a pole at the right, one above the road."""
+    """A traffic light beyond the stop line: one head on a pole at the right, one above the road."""
     at = max(line + plan.uniform(8.0, 13.0), 23.0)
     plan.add("signal", at, -HALF_LANE_M - 1.4, lights=lights, colour=(60, 60, 62))
     plan.add("signal_overhead", at + 0.5, plan.uniform(0.3, 1.2), lights=lights, colour=(60, 60, 62))

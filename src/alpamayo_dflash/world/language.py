@@ -1,4 +1,4 @@
-"""What is said of a scene: a small grammar of Chain-of-Causation texts, and the reader that undoes it.
+"""The words for a scene: a small grammar of Chain-of-Causation texts, and the reader that undoes it.
 
 A text is *action* + optional *manner or target* + *cause*, in the shape of real Alpamayo traces: a few
 formulaic wordings carry most of the mass, and a long tail of rarer ones, a few of them very long, makes
