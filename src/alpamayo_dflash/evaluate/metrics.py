@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alpamayo_dflash.decode.observer import SPANS
+from alpamayo_dflash.evaluate.config import ARMS
 from alpamayo_dflash.evaluate.rows import ClipRow, Failure
 
 TIMES = ("prefill_ms", "decode_ms", "action_ms", "total_ms")
@@ -168,7 +169,7 @@ def evaluation_summary(
     if not rows:
         reason = f"; the first: {failures[0]['clip_id']}: {failures[0]['error']}" if failures else ""
         raise ValueError(f"none of {attempted} clips could be evaluated{reason}")
-    arms = [arm for arm in ("transformers", "autoregressive", "dflash") if arm in rows[0]["arms"]]
+    arms = [arm for arm in ARMS if arm in rows[0]["arms"]]
     acceptance = pooled_acceptance(rows)
     result: dict[str, Any] = {
         "clips": {

@@ -127,7 +127,7 @@ def _trainer(
     parents: dict[str, str],
     started: float,
 ) -> tuple[Trainer, dict[str, Any]]:
-    """Split the data, build the draft and its trainer; also the counts and parents of the summary."""
+    """Split the data, build the draft and its trainer; also the counts of the summary."""
     train, rest = split_samples(
         data.samples, share=config.held_out, chunks=parse_chunks(config.held_out_chunks)
     )
@@ -160,7 +160,6 @@ def _trainer(
         save_best=save_best,
     )
     counts = {
-        "parents": parents,
         "train": _counts(train)
         | {"blocks": trainer.num_blocks}
         | _outside(train, draft.token_ids, unlabelled),
@@ -252,7 +251,7 @@ def _result(trainer: Trainer, counts: dict[str, Any], started: float) -> dict[st
         "losses": progress.losses,
         "provenance": provenance(
             config=config,
-            parents=counts["parents"],
+            parents=trainer.parents,
             seed=config.seed,
             device=trainer.processes.device,
             started=started,
