@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -16,16 +12,11 @@ from typing import Self, TypeVar
 
 import torch
 
+from alpamayo_dflash.common.artefacts import answer_of
+
 _GIB = 2**30
 _SAMPLE_EVERY_S = 0.005
 _T = TypeVar("_T")
-
-
-def device_name(device: str) -> str:
-    """A device's own name: the GPU's, or the processor's architecture and count of cores."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def synchronise(device: torch.device) -> Callable[[], None]:
@@ -165,31 +156,13 @@ class GpuMemory:
 
 
 def describe_gpu(device: torch.device) -> dict[str, str | None]:
-    """A GPU's name and what drives it."""
+    """A GPU's name and what drives it; the driver is None where its tool is missing or fails."""
+    driver = answer_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "name": torch.cuda.get_device_name(device),
-        "driver": _driver_version(),
+        "driver": driver and driver.split()[0],
         "cuda": torch.version.cuda,
     }
-
-
-def _driver_version() -> str | None:
-    """The GPU driver's version; None where its tool is missing or fails."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    try:
-        answer = subprocess.run(  # noqa: S603
-            [tool, "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        return None
-    lines = answer.stdout.split()
-    return lines[0] if lines else None
 
 
 def gib(size: int) -> float:
