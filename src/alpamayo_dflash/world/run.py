@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from alpamayo_dflash.clips.cache import EGOMOTION, chunk_file, repo_folder
 from alpamayo_dflash.common.artefacts import atomic_file, provenance, read_json, write_json, write_text
@@ -103,9 +105,6 @@ def _records(config: WorldConfig) -> Iterator[SceneRecord]:
 
 def _write_chunks(config: WorldConfig, snapshot: Path) -> None:
     """Write all chunks, several at a time in processes of their own."""
-    from rich.console import Console
-    from rich.progress import track
-
     chunks = range(config.num_chunks)
     console = Console(stderr=True)
     workers = min(config.workers, config.num_chunks)
