@@ -20,7 +20,7 @@ from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.events import sample_scene
 from alpamayo_dflash.world.language import names
 from alpamayo_dflash.world.read import read_facts, read_scenes
-from alpamayo_dflash.world.render import frames, render
+from alpamayo_dflash.world.render import draw_picture, frames
 from alpamayo_dflash.world.run import run
 
 CODEC_ERROR = 3.0  # mean absolute difference of 8-bit values that the video codec may make
@@ -82,7 +82,7 @@ def test_each_timestamp_gives_its_own_frame(world, scenes):
             for column in range(4):
                 time = (shift + column - 3) / 10
                 errors = [
-                    difference(window.frames[row, column], render(scene, camera, time + d))
+                    difference(window.frames[row, column], draw_picture(scene, camera, time + d))
                     for d in (0, -0.1, 0.1)
                 ]
                 assert errors[0] < CODEC_ERROR and errors[0] < min(errors[1:]), (

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from alpamayo_dflash.decode.rollouts import teacher_forced
 from alpamayo_dflash.decode.sampling import Chooser
 from alpamayo_dflash.decode.stops import StopReason
 from alpamayo_dflash.draft.config import FULL_CONTEXT
-from alpamayo_dflash.evaluate.distribution import chi_square, count_texts, joint_distribution
+from alpamayo_dflash.evaluate.config import DistributionConfig
+from alpamayo_dflash.evaluate.distribution import chi_square, first_tokens, joint_distribution
 
 LIMIT = 20
 PROMPT_SEEDS = (0, 1, 3, 5)
@@ -643,9 +645,11 @@ def test_first_tokens_have_the_targets_joint_distribution(target, prompts, truth
     decoder = SpeculativeDecoder(target, draft)
     prefilled = decoder.prefill(prompts[1])
     joint = joint_distribution(decoder, prefilled, 3, sampling)
-    counts = count_texts(
-        decoder, prefilled, 3, sampling, range(1200 // samples), num_traj_samples=samples, max_new_tokens=4
+    config = DistributionConfig(
+        Path("draft"), Path("clips"), "target", seeds=1200 // samples, temperature=0.7, top_p=0.9
     )
+    found = first_tokens(decoder, prefilled, config, samples)
+    counts = Counter(text for texts in found for text in texts)
     assert sum(counts.values()) == 1200
     test = chi_square(counts, joint)
     assert test.degrees >= 10

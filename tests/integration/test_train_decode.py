@@ -15,7 +15,7 @@ from alpamayo_dflash.decode.rollouts import teacher_forced
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 from alpamayo_dflash.draft.config import DraftConfig
 from alpamayo_dflash.draft.model import DFlashDraft
-from alpamayo_dflash.train.checkpoint import load_checkpoint
+from alpamayo_dflash.train.checkpoint import load_training
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.run import run
 
@@ -229,7 +229,7 @@ def test_a_reduced_head_is_chosen_anew_kept_or_dropped(small, tmp_path, capsys):
     draft.draft_token_ids[-1] += 1
     optimizer = torch.optim.AdamW(draft.parameters())
     with pytest.raises(ValueError, match="keeps other tokens"):
-        load_checkpoint(tmp_path / "wide" / "checkpoint", draft, optimizer)
+        load_training(tmp_path / "wide" / "checkpoint", draft, optimizer)
     with pytest.raises(ValueError, match="draft_vocab_size is 3; it must be 4"):
         run(options(folder, tmp_path / "none", draft_vocab_size=3))
     assert not (tmp_path / "none").exists()

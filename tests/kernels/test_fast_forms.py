@@ -48,7 +48,7 @@ def draft_of(target=None, *, hidden=128, vocab=90, block=4, context=6, heads=4, 
 @pytest.mark.parametrize("window", [6, FULL_CONTEXT])
 @torch.inference_mode()
 def test_the_fast_draft_says_what_the_plain_one_says(window):
-    from alpamayo_dflash.draft.fused import FastDraft, places
+    from alpamayo_dflash.draft.fused import FusedDraft, places
 
     # A prompt shorter than the context; a draft that sees every state has room for the longest prompt.
     draft, samples, per_sample, prompt = draft_of(context=window), 2, 24, 4
@@ -57,7 +57,7 @@ def test_the_fast_draft_says_what_the_plain_one_says(window):
     block, context, slots = 4, 6, samples * per_sample
     taps = torch.zeros(context + slots + 1, 256)
     taps[context - prompt : context] = torch.randn(prompt, 256, generator=generator)
-    fast = FastDraft(draft, taps, context=context, samples=samples, per_sample=per_sample, slots=slots)
+    fast = FusedDraft(draft, taps, context=context, samples=samples, per_sample=per_sample, slots=slots)
     fast.begin(prompt)
     bases = torch.tensor([0, per_sample])
     tokens = torch.randint(0, 90, (samples, per_sample), generator=generator)
@@ -151,13 +151,13 @@ def test_both_forms_of_a_draft_propose_the_same_in_a_decoder(monkeypatch, tmp_pa
 
 @torch.inference_mode()
 def test_a_text_that_went_wrong_leaves_nothing_behind():
-    from alpamayo_dflash.draft.fused import FastDraft
+    from alpamayo_dflash.draft.fused import FusedDraft
 
     draft, per_sample = draft_of(), 64
     generator = torch.Generator().manual_seed(0)
     draft.bind(torch.randn(90, 128, generator=generator), torch.randn(90, 128, generator=generator), 4)
     taps = torch.randn(6 + per_sample + 1, 256, generator=generator)
-    fast = FastDraft(draft, taps, context=6, samples=1, per_sample=per_sample, slots=per_sample)
+    fast = FusedDraft(draft, taps, context=6, samples=1, per_sample=per_sample, slots=per_sample)
     state = SimpleNamespace(
         tokens=torch.ones(1, per_sample, dtype=torch.int64),
         lengths=torch.tensor([40]),

@@ -5,10 +5,9 @@ import shutil
 import pytest
 import torch
 
-from alpamayo_dflash.distill.config import response_bytes
+from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT, response_bytes
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import (
-    DEFAULT_HELD_OUT,
     is_held_out,
     manifest_path,
     shard_path,

@@ -58,7 +58,7 @@ def test_summary_has_the_keys_that_the_issue_names() -> None:
     done["named"] = {"manoeuvre": True, "cause": False}
     done["trajectory"] = {"min_ade_m": 1.0, "constant_velocity_ade_m": 2.0}
     done["parts_ms"] = {"draft": 1.0, "verify": 7.0, "sampling": 1.0, "cache": 0.5, "other": 0.5}
-    result = metrics.summarise([done], [{"clip_id": "b", "error": "no frames"}], attempted=2)
+    result = metrics.evaluation_summary([done], [{"clip_id": "b", "error": "no frames"}], attempted=2)
     assert {key: result["clips"][key] for key in ("attempted", "done", "failed")} == {
         "attempted": 2,
         "done": 1,
@@ -77,7 +77,7 @@ def test_summary_has_the_keys_that_the_issue_names() -> None:
 
 def test_no_clip_done_is_an_error_with_the_first_reason() -> None:
     with pytest.raises(ValueError, match=r"none of 1 clips .* b: no frames"):
-        metrics.summarise([], [{"clip_id": "b", "error": "no frames"}], attempted=1)
+        metrics.evaluation_summary([], [{"clip_id": "b", "error": "no frames"}], attempted=1)
 
 
 def test_parts_that_a_loop_does_not_tell_apart_are_left_out() -> None:

@@ -8,14 +8,14 @@ from rich.console import Console
 from traces import chain_trace
 
 from alpamayo_dflash.decode.observer import RoundTrace
-from alpamayo_dflash.evaluate.trace import RoundPrinter, render
+from alpamayo_dflash.evaluate.trace import RoundPrinter, round_line
 
 WORDS = ["Keep", "␣lane", "␣now", ".", "<end>"]
 
 
 def test_marks_without_colour() -> None:
     sample = chain_trace(0, proposed=(1, 2, 3), accepted=1, emitted=(1, 4))
-    line = render(sample, 7, WORDS.__getitem__)
+    line = round_line(sample, 7, WORDS.__getitem__)
     assert line.plain == "pass  7 sample 0 Keep | +␣lane -␣now -. =<end>"
     styles = {line.plain[span.start : span.end].strip(): span.style for span in line.spans}
     assert (styles["+␣lane"], styles["-␣now"], styles["=<end>"]) == ("green", "red", "bold cyan")
@@ -23,7 +23,7 @@ def test_marks_without_colour() -> None:
 
 def test_a_round_that_ended_inside_the_block_shows_no_target_token() -> None:
     sample = chain_trace(0, proposed=(1, 4), accepted=2, emitted=(1, 4))
-    assert "=" not in render(sample, 0, WORDS.__getitem__).plain
+    assert "=" not in round_line(sample, 0, WORDS.__getitem__).plain
 
 
 def test_printer_prints_one_line_a_sample() -> None:

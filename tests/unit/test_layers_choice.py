@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from alpamayo_dflash.layers.choice import choose, progress, read_choice, reasons
+from alpamayo_dflash.layers.choice import choose_taps, progress, read_choice, reasons
 
 
 def brute_force(progress_of, count):
@@ -24,32 +24,32 @@ def test_dynamic_programming_finds_the_cheapest_set(seed):
     # a few equal values, so that ties occur
     progress_of = {layer: float(value) for layer, value in enumerate(generator.integers(0, 7, 10) / 6)}
     for count in (1, 3, 5, 10):
-        assert choose(progress_of, count) == brute_force(progress_of, count)
+        assert choose_taps(progress_of, count) == brute_force(progress_of, count)
 
 
 def test_even_progress_gives_even_taps():
-    assert choose({layer: layer / 34 for layer in range(35)}, 5) == (7, 14, 20, 27, 34)
+    assert choose_taps({layer: layer / 34 for layer in range(35)}, 5) == (7, 14, 20, 27, 34)
 
 
 def test_late_progress_gives_late_taps():
     late = {layer: 0.1 * layer / 28 if layer < 28 else 0.1 + 0.9 * (layer - 27) / 7 for layer in range(35)}
-    taps = choose(late, 5)
+    taps = choose_taps(late, 5)
     assert taps[-1] == 34
     assert all(tap >= 26 for tap in taps)
 
 
 def test_flat_progress_takes_the_last_layers():
-    assert choose(dict.fromkeys(range(6), 1.0), 2) == (4, 5)
+    assert choose_taps(dict.fromkeys(range(6), 1.0), 2) == (4, 5)
 
 
 def test_taps_are_distinct_and_ascending_even_where_one_layer_fits_all_levels():
-    taps = choose({0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0}, 3)
+    taps = choose_taps({0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0}, 3)
     assert list(taps) == sorted(set(taps))
 
 
 def test_too_few_candidates():
     with pytest.raises(ValueError, match="cannot choose 3 taps among 2"):
-        choose({0: 0.0, 1: 1.0}, 3)
+        choose_taps({0: 0.0, 1: 1.0}, 3)
 
 
 def test_progress_scales_both_scores():

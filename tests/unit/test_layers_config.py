@@ -5,15 +5,9 @@ import sys
 import pytest
 
 from alpamayo_dflash.clips.lists import sample_clips
-from alpamayo_dflash.clips.window import DEFAULT_T0_US
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import own_device, share_of
-from alpamayo_dflash.layers.config import DEFAULT_T0_US as CONFIG_T0_US
 from alpamayo_dflash.layers.config import LayersConfig
-
-
-def test_default_moment_is_that_of_clips():
-    assert CONFIG_T0_US == DEFAULT_T0_US
 
 
 @pytest.mark.parametrize(

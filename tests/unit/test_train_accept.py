@@ -5,7 +5,7 @@ import torch
 from test_train_data import CONFIG, PROMPT, Set, block_data
 
 from alpamayo_dflash.draft.model import DFlashDraft
-from alpamayo_dflash.train.accept import Acceptance, accepted_prefix, simulate, walk
+from alpamayo_dflash.train.accept import SimulatedAcceptance, accepted_prefix, simulate, walk_responses
 
 
 def test_the_prefix_ends_at_the_first_miss_or_missing_label():
@@ -24,13 +24,15 @@ def test_the_walk_counts_passes_and_tokens_after_the_first(accepted, passes):
         left = lengths[blocks.responses] - 1 - blocks.positions
         return left.clamp_max(accepted)
 
-    assert walk(lengths, same) == Acceptance(tokens=13, passes=passes)
+    assert walk_responses(lengths, same) == SimulatedAcceptance(tokens=13, passes=passes)
 
 
 def test_a_perfect_draft_takes_the_block_size_a_pass():
     """A block of 8 advances by 8: 7 drafted tokens and the target's own."""
     lengths = torch.tensor([17])
-    counts = walk(lengths, lambda blocks: (lengths[blocks.responses] - 1 - blocks.positions).clamp_max(7))
+    counts = walk_responses(
+        lengths, lambda blocks: (lengths[blocks.responses] - 1 - blocks.positions).clamp_max(7)
+    )
     assert counts.length == 8.0
 
 
@@ -76,7 +78,7 @@ def test_the_simulation_equals_decoding_one_response_at_a_time():
             advance = min(kept + 1, len(sample.token_ids) - 1 - position)
             tokens_done, passes, position = tokens_done + advance, passes + 1, position + advance
     assert best >= 2
-    assert simulate(draft, data, masked) == Acceptance(tokens_done, passes)
+    assert simulate(draft, data, masked) == SimulatedAcceptance(tokens_done, passes)
     halves = [simulate(draft, data, masked, torch.arange(start, 5, 2)) for start in (0, 1)]
     assert sum(half.tokens for half in halves) == tokens_done
     assert sum(half.passes for half in halves) == passes

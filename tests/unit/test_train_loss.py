@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alpamayo_dflash.train.config import TrainConfig
-from alpamayo_dflash.train.data import Batch
+from alpamayo_dflash.train.data import BlockBatch
 from alpamayo_dflash.train.loss import (
     BlockLoss,
     ce_weight,
@@ -170,7 +170,7 @@ def test_labels_outside_a_reduced_head_get_no_weight_and_are_counted(rows, posit
     hidden.requires_grad_()
     options = TrainConfig("", Path(), Path(), position_weights=position_weights)
     labelled = torch.ones(1, 6, dtype=torch.bool)
-    batch = Batch(*(torch.zeros(1),) * 4, labels, labelled, logits, ids)
+    batch = BlockBatch(*(torch.zeros(1),) * 4, labels, labelled, logits, ids)
     ce, kl, sums = BlockLoss(Fixed(hidden, head[KEPT], KEPT, 7), options)(batch)
     inside = [0, 2, 3, 5]
     each = [

@@ -8,12 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from alpamayo_dflash.evaluate.hardness import BOUNDS, measure, violations
+from alpamayo_dflash.evaluate.hardness import BOUNDS, hardness, violations
 from alpamayo_dflash.world.facts import EVENT_SHARES, Event, Facts
 from alpamayo_dflash.world.language import (
     all_facts,
     coc,
-    distribution,
+    coc_distribution,
     names,
     read,
     split_words,
@@ -29,7 +29,8 @@ FACTS = all_facts()
 def model():
     """What a model with a perfect grasp of the softened texts says when sampled: texts and odds by facts."""
     return {
-        facts: tempered(distribution(facts, soften=TEMPERATURE), 1 / TEMPERATURE, TOP_P) for facts in FACTS
+        facts: tempered(coc_distribution(facts, soften=TEMPERATURE), 1 / TEMPERATURE, TOP_P)
+        for facts in FACTS
     }
 
 
@@ -51,21 +52,21 @@ def test_all_facts_are_distinct_and_cover_the_events():
 def test_every_text_is_read_back_exactly(event):
     for facts in FACTS:
         if facts.event == event:
-            wrong = [text for text in distribution(facts) if read(text) != (facts.manoeuvre, facts.cause)]
+            wrong = [text for text in coc_distribution(facts) if read(text) != (facts.manoeuvre, facts.cause)]
             assert wrong == []
 
 
 def test_a_text_names_no_other_scene():
     for facts, other in itertools.permutations(FACTS, 2):
         if (facts.manoeuvre, facts.cause) != (other.manoeuvre, other.cause):
-            text = max(distribution(facts).items(), key=lambda item: item[1])[0]
+            text = max(coc_distribution(facts).items(), key=lambda item: item[1])[0]
             assert names(facts, text)
             assert not names(other, text)
 
 
 def test_the_three_lead_vehicle_events_share_no_text():
     leads = [
-        {text for facts in FACTS if facts.event == event for text in distribution(facts)}
+        {text for facts in FACTS if facts.event == event for text in coc_distribution(facts)}
         for event in (Event.LEAD_STEADY, Event.LEAD_SLOWING, Event.LEAD_STOPPED)
     ]
     assert not (leads[0] & leads[1] or leads[0] & leads[2] or leads[1] & leads[2])
@@ -91,7 +92,7 @@ def test_texts_beyond_the_grammar_are_read_as_far_as_they_go(text, expected):
 
 def test_texts_are_one_clean_sentence():
     for facts in FACTS:
-        for text in distribution(facts):
+        for text in coc_distribution(facts):
             assert text == " ".join(text.split())
             assert text[0].isupper()
             assert not set(text) & set("<>{}|:")
@@ -99,22 +100,24 @@ def test_texts_are_one_clean_sentence():
 
 
 def test_long_texts_are_far_from_the_limit_of_thirty():
-    lengths = {len(split_words(text)) for facts in FACTS for text in distribution(facts)}
+    lengths = {len(split_words(text)) for facts in FACTS for text in coc_distribution(facts)}
     assert max(lengths) <= 48
     assert not lengths & set(range(24, 32))
 
 
 def test_vocabulary_size():
-    words = {word.lower() for facts in FACTS for text in distribution(facts) for word in split_words(text)}
+    words = {
+        word.lower() for facts in FACTS for text in coc_distribution(facts) for word in split_words(text)
+    }
     assert 200 <= len(words) <= 320
 
 
 @pytest.mark.parametrize("soften", [1.0, 0.6, 1.7])
 def test_probabilities_add_up(soften):
     for facts in FACTS:
-        odds = distribution(facts, soften=soften)
+        odds = coc_distribution(facts, soften=soften)
         assert sum(odds.values()) == pytest.approx(1)
-        assert odds.keys() == distribution(facts).keys()
+        assert odds.keys() == coc_distribution(facts).keys()
 
 
 def test_tempering_acts_on_each_next_word():
@@ -131,8 +134,8 @@ def test_tempering_cuts_each_step_to_its_nucleus():
 
 def test_tempering_undoes_softening():
     for facts in FACTS[::7]:
-        back = tempered(distribution(facts, soften=0.6), 1 / 0.6)
-        assert back == pytest.approx(distribution(facts))
+        back = tempered(coc_distribution(facts, soften=0.6), 1 / 0.6)
+        assert back == pytest.approx(coc_distribution(facts))
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0])
@@ -147,7 +150,7 @@ def test_draws_follow_the_distribution(soften):
     rng = np.random.default_rng(5)
     n = 20_000
     counts = Counter(coc(facts, rng, soften=soften) for _ in range(n))
-    odds = distribution(facts, soften=soften)
+    odds = coc_distribution(facts, soften=soften)
     assert counts.keys() <= odds.keys()
     for text, probability in odds.items():
         assert counts[text] == pytest.approx(n * probability, abs=5 * (n * probability) ** 0.5 + 1)
@@ -163,7 +166,7 @@ def test_draws_repeat_with_the_seed():
 
 
 def test_sides_and_actors_are_said():
-    texts = distribution(Facts(Event.PARKED_VEHICLE, side="right", actor="bus"))
+    texts = coc_distribution(Facts(Event.PARKED_VEHICLE, side="right", actor="bus"))
     assert "Nudge left to pass the parked bus on the right" in texts
     assert not any("Nudge right" in text or "truck" in text for text in texts)
 
@@ -173,7 +176,7 @@ def test_a_perfect_model_lands_inside_all_bounds(model):
     for seed in range(4):
         pairs = [tuple(pair) for pair in draw_clips(model, np.random.default_rng(seed))]
         texts = [one for one, _ in pairs]
-        results.append(measure(texts, [len(split_words(text)) for text in texts], pairs))
+        results.append(hardness(texts, [len(split_words(text)) for text in texts], pairs))
         assert violations(results[-1]) == []
     for name, (low, high) in BOUNDS.items():
         mean = float(np.mean([figures[name] for figures in results]))
@@ -192,6 +195,8 @@ def test_vocabulary_texts_show_every_word():
     texts = vocabulary_texts(20_000, seed=1)
     assert texts[:50] == vocabulary_texts(20_000, seed=1)[:50]
     shown = {word for text in texts for word in split_words(text)}
-    assert shown == {word for facts in FACTS for text in distribution(facts) for word in split_words(text)}
+    assert shown == {
+        word for facts in FACTS for text in coc_distribution(facts) for word in split_words(text)
+    }
     with pytest.raises(ValueError, match="at least 1"):
         vocabulary_texts(0, seed=1)

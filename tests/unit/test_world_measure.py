@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from alpamayo_dflash.evaluate.hardness import BOUNDS, measure, phrase_tree, violations, words_given
+from alpamayo_dflash.evaluate.hardness import BOUNDS, hardness, phrase_tree, violations, words_given
 from alpamayo_dflash.world.language import END, split_words
 
 STOP = "Stop for the red light."
@@ -12,7 +12,7 @@ KEEP = "Keep lane since the road is clear"
 
 
 def figures(texts, pairs=(("a", "b"),), counts=None):
-    return measure(texts, counts or [len(split_words(text)) for text in texts], list(pairs))
+    return hardness(texts, counts or [len(split_words(text)) for text in texts], list(pairs))
 
 
 def test_punctuation_marks_are_words_of_their_own():
@@ -73,7 +73,7 @@ def test_top_ten_counts_ten_texts_and_no_more():
 )
 def test_too_little_to_measure_is_refused(texts, counts, pairs):
     with pytest.raises(ValueError, match="need"):
-        measure(texts, counts, pairs)
+        hardness(texts, counts, pairs)
 
 
 def test_violations_name_figure_value_and_bounds():

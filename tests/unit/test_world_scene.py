@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from alpamayo_dflash.clips.window import DEFAULT_CAMERAS, DEFAULT_T0_US
+from alpamayo_dflash.clips.config import DEFAULT_T0_US
+from alpamayo_dflash.clips.window import DEFAULT_CAMERAS
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.events import sample_facts, sample_scene
 from alpamayo_dflash.world.facts import (
@@ -20,8 +21,8 @@ from alpamayo_dflash.world.facts import (
     Event,
     Facts,
 )
-from alpamayo_dflash.world.kinematics import STEP_S
-from alpamayo_dflash.world.render import frames, render, window
+from alpamayo_dflash.world.kinematics import TRACK_STEP_S
+from alpamayo_dflash.world.render import draw_picture, frames, window
 from alpamayo_dflash.world.scene import scene_seed
 
 MANY = 300
@@ -78,13 +79,15 @@ def test_the_track_is_a_unicycle(scenes):
         track = scene.track
         middle = (track.yaw[1:] + track.yaw[:-1]) / 2
         speed = (track.speed[1:] + track.speed[:-1]) / 2
-        step = speed * STEP_S
+        step = speed * TRACK_STEP_S
         assert np.allclose(np.diff(track.x), step * np.cos(middle), atol=2e-3)
         assert np.allclose(np.diff(track.y), step * np.sin(middle), atol=2e-3)
         turn = (track.curvature[1:] + track.curvature[:-1]) / 2 * step
         assert np.allclose(np.diff(track.yaw), turn, atol=1.5e-3)
         assert np.allclose(
-            np.diff(track.speed), (track.acceleration[1:] + track.acceleration[:-1]) / 2 * STEP_S, atol=5e-3
+            np.diff(track.speed),
+            (track.acceleration[1:] + track.acceleration[:-1]) / 2 * TRACK_STEP_S,
+            atol=5e-3,
         )
 
 
@@ -178,8 +181,8 @@ def test_a_window_is_the_scene_in_prompt_order():
     assert made.key == f"{scene.clip_id}@{DEFAULT_T0_US}"
     assert made.cameras == DEFAULT_CAMERAS
     assert made.frames.shape == (4, 4, 128, 256, 3) and made.frames.dtype == np.uint8
-    assert np.array_equal(made.frames[3, 0], render(scene, 6, -0.3))
-    assert np.array_equal(made.frames[1, 3], render(scene, 1, 0.0))
+    assert np.array_equal(made.frames[3, 0], draw_picture(scene, 6, -0.3))
+    assert np.array_equal(made.frames[1, 3], draw_picture(scene, 1, 0.0))
     assert np.array_equal(made.ego_history_xyz, scene.history()[0])
     assert np.array_equal(made.ego_future_xyz, scene.future()[0])
 
@@ -187,10 +190,10 @@ def test_a_window_is_the_scene_in_prompt_order():
 def test_lights_show():
     """Brake lamps and red lights are the only pure reds, stop signs and triangles aside."""
     for seed in range(5):
-        steady = render(sample_scene(seed, Facts(Event.LEAD_STEADY, "", "car")), 6, 0.0)
-        slowing = render(sample_scene(seed, Facts(Event.LEAD_SLOWING, "", "car")), 6, 0.0)
-        red = render(sample_scene(seed, Facts(Event.RED_LIGHT)), 6, 0.0)
-        green = render(sample_scene(seed, Facts(Event.GREEN_LIGHT_THROUGH)), 6, 0.0)
+        steady = draw_picture(sample_scene(seed, Facts(Event.LEAD_STEADY, "", "car")), 6, 0.0)
+        slowing = draw_picture(sample_scene(seed, Facts(Event.LEAD_SLOWING, "", "car")), 6, 0.0)
+        red = draw_picture(sample_scene(seed, Facts(Event.RED_LIGHT)), 6, 0.0)
+        green = draw_picture(sample_scene(seed, Facts(Event.GREEN_LIGHT_THROUGH)), 6, 0.0)
         assert red_share(steady) == 0.0 and red_share(green) == 0.0
         assert red_share(slowing) > 0.002
         assert red_share(red) > 0.001
@@ -200,7 +203,7 @@ def test_a_thing_on_the_left_is_seen_on_the_left():
     for seed in range(10):
         middle = {}
         for side in ("left", "right"):
-            picture = render(sample_scene(seed, Facts(Event.CONES, side)), 6, 0.0).astype(int)
+            picture = draw_picture(sample_scene(seed, Facts(Event.CONES, side)), 6, 0.0).astype(int)
             orange = (picture[..., 0] > 2 * picture[..., 2] + 60) & (picture[..., 1] < 0.6 * picture[..., 0])
             assert orange.sum() > 200
             middle[side] = np.nonzero(orange)[1].mean()
@@ -209,7 +212,7 @@ def test_a_thing_on_the_left_is_seen_on_the_left():
 
 def test_render_names_the_cameras_it_has():
     with pytest.raises(ValueError, match=r"no camera 3; it has 0 \(camera_cross_left_120fov\)"):
-        render(sample_scene(0), 3, 0.0)
+        draw_picture(sample_scene(0), 3, 0.0)
 
 
 @pytest.mark.parametrize("wrong", [{"num_chunks": 0}, {"clips_per_chunk": 0}, {"workers": 0}, {"seed": -1}])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 
-from alpamayo_dflash.common.machine import synchronise
+from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.observer import Observer, RoundTrace
 from alpamayo_dflash.decode.round_device import CapturedCall
 
@@ -16,16 +15,12 @@ _WARM = 3
 
 def wall_ms(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
     """Milliseconds of whole calls, launches included."""
-    wait = synchronise(device)
-    times = []
-    for index in range(repeats + _WARM):
-        wait()
-        start = time.perf_counter()
+    clock, times = Clock(device), []
+    for _ in range(repeats + _WARM):
+        start = clock.now_ms()
         call()
-        wait()
-        if index >= _WARM:
-            times.append(round((time.perf_counter() - start) * 1e3, 4))
-    return times
+        times.append(round(clock.now_ms() - start, 4))
+    return times[_WARM:]
 
 
 def graph_ms(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -34,15 +29,14 @@ def graph_ms(call: Callable[[], object], repeats: int, device: torch.device) -> 
         return wall_ms(call, repeats, device)
     captured = CapturedCall(call)
     times = []
-    for index in range(repeats + _WARM):
+    for _ in range(repeats + _WARM):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         captured.replay()
         end.record()
         torch.cuda.synchronize()
-        if index >= _WARM:
-            times.append(round(start.elapsed_time(end), 4))
-    return times
+        times.append(round(start.elapsed_time(end), 4))
+    return times[_WARM:]
 
 
 def ceilings(repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
@@ -68,11 +62,12 @@ class RoundClock(Observer):
 
     def __init__(self) -> None:
         self.times_ms: list[float] = []
+        self._clock = Clock(torch.device("cpu"))  # a round has been read when it is reported: no waiting
         self._last = 0.0
 
     def on_round(self, trace: RoundTrace) -> None:
         """A report has been read: the device is idle."""
-        now = time.perf_counter()
+        now = self._clock.now_ms()
         if trace.index:
-            self.times_ms.append(round((now - self._last) * 1e3, 4))
+            self.times_ms.append(round(now - self._last, 4))
         self._last = now

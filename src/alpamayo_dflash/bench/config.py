@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alpamayo_dflash.common.options import numbers
+from alpamayo_dflash.common.options import check_at_least, check_positive, check_range, whole_numbers
 from alpamayo_dflash.decode.config import MOST_BLOCK, Sampling
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure the engine's speed.
+    """Measure the decoder's speed.
 
     Attributes:
         target: `random:r1-10b`, `random:medium`, `random:small` (random weights of that size), or
@@ -60,26 +60,23 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        least = {"block_size": 2, "context_len": 1, "draft_vocab": 1, "coc_tokens": 2, "repeats": 2}
-        for name, value in (least | {"texts": 3, "lossless_prompts": 0}).items():
-            if getattr(self, name) < value:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {value}")
-        if self.row_width is not None and self.row_width < 1:
-            raise ValueError(f"row_width is {self.row_width}; it must be at least 1, or left out")
-        if self.block_size > MOST_BLOCK:
-            raise ValueError(f"block_size is {self.block_size}; it must be at most {MOST_BLOCK}")
+        check_range(2, MOST_BLOCK, block_size=self.block_size)
+        check_positive(context_len=self.context_len, draft_vocab=self.draft_vocab, row_width=self.row_width)
+        check_at_least(2, coc_tokens=self.coc_tokens, repeats=self.repeats)
+        check_at_least(3, texts=self.texts)
+        check_at_least(0, lossless_prompts=self.lossless_prompts)
         Sampling(self.temperature)
         _ = self.row_counts, self.layer_counts
 
     @property
     def row_counts(self) -> list[int]:
         """Rows of the timed passes, ascending, the block's among them."""
-        return sorted({*numbers(self.rows, "rows"), self.block_size})
+        return sorted({*whole_numbers(self.rows, "rows"), self.block_size})
 
     @property
     def layer_counts(self) -> list[int]:
         """Layers of the timed drafts, in the order given."""
-        return list(dict.fromkeys(numbers(self.draft_layers, "draft_layers")))
+        return list(dict.fromkeys(whole_numbers(self.draft_layers, "draft_layers")))
 
 
 @dataclass(frozen=True)
@@ -107,15 +104,14 @@ class BenchKernelsConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name, least in (("prompt", 1), ("repeats", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        check_positive(prompt=self.prompt)
+        check_at_least(2, repeats=self.repeats)
         _ = self.row_counts
 
     @property
     def row_counts(self) -> list[int]:
         """Rows, ascending."""
-        return sorted(set(numbers(self.rows, "rows")))
+        return sorted(set(whole_numbers(self.rows, "rows")))
 
 
 @dataclass(frozen=True)
@@ -144,6 +140,4 @@ class MeasureTargetConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("max_tokens", "prompt_capacity"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_positive(max_tokens=self.max_tokens, prompt_capacity=self.prompt_capacity)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 from alpamayo_dflash.bench.clocks import RoundClock, ceilings, graph_ms, wall_ms
 from alpamayo_dflash.bench.figures import SIX
@@ -26,7 +27,7 @@ _FEW_TEXTS = 21  # of transformers, and of each length; the first is not timed
 _TEXTS_OF_SIX = 5  # of transformers, which takes a second for each
 
 
-def measure(bench: Bench) -> dict[str, Any]:
+def timings(bench: Bench) -> dict[str, Any]:
     """All timings, milliseconds, and what their floors are counted from."""
     config, target = bench.config, bench.target
     with torch.inference_mode():
@@ -82,8 +83,6 @@ def _shapes(bench: Bench) -> dict[str, Any]:
 
 def _prompts(bench: Bench) -> dict[str, dict[str, list[float]]]:
     """Vision, and the language model's pass over the prompt, by arm."""
-    from transformers import DynamicCache
-
     config, target, prompt = bench.config, bench.target, bench.prompt
     verifier, embeddings = bench.decoder(None).verifier, target.embed(prompt)
     text, visual = target.vlm.model.language_model, target.vlm.model.visual
@@ -166,7 +165,7 @@ def _draft(bench: Bench, draft: DFlashDraft, samples: int) -> list[float]:
 
 
 class _Pair:
-    """The two loops of the project, each behind its own reading of the prompt."""
+    """The two loops of the project, each after its own reading of the prompt."""
 
     def __init__(self, bench: Bench) -> None:
         self.plain: SpeculativeDecoder = bench.decoder(None)
@@ -186,7 +185,7 @@ class _Pair:
 
 
 def _texts(bench: Bench) -> dict[str, Any]:
-    """Whole texts: decode times of every arm, the passes behind the first token, and single rounds."""
+    """Whole texts: decode times of every arm, the passes after the first token, and single rounds."""
     config, pair = bench.config, _Pair(bench)
     times: dict[str, list[float]] = {}
     passes: dict[str, list[int]] = {}
@@ -219,7 +218,7 @@ def _texts(bench: Bench) -> dict[str, Any]:
 
 
 def _transformers(bench: Bench, samples: int) -> tuple[list[float], list[int]]:
-    """Decode times of `generate`, and its passes behind the first token."""
+    """Decode times of `generate`, and its passes after the first token."""
     config, times, passes = bench.config, [], []
     for index in range(min(config.texts, _FEW_TEXTS if samples == 1 else _TEXTS_OF_SIX)):
         given = generate(

@@ -24,7 +24,7 @@ def figures(raw: Mapping[str, Any]) -> dict[str, float]:
 
     Args:
         raw: lists of milliseconds: `verify_ms` by rows, `draft_ms` by draft, `round_ms` by samples, `text_ms`
-            by arm and samples, `prefill_ms` by arm; `text_rounds`, passes behind the first token, like
+            by arm and samples, `prefill_ms` by arm; `text_rounds`, passes after the first token, like
             `text_ms`; `block_size`, `weight_bytes`, and the list `read_bytes_per_s`.
     """
     median, mean = statistics.median, statistics.fmean
@@ -81,12 +81,12 @@ def _redrawn(value: Any, generator: random.Random) -> Any:
     return value
 
 
-def quartiles(raw: Mapping[str, Any]) -> dict[str, Any]:
+def timing_quartiles(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Least, quartiles and most of every list of timings."""
     out: dict[str, Any] = {}
     for name, value in raw.items():
         if isinstance(value, Mapping):
-            out[name] = quartiles(value)
+            out[name] = timing_quartiles(value)
         elif isinstance(value, list) and len(value) > 1 and isinstance(value[0], float):
             low, middle, high = statistics.quantiles(value, n=4)
             found = {"min": min(value), "q1": low, "median": middle, "q3": high, "max": max(value)}

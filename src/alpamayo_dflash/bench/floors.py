@@ -86,31 +86,6 @@ class DraftShape:
     vocab: int
 
 
-def prefill_work(shape: TextShape, prompt: int) -> Work:
-    """A prompt's causal pass, one row of logits."""
-    decoder, head = shape.layers * shape.layer_weights, shape.vocab * shape.hidden
-    seen = shape.layers * shape.attention_operations(prompt, prompt) / 2
-    return Work((decoder + head) * shape.element_bytes, 2 * decoder * prompt + 2 * head + seen)
-
-
-def pass_work(shape: TextShape, prompt: int, rows: int) -> Work:
-    """A verify pass of so many rows, all with logits, behind a prompt."""
-    weights = shape.layers * shape.layer_weights + shape.vocab * shape.hidden
-    seen = shape.layers * shape.attention_operations(rows, prompt)
-    cached = shape.layers * prompt * shape.entry_bytes
-    return Work(weights * shape.element_bytes + cached, 2 * weights * rows + seen)
-
-
-def draft_work(shape: TextShape, draft: DraftShape, layers: int, samples: int) -> Work:
-    """A draft's block for each sample, and the features of as many new states."""
-    rows, c = samples * draft.block_size, shape.hidden
-    features, head = draft.taps * c * c, draft.vocab * c
-    weights = features + layers * shape.layer_weights + head
-    new_keys = layers * 2 * shape.kv_heads * shape.head_dim * c
-    seen = layers * shape.attention_operations(rows, draft.context_len + draft.block_size)
-    return Work(weights * shape.element_bytes, 2 * rows * (weights + new_keys) + seen)
-
-
 def floors(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Every timing beside its floor, from the raw timings of one run.
 
@@ -193,3 +168,28 @@ def draft_of(name: str) -> tuple[int, int]:
 
 def _of(what: str, samples: int) -> str:
     return what if samples == 1 else f"{what}, {samples} samples"
+
+
+def prefill_work(shape: TextShape, prompt: int) -> Work:
+    """A prompt's causal pass, one row of logits."""
+    decoder, head = shape.layers * shape.layer_weights, shape.vocab * shape.hidden
+    seen = shape.layers * shape.attention_operations(prompt, prompt) / 2
+    return Work((decoder + head) * shape.element_bytes, 2 * decoder * prompt + 2 * head + seen)
+
+
+def pass_work(shape: TextShape, prompt: int, rows: int) -> Work:
+    """A verify pass of so many rows, all with logits, after a prompt."""
+    weights = shape.layers * shape.layer_weights + shape.vocab * shape.hidden
+    seen = shape.layers * shape.attention_operations(rows, prompt)
+    cached = shape.layers * prompt * shape.entry_bytes
+    return Work(weights * shape.element_bytes + cached, 2 * weights * rows + seen)
+
+
+def draft_work(shape: TextShape, draft: DraftShape, layers: int, samples: int) -> Work:
+    """A draft's block for each sample, and the features of as many new states."""
+    rows, c = samples * draft.block_size, shape.hidden
+    features, head = draft.taps * c * c, draft.vocab * c
+    weights = features + layers * shape.layer_weights + head
+    new_keys = layers * 2 * shape.kv_heads * shape.head_dim * c
+    seen = layers * shape.attention_operations(rows, draft.context_len + draft.block_size)
+    return Work(weights * shape.element_bytes, 2 * rows * (weights + new_keys) + seen)

@@ -31,7 +31,7 @@ from alpamayo_dflash.target.weights import padded_rows
 _ENOUGH_BYTES = 400 * 2**20  # several times the largest cache of a GPU
 _TAIL = 64
 
-Timings = dict[str, dict[str, list[float]]]
+ArmTimings = dict[str, dict[str, list[float]]]
 """By rows, then by arm: milliseconds."""
 
 
@@ -60,9 +60,9 @@ def run(config: BenchKernelsConfig) -> dict[str, Any]:
     return {"medians": found, "out": str(config.out)}
 
 
-def weight_shapes(shape: TargetShape | None = None) -> dict[str, tuple[int, int]]:
+def weight_shapes() -> dict[str, tuple[int, int]]:
     """[N, I] of a layer's fused weights and of the padded head."""
-    shape = shape or TargetShape()
+    shape = TargetShape()
     heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {
         "qkv": (heads + 2 * kv, shape.hidden),
@@ -75,7 +75,7 @@ def weight_shapes(shape: TargetShape | None = None) -> dict[str, tuple[int, int]
 
 def _products(
     config: BenchKernelsConfig, device: torch.device, name: str, columns: int, inner: int
-) -> Timings:
+) -> ArmTimings:
     """One product, by the kernel and by cuBLAS; of gate and up the kernel's is with the gate applied."""
     from alpamayo_dflash.kernels.product import few_rows_gated_product, few_rows_product
 
@@ -86,7 +86,7 @@ def _products(
     if name == "head":
         odd = TargetShape().vocab_size
         arms["cublas, not padded"] = lambda x, weight: functional.linear(x, weight[:odd])
-    out: Timings = {}
+    out: ArmTimings = {}
     for rows in config.row_counts:
         x = torch.randn(rows, inner, device=device, dtype=torch.bfloat16)
 
@@ -101,7 +101,7 @@ def _products(
     return out
 
 
-def _attention(config: BenchKernelsConfig, device: torch.device) -> Timings:
+def _attention(config: BenchKernelsConfig, device: torch.device) -> ArmTimings:
     """All layers' attention of rows over a prompt and a tail, by the kernel and by PyTorch's."""
     from alpamayo_dflash.kernels.attention import attend
 
@@ -111,7 +111,7 @@ def _attention(config: BenchKernelsConfig, device: torch.device) -> Timings:
         2, shape.layers, entries, shape.kv_heads, shape.head_dim, device=device, dtype=torch.bfloat16
     )
     length = torch.tensor([prompt], device=device)
-    out: Timings = {}
+    out: ArmTimings = {}
     for rows in config.row_counts:
         q = torch.randn(rows, shape.heads, shape.head_dim, device=device, dtype=torch.bfloat16)
         slots = max(_TAIL, rows)
@@ -151,10 +151,10 @@ def _sdpa(q_RHD: Tensor, keys_PKD: Tensor, values_PKD: Tensor, mask: Tensor | No
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
-def _choice(config: BenchKernelsConfig, device: torch.device) -> Timings:
+def _choice(config: BenchKernelsConfig, device: torch.device) -> ArmTimings:
     """Noise, nucleus and arg max over the vocabulary, by the kernels and by a sort."""
     shape = TargetShape()
-    out: Timings = {}
+    out: ArmTimings = {}
     for rows in config.row_counts:
         logits = 3 * torch.randn(rows, padded_rows(shape.vocab_size), device=device, dtype=torch.bfloat16)
         keys = torch.randint(0, 2**32, (rows, 2), device=device)

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alpamayo_dflash.bench.config import MeasureTargetConfig
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import folder_hash, provenance, write_json
-from alpamayo_dflash.common.machine import GpuMemory, HostWatch, check_device, gib
+from alpamayo_dflash.common.machine import Clock, GpuMemory, HostWatch, check_device, describe_gpu, gib
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.standins.untrained import noise_window
@@ -26,11 +28,11 @@ from alpamayo_dflash.target.prompt import Prompt
 # What a GeForce card sold as 24 GB reports: 24,564 MiB.
 _CARD_BYTES = 24_564 * 2**20
 _HOST_OVER_SHARD = 1.2
-# Below this a shard is small beside the tokenizer and the modules themselves, and the ratio says nothing.
+# Below this a shard is small beside the tokenizer and the modules themselves, and the ratio means nothing.
 _RATIO_FROM_GIB = 1.0
 
 
-def measure(config: MeasureTargetConfig) -> dict[str, Any]:
+def run(config: MeasureTargetConfig) -> dict[str, Any]:
     """Load, run one window, write the figures; `passed` says whether they lie in their bounds.
 
     The bounds: the trajectory is finite; on a GPU, loading takes less than 1.2 times the largest shard of
@@ -44,21 +46,20 @@ def measure(config: MeasureTargetConfig) -> dict[str, Any]:
     device = check_device(config.device)
     folder = checkpoint_folder(config.target, local_files_only=True)
     shards = _shards(folder)
-    gpu = GpuMemory(device)
+    gpu, clock = GpuMemory(device), Clock(device)
     if config.cold:
         _forget(shards)
     with HostWatch() as host:
-        start = time.perf_counter()
+        start = clock.now_ms()
         target = Alpamayo.from_pretrained(folder, device=device, dtype=config.dtype, local_files_only=True)
-        gpu.wait()
-        load_s = time.perf_counter() - start
+        load_s = (clock.now_ms() - start) / 1e3
     weights = _weight_bytes(target)
     after_load, load_peak = gpu.allocated(), gpu.phase_peak()
     decoder = SpeculativeDecoder(target, None, DecodeConfig(prompt_capacity=config.prompt_capacity))
     window = noise_window(config.seed)
     first = _generate(decoder, window, config)
     # Of one whole run; what follows looks at the stages one by one.
-    run = {"peak": max(load_peak, gpu.phase_peak()), "reserved": gpu.reserved(), "context": gpu.context()}
+    whole = {"peak": max(load_peak, gpu.phase_peak()), "reserved": gpu.reserved(), "context": gpu.context()}
     warm = _generate(decoder, window, config)
     stages = _stages(decoder, target.prompt(window), config, gpu)
     largest = max(shard.stat().st_size for shard in shards)
@@ -66,13 +67,14 @@ def measure(config: MeasureTargetConfig) -> dict[str, Any]:
         "load_s": round(load_s, 3),
         **_host_figures(host, weights if device.type == "cpu" else 0, largest),
         "weights_gib": gib(weights),
-        "gpu_peak_gib": gib(run["peak"]) if gpu.used else None,
+        "gpu_peak_gib": gib(whole["peak"]) if gpu.used else None,
         "gpu": None,
         **_run_figures(target, decoder, first, warm),
     }
     if gpu.used:
-        memory = _gpu_figures(run, after_load, load_peak, stages, _cache_bytes(decoder))
-        figures["gpu"] = gpu.describe() | memory
+        memory = _gpu_figures(whole, after_load, load_peak, stages, _cache_bytes(decoder))
+        total = gib(torch.cuda.get_device_properties(device).total_memory)
+        figures["gpu"] = describe_gpu(device) | {"total_gib": total} | memory
     figures["passed"] = passed(figures)
     made = provenance(
         config=config,
@@ -86,7 +88,7 @@ def measure(config: MeasureTargetConfig) -> dict[str, Any]:
 
 
 def passed(figures: dict[str, Any]) -> bool:
-    """Whether the figures lie in the bounds that `measure` names."""
+    """Whether the figures lie in the bounds that `run` names."""
     if not figures["trajectory"]["finite"]:
         return False
     if figures["gpu"] is None:
@@ -121,7 +123,7 @@ def _stages(
 ) -> dict[str, int]:
     """What each stage holds beyond weights and cache, bytes.
 
-    The action expert is looked at behind a text of one token, whose decoding has no verify pass with logits.
+    The action expert is looked at after a text of one token, whose decoding has no verify pass with logits.
     """
     prefilled, prefill = gpu.above(lambda: decoder.prefill(prompt))
     tokens = config.max_tokens
@@ -151,16 +153,16 @@ def _host_figures(host: HostWatch, weights_on_host: int, largest_shard: int) -> 
 
 
 def _gpu_figures(
-    run: dict[str, int], after_load: int, load_peak: int, stages: dict[str, int], cache: int
+    whole: dict[str, int], after_load: int, load_peak: int, stages: dict[str, int], cache: int
 ) -> dict[str, Any]:
-    needed = run["reserved"] + run["context"]
+    needed = whole["reserved"] + whole["context"]
     return {
         "after_load_gib": gib(after_load),
         "load_peak_gib": gib(load_peak),
         "cache_gib": gib(cache),
         "activations_gib": {name: gib(value) for name, value in stages.items()},
-        "reserved_gib": gib(run["reserved"]),
-        "context_gib": gib(run["context"]),
+        "reserved_gib": gib(whole["reserved"]),
+        "context_gib": gib(whole["context"]),
         "needed_bytes": needed,
         "fits_24gb": needed < _CARD_BYTES,
     }

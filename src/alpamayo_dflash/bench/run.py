@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from alpamayo_dflash.bench.config import BenchConfig
-from alpamayo_dflash.bench.decode import measure
-from alpamayo_dflash.bench.figures import REPLAYED, coc_means, figures, quartiles, spread
+from alpamayo_dflash.bench.decode import timings
+from alpamayo_dflash.bench.figures import REPLAYED, coc_means, figures, spread, timing_quartiles
 from alpamayo_dflash.bench.floors import floors
 from alpamayo_dflash.bench.profile import profile
 from alpamayo_dflash.bench.setup import Bench
 from alpamayo_dflash.bench.widths import compare
 from alpamayo_dflash.common.artefacts import provenance, write_json
-from alpamayo_dflash.common.machine import driver_version
+from alpamayo_dflash.common.machine import describe_gpu
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     """
     started = time.time()
     bench = Bench(config)
-    raw = measure(bench)
+    raw = timings(bench)
     keys = figures(raw)
     found: dict[str, Any] = {
         "figures": keys,
@@ -41,7 +41,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
 
     def write() -> None:
         made = provenance(config=config, seed=config.seed, device=config.device, started=started)
-        rest = {"timings": quartiles(raw), "raw": raw, "gpu": gpu(bench.device), "provenance": made}
+        rest = {"timings": timing_quartiles(raw), "raw": raw, "gpu": gpu(bench.device), "provenance": made}
         write_json(config.out, found | rest)
 
     write()  # what took minutes is kept, whatever happens to the rest
@@ -60,9 +60,4 @@ def gpu(device: torch.device) -> dict[str, Any] | None:
     """The card, its driver, and the memory taken; None on a CPU."""
     if device.type != "cuda":
         return None
-    return {
-        "name": torch.cuda.get_device_name(device),
-        "driver": driver_version(),
-        "cuda": torch.version.cuda,
-        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3),
-    }
+    return describe_gpu(device) | {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}

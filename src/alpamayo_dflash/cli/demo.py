@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpamayo_dflash.common.artefacts import folder_hash, provenance, read_json, write_json
+from alpamayo_dflash.common.options import check_positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,8 +68,7 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Check that there is something to train on and enough to evaluate."""
-        if self.threads < 1:
-            raise ValueError(f"threads is {self.threads}; it must be at least 1")
+        check_positive(threads=self.threads)
         if not 1 <= self.held_out_chunks <= self.num_chunks - 2:
             raise ValueError(
                 f"held_out_chunks is {self.held_out_chunks}; it must be at least 1 and leave two of "

@@ -46,7 +46,7 @@ COMMANDS = {
     "lossless": Command("evaluate.config:LosslessConfig", "evaluate.lossless:run"),
     "distribution": Command("evaluate.config:DistributionConfig", "evaluate.distribution:run"),
     "write-random-target": Command("standins.config:WriteRandomTargetConfig", "standins.untrained:write"),
-    "measure-target": Command("bench.config:MeasureTargetConfig", "bench.memory:measure"),
+    "measure-target": Command("bench.config:MeasureTargetConfig", "bench.memory:run"),
     "bench": Command("bench.config:BenchConfig", "bench.run:run", tables="report.tables:bench_tables"),
     "bench-kernels": Command("bench.config:BenchKernelsConfig", "bench.kernels:run"),
     "report": Command("report.config:ReportConfig", "report.run:run"),

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from alpamayo_dflash.common.options import check_positive
+
+DEFAULT_T0_US = 5_100_000
+"""The default moment of a window, microseconds on its clip's clock."""
+
 
 @dataclass(frozen=True)
 class ClipsConfig:
@@ -46,7 +51,4 @@ class ClipsConfig:
             raise ValueError(
                 "prefetch needs chunks (such as 0-3), num_chunks or clip_ids; the whole dataset is huge"
             )
-        for name in ("num_chunks", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        check_positive(num_chunks=self.num_chunks, workers=self.workers)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError
+
 from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, find_snapshot, repo_folder
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, check_cameras
-from alpamayo_dflash.common.artefacts import atomic_file
+from alpamayo_dflash.common.artefacts import write_text
+from alpamayo_dflash.common.options import check_positive
+
+# What a request to the hub can end in. The errors of its library's HTTP client (requests, httpx or httpx2, by
+# version) are OSErrors only in the first. RuntimeError is what its transfer library hf_xet mostly raises.
+_HUB_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    RuntimeError,
+    *(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"),
+)
 
 
 @dataclass
@@ -64,8 +74,7 @@ def download_chunks(
     Raises:
         ValueError: an unknown camera, chunk or clip, or the hub cannot be reached or does not give access.
     """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; it must be at least 1")
+    check_positive(workers=workers)
     features = [*(CAMERAS[index] for index in check_cameras(cameras)), EGOMOTION]
     cached = _cached(cache_dir, revision, repo_id)
     dataset = _online(cache_dir, revision, repo_id) if cached is None else cached
@@ -128,23 +137,11 @@ def _fetch_file(dataset: Any, name: str) -> str | None:
     """Fetch one file; returns why it could not be, or None."""
     try:
         dataset.download_file(name)
-    except _hub_errors() as error:
+    except _HUB_ERRORS as error:
         return _reason(error)
     except ValueError as error:  # the devkit's, for a file that the hub does not have
         return _reason(error)
     return None
-
-
-@functools.cache
-def _hub_errors() -> tuple[type[Exception], ...]:
-    """What a request to the hub can end in.
-
-    The errors of its library's HTTP client (requests, httpx or httpx2, by version) are OSErrors only in the
-    first of them. RuntimeError is what its transfer library hf_xet makes of most failures.
-    """
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (OSError, RuntimeError, *(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"))
 
 
 def _reason(error: Exception) -> str:
@@ -157,8 +154,7 @@ def _main(cache_dir: Path | str, commit: str, repo_id: str) -> str:
     """The commit that the cache calls `main`; one without a `main` gets this, as the later steps read it."""
     reference = repo_folder(cache_dir, repo_id) / "refs" / "main"
     if not reference.is_file():
-        with atomic_file(reference) as temporary:
-            temporary.write_text(commit, encoding="utf-8")
+        write_text(reference, commit)
     return reference.read_text(encoding="utf-8").strip()
 
 
@@ -200,7 +196,7 @@ def _open(cache_dir: Path | str, revision: str, repo_id: str) -> Any:
             cache_dir=cache_dir,
             confirm_download_threshold_gb=float("inf"),  # to ask is not a library's business
         )
-    except _hub_errors() as error:
+    except _HUB_ERRORS as error:
         raise ValueError(
             f"{repo_id}: its tables cannot be had ({_reason(error)}); the dataset is gated: accept its terms "
             "on the hub and log in (hf auth login), and do not set HF_HUB_OFFLINE"

@@ -16,8 +16,8 @@ from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import check_cameras
 
 
-def parse_chunks(text: str) -> list[int]:
-    """Read chunk numbers such as `0-3,7`; ranges include both ends.
+def parse_chunks(text: str | None) -> list[int] | None:
+    """Read chunk numbers such as `0-3,7`; ranges include both ends. None, all chunks, stays None.
 
     Returns:
         The numbers, each once, ascending.
@@ -25,6 +25,8 @@ def parse_chunks(text: str) -> list[int]:
     Raises:
         ValueError: the text is empty or is not of this form.
     """
+    if text is None:
+        return None
     chunks: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
@@ -145,7 +147,7 @@ def chosen_clips(
     elif clip_ids is not None:
         named = list(dict.fromkeys(read_clip_list(clip_ids)))
     else:
-        return take(source.clip_ids(None if chunks is None else parse_chunks(chunks)), count)
+        return take(source.clip_ids(parse_chunks(chunks)), count)
     for each in named:
         source.chunk_of(each)  # refuses a clip that is not there, before anything runs
     return take(named, count)

@@ -18,7 +18,7 @@ def run(config: ClipsConfig) -> dict[str, Any]:
     Raises:
         ValueError: no such folder, no clips in these chunks, an unknown clip, or the hub cannot be reached.
     """
-    chunks = None if config.chunks is None else parse_chunks(config.chunks)
+    chunks = parse_chunks(config.chunks)
     if config.num_chunks is not None:
         chunks = list(range(config.num_chunks))
     listed = None if config.clip_ids is None else set(read_clip_list(config.clip_ids))
@@ -46,7 +46,7 @@ def run(config: ClipsConfig) -> dict[str, Any]:
 
 
 def _summary(found: Download) -> dict[str, Any]:
-    """What the JSON line says of a fetch; that the later steps read another revision is said aloud too."""
+    """The JSON line's part on a fetch; warns if the later steps read another revision."""
     if found.main != found.revision:
         print(
             f"alpamayo-dflash clips: fetched revision {found.revision}, but this cache's `main`, which the "

@@ -5,21 +5,20 @@ from __future__ import annotations
 import functools
 import zipfile
 import zlib
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.progress import track
 
 from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, chunk_file, find_snapshot
+from alpamayo_dflash.clips.config import DEFAULT_T0_US
 from alpamayo_dflash.clips.window import (
     CAMERAS,
     DEFAULT_CAMERAS,
-    DEFAULT_T0_US,
     FRAMES_PER_CAMERA,
     FUTURE_POINTS,
     HISTORY_POINTS,
@@ -27,6 +26,8 @@ from alpamayo_dflash.clips.window import (
     Window,
     check_cameras,
 )
+from alpamayo_dflash.common.ahead import read_ahead
+from alpamayo_dflash.common.options import check_positive
 
 _STEP_US = round(STEP_S * 1e6)
 Frames = npt.NDArray[np.uint8]
@@ -282,9 +283,6 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-_AHEAD_PER_WORKER = 2
-
-
 def iterate_windows(
     source: ClipSource, clip_ids: Sequence[str], t0_us: int = DEFAULT_T0_US, workers: int = 1
 ) -> Iterator[tuple[str, Window | ClipError]]:
@@ -303,32 +301,15 @@ def iterate_windows(
     """
     if not clip_ids:
         raise ValueError("the list of clips is empty")
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; it must be at least 1")
-    return _windows(source, clip_ids, t0_us, workers)
+    check_positive(workers=workers)
 
-
-def _windows(
-    source: ClipSource, clip_ids: Sequence[str], t0_us: int, workers: int
-) -> Iterator[tuple[str, Window | ClipError]]:
-    def read(clip_id: str) -> Window | ClipError:
+    def read(clip_id: str) -> tuple[str, Window | ClipError]:
         try:
-            return source.window(clip_id, t0_us)
+            return clip_id, source.window(clip_id, t0_us)
         except ClipError as error:
-            return error
+            return clip_id, error
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="clips")
-    waiting: deque[tuple[str, Future[Window | ClipError]]] = deque()
-    remaining = iter(clip_ids)
-    try:
-        waiting.extend((c, pool.submit(read, c)) for c in islice(remaining, workers * _AHEAD_PER_WORKER))
-        while waiting:
-            clip_id, result = waiting.popleft()
-            window = result.result()
-            waiting.extend((c, pool.submit(read, c)) for c in islice(remaining, 1))
-            yield clip_id, window
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return read_ahead(clip_ids, read, workers)
 
 
 def progressing_windows(
@@ -345,9 +326,6 @@ def progressing_windows(
     Yields:
         clip id, and its window or why it could not be read.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     if not clip_ids:
         return
     windows = iterate_windows(source, clip_ids, t0_us)

@@ -23,7 +23,6 @@ FRAMES_PER_CAMERA = 4
 HISTORY_POINTS = 16
 FUTURE_POINTS = 64
 STEP_S = 0.1
-DEFAULT_T0_US = 5_100_000
 
 
 def check_cameras(cameras: Sequence[int]) -> tuple[int, ...]:

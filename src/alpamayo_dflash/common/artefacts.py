@@ -61,6 +61,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically; a list of numbers takes one line.
 
@@ -68,9 +74,7 @@ def write_json(path: Path | str, value: Any) -> None:
     """
     text = json.dumps(to_plain(value), indent=1, allow_nan=False) + "\n"
     # Only between elements does JSON break lines, so nothing inside a string is touched.
-    text = _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text)
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text))
 
 
 def read_json(path: Path | str) -> Any:
@@ -123,21 +127,19 @@ def git_revision() -> str | None:
 
     Outside a checkout (in a container, say) it is what `ALPAMAYO_DFLASH_REVISION` says, or None.
     """
-    return _described() or os.environ.get("ALPAMAYO_DFLASH_REVISION") or None
+    wanted = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    found = answer_of("git", *wanted, folder=Path(__file__).parent)
+    return found or os.environ.get("ALPAMAYO_DFLASH_REVISION") or None
 
 
-def _described() -> str | None:
-    git = shutil.which("git")
-    if git is None:
+def answer_of(tool: str, *arguments: str, folder: Path | None = None) -> str | None:
+    """What a tool of the system prints, stripped; None where it is missing, fails or prints nothing."""
+    path = shutil.which(tool)
+    if path is None:
         return None
     try:
         answer = subprocess.run(  # noqa: S603
-            [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
+            [path, *arguments], cwd=folder, capture_output=True, text=True, timeout=30, check=True
         )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
         return None
@@ -170,20 +172,26 @@ def provenance(
         device: a torch device string.
         started: `time.time()` when the stage began; the wall time is taken from it.
     """
-    # Here, so that who only reads artefacts loads no torch.
-    from alpamayo_dflash.common.machine import device_name
-
     return {
         "config": to_plain(config),
         "parents": dict(parents or {}),
         "seed": seed,
-        "device": device_name(device),
+        "device": _device_name(device),
         "versions": versions(),
         "revision": git_revision(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "wall_s": None if started is None else round(time.time() - started, 3),
     }
+
+
+def _device_name(device: str) -> str:
+    """A device's own name: the GPU's, or the processor's architecture and count of cores."""
+    if device.startswith("cuda"):
+        import torch  # here, so that who only reads artefacts does not load it
+
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def list_hash(names: Sequence[str]) -> str:

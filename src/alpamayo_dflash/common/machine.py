@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
-import shutil
-import subprocess
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import torch
 
+from alpamayo_dflash.common.artefacts import answer_of
 
-def device_name(device: str) -> str:
-    """A device's own name: the GPU's, or the processor's architecture and count of cores."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+_GIB = 2**30
+_SAMPLE_EVERY_S = 0.005
+_T = TypeVar("_T")
 
 
 def synchronise(device: torch.device) -> Callable[[], None]:
@@ -30,9 +26,16 @@ def synchronise(device: torch.device) -> Callable[[], None]:
     return lambda: None
 
 
-_GIB = 2**30
-_SAMPLE_EVERY_S = 0.005
-_T = TypeVar("_T")
+class Clock:
+    """The host's clock, read once a device has done its work: a GPU is waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._wait = synchronise(device)
+
+    def now_ms(self) -> float:
+        """Milliseconds from some moment on; only differences mean something."""
+        self._wait()
+        return time.perf_counter() * 1e3
 
 
 def host_memory() -> dict[str, int]:
@@ -80,7 +83,7 @@ class HostWatch:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
             self.peak_was_reset = True
         except OSError:
-            self.peak_was_reset = False  # some containers forbid it; the results say so
+            self.peak_was_reset = False  # some containers forbid it; the results record that
         self.before = host_memory()
         self._thread.start()
         return self
@@ -109,48 +112,40 @@ class GpuMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        import torch
-
         self.used = device.type == "cuda"
         self._device = device
-        self._cuda = torch.cuda
         self._reserved = 0
         if self.used:
             torch.ones(8, device=device).sum().item()
             torch.cuda.reset_peak_memory_stats(device)
 
-    def wait(self) -> None:
-        """Wait for the GPU."""
-        if self.used:
-            self._cuda.synchronize(self._device)
-
     def allocated(self) -> int:
         """What tensors hold now."""
-        return self._cuda.memory_allocated(self._device) if self.used else 0
+        return torch.cuda.memory_allocated(self._device) if self.used else 0
 
     def reserved(self) -> int:
         """The most that the allocator has taken from the device."""
         if not self.used:
             return 0
-        self._reserved = max(self._reserved, self._cuda.max_memory_reserved(self._device))
+        self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self._device))
         return self._reserved
 
     def phase_peak(self) -> int:
         """The most that tensors held since the last call."""
         if not self.used:
             return 0
-        self.wait()
-        peak = self._cuda.max_memory_allocated(self._device)
+        torch.cuda.synchronize(self._device)
+        peak = torch.cuda.max_memory_allocated(self._device)
         self.reserved()  # the reset forgets that peak too
-        self._cuda.reset_peak_memory_stats(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
         return peak
 
     def context(self) -> int:
         """What the device holds beside the allocator's: the context, kernels, and other processes."""
         if not self.used:
             return 0
-        free, total = self._cuda.mem_get_info(self._device)
-        return total - free - self._cuda.memory_reserved(self._device)
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free - torch.cuda.memory_reserved(self._device)
 
     def above(self, call: Callable[[], _T]) -> tuple[_T, int]:
         """A call's value and the most that it held beyond what was held before."""
@@ -159,36 +154,15 @@ class GpuMemory:
         value = call()
         return value, self.phase_peak() - before
 
-    def describe(self) -> dict[str, Any]:
-        """The device and what drives it."""
-        import torch
 
-        properties = self._cuda.get_device_properties(self._device)
-        return {
-            "name": properties.name,
-            "total_gib": gib(properties.total_memory),
-            "driver": driver_version(),
-            "cuda": torch.version.cuda,
-        }
-
-
-def driver_version() -> str | None:
-    """The GPU driver's version; None where its tool is missing or fails."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    try:
-        answer = subprocess.run(  # noqa: S603
-            [tool, "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        return None
-    lines = answer.stdout.split()
-    return lines[0] if lines else None
+def describe_gpu(device: torch.device) -> dict[str, str | None]:
+    """A GPU's name and what drives it; the driver is None where its tool is missing or fails."""
+    driver = answer_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "driver": driver and driver.split()[0],
+        "cuda": torch.version.cuda,
+    }
 
 
 def gib(size: int) -> float:

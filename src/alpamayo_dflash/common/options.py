@@ -5,7 +5,40 @@ from __future__ import annotations
 import itertools
 
 
-def numbers(text: str, name: str) -> list[int]:
+def check_at_least(least: float, /, **values: float | None) -> None:
+    """Raise ValueError for the first value that is below `least`; None, an option left out, passes."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
+def check_positive(**values: int | None) -> None:
+    """Raise ValueError for the first count that is below 1; None passes."""
+    check_at_least(1, **values)
+
+
+def check_above_zero(**values: float | None) -> None:
+    """Raise ValueError for the first value that is not above 0; None passes."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+
+
+def check_range(least: float, most: float, /, **values: float) -> None:
+    """Raise ValueError for the first value that does not lie in [least, most]."""
+    for name, value in values.items():
+        if not least <= value <= most:
+            raise ValueError(f"{name} is {value}; it must be {least} to {most}")
+
+
+def check_fraction(**values: float) -> None:
+    """Raise ValueError for the first value that does not lie between 0 and 1, both left out."""
+    for name, value in values.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name} is {value}; it must be above 0 and below 1")
+
+
+def whole_numbers(text: str, name: str) -> list[int]:
     """Whole numbers above 0 out of an option's text.
 
     Raises:
@@ -15,32 +48,6 @@ def numbers(text: str, name: str) -> list[int]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{name} is {text!r}; it must be whole numbers above 0 with commas between")
     return [int(part) for part in parts]
-
-
-def check_positive(**values: int | float | None) -> None:
-    """Raise ValueError for the first value that is below 1; None is let through."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-
-
-def require_positive(**values: int) -> None:
-    """Refuse counts below 1.
-
-    Raises:
-        ValueError: naming the count and its value.
-    """
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-
-
-def require_sampling(temperature: float, top_p: float) -> None:
-    """Refuse a negative temperature and a nucleus outside (0, 1]."""
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
@@ -61,17 +68,7 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
 
 
 def check_layers(layers: tuple[int, ...], num_layers: int) -> None:
-    """Refuse layers that the target does not have.
-
-    Raises:
-        ValueError: naming the first layer out of range and the range.
-    """
+    """Raise ValueError for the first layer that the target does not have."""
     for layer in layers:
         if not 0 <= layer < num_layers:
             raise ValueError(f"layer {layer} is out of range: the target has layers 0 to {num_layers - 1}")
-
-
-def at_least(name: str, value: float, least: int) -> None:
-    """Refuse a value below `least`."""
-    if value < least:
-        raise ValueError(f"{name} is {value}; it must be {least} or more")

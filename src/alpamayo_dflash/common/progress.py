@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class Monitor(Protocol):
-    """Is told how a run goes."""
+class Monitor:
+    """Is told how a run goes; this one shows nothing."""
 
     def stepped(self, step: int) -> None:
         """A step is done."""
@@ -23,20 +22,7 @@ class Monitor(Protocol):
         """An evaluation: step, acceptance_length, tokens, passes."""
 
 
-class Silent:
-    """Shows nothing: for the processes other than the first."""
-
-    def stepped(self, step: int) -> None:
-        """Do nothing."""
-
-    def logged(self, entry: dict[str, Any]) -> None:
-        """Do nothing."""
-
-    def evaluated(self, entry: dict[str, Any]) -> None:
-        """Do nothing."""
-
-
-class Live:
+class Live(Monitor):
     """A progress line on standard error, and TensorBoard event files. Use it as a context manager."""
 
     def __init__(self, logs: Path, total_steps: int, first_step: int) -> None:
@@ -65,9 +51,7 @@ class Live:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
         self._writer.close()
 

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alpamayo_dflash.common.options import parse_layers, require_positive, require_sampling
+from alpamayo_dflash.clips.config import DEFAULT_T0_US
+from alpamayo_dflash.common.options import check_positive, parse_layers
 from alpamayo_dflash.common.ranks import share_of
-from alpamayo_dflash.layers.config import DEFAULT_T0_US
+from alpamayo_dflash.decode.config import Sampling
 
 EXPECTED_TOKENS = 40
 """Tokens a response in the estimate of disk space: 99 in 100 real responses are shorter (R1: p99 36)."""
+
+DEFAULT_HELD_OUT = 0.1
+"""Share of clips that training holds out by default; the recorded counts are of the others."""
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -49,7 +53,7 @@ class DistillConfig:
         keep_going: record a clip that fails and go on; else stop there (a later run continues).
 
     Raises:
-        ValueError: a value is out of its range, or two options say the same; the message names them.
+        ValueError: a value is out of its range, or two options contradict each other; the message names them.
     """
 
     model_path: str
@@ -81,14 +85,14 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without the target and the clips."""
-        require_positive(
+        check_positive(
             context_len=self.context_len,
             top_k_logits=self.top_k_logits,
             samples_per_clip=self.samples_per_clip,
             max_tokens=self.max_tokens,
             shard_size=self.shard_size,
         )
-        require_sampling(self.temperature, self.top_p)
+        _ = self.sampling  # checks its own values
         if self.samples_per_clip > 1 and self.temperature == 0:
             raise ValueError("temperature is 0 with samples_per_clip above 1: all would equal the greedy one")
         parse_layers(self.target_layers)
@@ -96,6 +100,11 @@ class DistillConfig:
             raise ValueError("name the layers to tap with one of target_layers and layers_file")
         share_of(self.rank, self.world_size, {})
         self.chunk_numbers([])
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the sampled responses choose tokens."""
+        return Sampling(self.temperature, self.top_p)
 
     def chunk_numbers(self, existing: list[int]) -> list[int] | None:
         """The chunks of `start_chunk`, `end_chunk` and `num_chunks` among the existing ones.
@@ -107,7 +116,7 @@ class DistillConfig:
             ascending chunk numbers; None where none of the three is given.
 
         Raises:
-            ValueError: the range is empty or said twice.
+            ValueError: the range is empty or given twice.
         """
         given = (self.start_chunk, self.end_chunk, self.num_chunks)
         if all(value is None for value in given):

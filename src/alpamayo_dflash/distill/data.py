@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import file_hash
 from alpamayo_dflash.distill.shards import (
@@ -18,10 +21,6 @@ from alpamayo_dflash.distill.shards import (
     table_path,
 )
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
 _OPEN_SHARDS = 32
 
 
@@ -32,7 +31,7 @@ class DistillData:
         folder: where it lies.
         manifest: taps, context_len, top_k, hidden_size, vocab_size, num_target_layers, dtype, the settings
             and the counts, as in `distill.json`; `token_counts` where the set is new enough to have them
-            (`counts.training_counts` counts in any case).
+            (`shards.training_counts` counts in any case).
         samples: one entry a response: rank by rank, in the order written.
     """
 
@@ -79,8 +78,6 @@ class DistillData:
         Raises:
             ValueError: the shard is missing or corrupt; the message names the file.
         """
-        from safetensors import SafetensorError
-
         path = shard_path(self.folder, sample.shard)
         try:
             file = self._open(path)
@@ -111,8 +108,6 @@ class DistillData:
 
     def _open(self, path: Path) -> Any:
         """Open a shard, or take it from the few kept open."""
-        from safetensors import safe_open
-
         if path.name not in self._files:
             if path.name not in self._sound:
                 self._check_content(path)
@@ -138,5 +133,5 @@ class DistillData:
                 raise ValueError(f"{path}: corrupt shard, {sample.index}.{name} is {found}, not {shape}")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind when a data loader's worker takes a copy."""
+        """Leave open files out when a data loader's worker takes a copy."""
         return {**self.__dict__, "_files": OrderedDict()}

@@ -40,7 +40,8 @@ def run(config: DistillConfig) -> dict[str, Any]:
     started = time.time()
     rank, world_size = share_of(config.rank, config.world_size)
     source = ClipSource(config.cache_dir)
-    clip_ids = source.clip_ids(_chunks(config, source))
+    chunks = config.chunk_numbers(source.chunks()) if config.chunks is None else parse_chunks(config.chunks)
+    clip_ids = source.clip_ids(chunks)
     target, target_hash = open_target(
         config.model_path,
         dtype=config.target_dtype,
@@ -83,13 +84,6 @@ def run(config: DistillConfig) -> dict[str, Any]:
     }
 
 
-def _chunks(config: DistillConfig, source: ClipSource) -> list[int] | None:
-    """The chunks asked for; None for all."""
-    if config.chunks is not None:
-        return parse_chunks(config.chunks)
-    return config.chunk_numbers(source.chunks())
-
-
 def _layers_parent(config: DistillConfig) -> dict[str, str]:
     """The hash of the choice of layers, where one was read."""
     if config.layers_file is None:
@@ -124,11 +118,8 @@ def data_settings(
         "target_dtype": target_dtype,
         "dtype": config.dtype or target_dtype,
     }
-    for key in ("context_len", "full_vocab", "samples_per_clip", "temperature", "top_p", "max_tokens"):
-        settings[key] = getattr(config, key)
-    for key in ("shard_size", "seed", "t0_us"):
-        settings[key] = getattr(config, key)
-    return settings
+    sampled = ("context_len", "full_vocab", "samples_per_clip", "temperature", "top_p", "max_tokens")
+    return settings | {key: getattr(config, key) for key in (*sampled, "shard_size", "seed", "t0_us")}
 
 
 def estimated_bytes(settings: dict[str, Any], num_clips: int) -> int:
@@ -188,7 +179,7 @@ def write_windows(
 
     Args:
         target: the model.
-        source: says which chunk a clip belongs to.
+        source: knows which chunk a clip belongs to.
         windows: the clips of `writer.remaining` in order, with their windows or with why there is none.
         writer: takes the results.
         config: what is sampled and kept.
@@ -216,9 +207,6 @@ def write_windows(
             results = []
 
 
-GREEDY = 0.0
-
-
 def top_k_of(config: DistillConfig, target: Alpamayo) -> int:
     """How many logits are kept: never more than there are unmasked tokens."""
     allowed = target.vocab_size - (0 if config.full_vocab else len(target.traj_ids))
@@ -243,12 +231,11 @@ def respond(rollouts: Rollouts, window: Window, config: DistillConfig) -> tuple[
         ValueError: the window does not fit the target, or its prompt is too long.
     """
     rollouts.read(window)
-    greedy = Sampling(GREEDY, config.top_p)
+    greedy = Sampling(0.0, config.top_p)
     written = [(greedy, response) for response in rollouts.write(greedy, seed=config.seed)]
     if config.samples_per_clip > 1:
-        sampled = Sampling(config.temperature, config.top_p)
-        more = rollouts.write(sampled, seed=config.seed, num_samples=config.samples_per_clip - 1)
-        written += [(sampled, response) for response in more]
+        more = rollouts.write(config.sampling, seed=config.seed, num_samples=config.samples_per_clip - 1)
+        written += [(config.sampling, response) for response in more]
     forced = rollouts.score([response.token_ids for _, response in written])
     return tuple(
         Response(

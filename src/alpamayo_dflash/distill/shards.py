@@ -2,7 +2,7 @@
 
 A shard holds the responses of a fixed run of a rank's clips and is written whole; the rank's manifest lists
 the finished ones. Whatever was cut short is therefore redone in the same shape, and an interrupted set equals
-an uninterrupted one. Nothing here needs torch except writing a shard.
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from safetensors.torch import save_file
+from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_file, file_hash, read_json, write_json
 from alpamayo_dflash.common.ranks import require_same
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT
 
 FORMAT = 1
 MANIFEST_FILE = "distill.json"
@@ -90,8 +92,6 @@ def write_shard(path: Path, responses: Sequence[Mapping[str, Tensor]]) -> dict[s
     Returns:
         `bytes` and `sha256` of the file.
     """
-    from safetensors.torch import save_file
-
     with atomic_file(path) as temporary:
         save_file(
             {
@@ -106,9 +106,6 @@ def write_shard(path: Path, responses: Sequence[Mapping[str, Tensor]]) -> dict[s
 
 def write_table(path: Path, samples: Sequence[DistillSample]) -> None:
     """Write a rank's table of samples as Parquet, atomically."""
-    import pyarrow
-    import pyarrow.parquet
-
     schema = pyarrow.schema(
         [
             ("clip_id", pyarrow.string()),
@@ -140,9 +137,6 @@ def read_table(path: Path, shards: Sequence[Mapping[str, Any]]) -> list[DistillS
     Raises:
         ValueError: the file is missing or broken, or lacks rows of a finished shard; the message names it.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     expected = {shard["file"]: shard["samples"] for shard in shards if shard["file"] is not None}
     if not expected:
         return []
@@ -229,7 +223,7 @@ def merge(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def write_merged(folder: Path) -> dict[str, Any]:
     """Bring `distill.json` up to date with the manifests of all ranks, beside other ranks doing the same.
 
-    A rank looks again after its own write, until the file says what the manifests say; so whoever writes last
+    A rank looks again after its own write, until the file agrees with the manifests; so whoever writes last
     has seen every manifest.
     """
     path = folder / MANIFEST_FILE
@@ -251,10 +245,6 @@ def remove_leftovers(folder: Path, rank: int) -> None:
     for pattern in patterns:
         for path in folder.glob(pattern):
             path.unlink()
-
-
-DEFAULT_HELD_OUT = 0.1
-"""Share of clips that training holds out by default; the recorded counts are of the others."""
 
 
 def is_held_out(clip_id: str, share: float) -> bool:

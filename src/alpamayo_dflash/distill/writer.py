@@ -6,11 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import write_json
 from alpamayo_dflash.common.ranks import require_same
-from alpamayo_dflash.distill import shards as counts
 from alpamayo_dflash.distill.shards import (
     FORMAT,
     DistillSample,
@@ -18,6 +19,7 @@ from alpamayo_dflash.distill.shards import (
     read_manifest,
     read_manifests,
     read_table,
+    record,
     remove_leftovers,
     shard_name,
     shard_path,
@@ -26,9 +28,6 @@ from alpamayo_dflash.distill.shards import (
     write_shard,
     write_table,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class RankWriter:
     def _write_manifest(self) -> None:
         """Write the rank's manifest and failures, and merge the ranks' manifests into `distill.json`."""
         self._manifest["complete"] = self.complete
-        self._manifest["token_counts"] = counts.record(self._samples)
+        self._manifest["token_counts"] = record(self._samples)
         self._manifest["provenance"]["wall_s"] = round(time.time() - self._started, 3)
         failures = [failure for shard in self._manifest["shards"] for failure in shard["failures"]]
         write_json(

@@ -70,7 +70,7 @@ def attention_mask(context_lengths_S: Tensor, context_len: int, block_size: int)
 
 
 @dataclass(frozen=True)
-class Proposal:
+class DraftLogits:
     """What the draft predicts for a block's masks.
 
     Attributes:

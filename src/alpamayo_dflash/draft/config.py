@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from alpamayo_dflash.common.options import check_above_zero, check_at_least, check_positive
+
 FULL_CONTEXT = 2**31 - 1
 """A `context_len` beyond any prompt: the draft sees every state before the anchor, as z-lab's drafts do."""
 
@@ -54,23 +56,16 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         """Check every value against the others."""
-        for name in (
-            *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"),
-            *("vocab_size", "context_len", "num_target_layers", "rms_norm_eps", "rope_theta"),
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
-        if self.block_size < 2:
-            raise ValueError(
-                f"block_size is {self.block_size}; it must be 2 (a known token and a mask) or more"
-            )
+        counts = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+        more = ("vocab_size", "context_len", "num_target_layers")
+        check_positive(**{name: getattr(self, name) for name in (*counts, *more)})
+        check_above_zero(rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta)
+        check_at_least(2, block_size=self.block_size)  # a known token and a mask
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
-        if self.mask_token_id < 0:
-            raise ValueError(f"mask_token_id is {self.mask_token_id}; it must be 0 or more")
+        check_at_least(0, mask_token_id=self.mask_token_id)
         self._check_head()
         self._check_taps()
 

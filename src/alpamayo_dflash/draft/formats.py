@@ -72,7 +72,7 @@ _FIXED: dict[str, Callable[[Any], bool]] = {
     "tap_convention": lambda value: value == TAP_CONVENTION,
     "pruned_heads": lambda value: not value,
 }
-# Keys that say nothing about the arithmetic here.
+# Keys that mean nothing for the arithmetic here.
 _IGNORED = {
     *("_name_or_path", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id"),
     *("id2label", "initializer_range", "is_encoder_decoder", "label2id", "max_position_embeddings"),
@@ -176,7 +176,8 @@ def from_json(
         else _number(values, key, where)
         for name, key in _SHAPE_KEYS.items()
     }
-    draft = {key: _draft_value(values, key, where) for key in _DRAFT_KEYS}
+    places = {"in dflash_config": values.get("dflash_config", {}), "at top level": values}
+    draft = {key: _agreed(places, key, where) for key in _DRAFT_KEYS}
     taps = draft["target_layer_ids"]
     if not isinstance(taps, list) or not all(type(tap) is int for tap in taps):
         raise ValueError(f"{where}: target_layer_ids is {taps!r}; it must be a list of layer numbers")
@@ -246,15 +247,16 @@ def _number(values: Mapping[str, Any], key: str, where: str) -> int:
     return value
 
 
-def _draft_value(values: Mapping[str, Any], key: str, where: str) -> Any:
-    """A key that may stand in `dflash_config`, at top level, or with one value in both."""
-    places = (values.get("dflash_config", {}), values)
-    found = [place[key] for place in places if place.get(key) is not None]
+def _agreed(places: Mapping[str, Mapping[str, Any]], key: str, where: str) -> Any:
+    """A key's value, which may stand in one of two places, or with one value in both."""
+    found = {name: place[key] for name, place in places.items() if place.get(key) is not None}
     if not found:
-        raise ValueError(f"{where}: no {key}, neither in dflash_config nor at top level")
-    if any(value != found[0] for value in found):
-        raise ValueError(f"{where}: {key} is {found[0]!r} in dflash_config and {found[1]!r} at top level")
-    return found[0]
+        raise ValueError(f"{where}: no {key}, neither {' nor '.join(places)}")
+    value = next(iter(found.values()))
+    if any(other != value for other in found.values()):
+        both = " and ".join(f"{other!r} {name}" for name, other in found.items())
+        raise ValueError(f"{where}: {key} is {both}")
+    return value
 
 
 def _rope_theta(values: Mapping[str, Any], where: str) -> float:
@@ -264,12 +266,7 @@ def _rope_theta(values: Mapping[str, Any], where: str) -> float:
         raise ValueError(
             f"{where}: rope_parameters is {parameters!r}; only the default type is computed here"
         )
-    found = [place["rope_theta"] for place in (values, parameters) if place.get("rope_theta") is not None]
-    if not found:
-        raise ValueError(f"{where}: no rope_theta, neither at top level nor in rope_parameters")
-    if any(value != found[0] for value in found):
-        raise ValueError(f"{where}: rope_theta is {found[0]!r}, in rope_parameters {found[1]!r}")
-    return float(found[0])
+    return float(_agreed({"at top level": values, "in rope_parameters": parameters}, "rope_theta", where))
 
 
 def read_draft(

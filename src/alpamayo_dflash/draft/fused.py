@@ -1,4 +1,4 @@
-"""The draft in its fast form: buffers for one shape, features and their keys computed once.
+"""The draft in its fused form: buffers for one shape, features and their keys computed once.
 
 The plain form, `DFlashDraft.forward`, computes the features of all context states in every round and numbers
 its slots from the block backwards. Here a state's features become keys and values once, when the state is
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alpamayo_dflash.draft.blocks import Proposal
+from alpamayo_dflash.draft.blocks import DraftLogits
 from alpamayo_dflash.draft.config import DraftConfig
 from alpamayo_dflash.target.qwen3_fused import FusedDecoder, FusedLayer
 from alpamayo_dflash.target.weights import Linear, padded
 
 
-class Texts(Protocol):
+class DraftState(Protocol):
     """What of the decoder's state the draft reads, int64 on the device."""
 
     tokens: Tensor
@@ -34,7 +34,7 @@ class Texts(Protocol):
 
 
 class BoundDraft(Protocol):
-    """What of a `DFlashDraft` that is bound to a target its fast form reads."""
+    """What of a `DFlashDraft` that is bound to a target its fused form reads."""
 
     config: DraftConfig
     mask_embedding: nn.Parameter
@@ -69,7 +69,7 @@ class BoundDraft(Protocol):
 
 
 @dataclass(frozen=True)
-class Places:
+class DraftPlaces:
     """Where a round's rows stand: first those of the new features, then those of the block, sample by sample.
 
     Attributes:
@@ -87,12 +87,14 @@ class Places:
     seen: Tensor
 
 
-def places(state: Texts, first_1: Tensor, *, block: int, context: int, window: int, slots: int) -> Places:
+def places(
+    state: DraftState, first_1: Tensor, *, block: int, context: int, window: int, slots: int
+) -> DraftPlaces:
     """The plain form of what a round begins with.
 
     Args:
-        state: the texts.
-        first_1: int64 [1], the number of the oldest prompt state; states are numbered from the text's first
+        state: the samples.
+        first_1: int64 [1], the number of the oldest prompt state; states are numbered from the sample's first
             token on, and the prompt's have negative numbers.
         block: b.
         context: X.
@@ -110,7 +112,7 @@ def places(state: Texts, first_1: Tensor, *, block: int, context: int, window: i
     number = torch.where(numbers < 0, numbers, numbers - state.bases[:, None])
     oldest = torch.maximum(anchor - window, first_1)
     seen = (number >= oldest) & (number < anchor + block) & ((numbers < 0) | (number >= 0))
-    return Places(
+    return DraftPlaces(
         state.tokens.gather(1, anchor)[:, 0],
         torch.cat((kept.flatten(), (bases + own).flatten())),
         torch.cat((fresh.flatten(), own.flatten())) + context,
@@ -119,7 +121,7 @@ def places(state: Texts, first_1: Tensor, *, block: int, context: int, window: i
     )
 
 
-class FastDraft:
+class FusedDraft:
     """A draft bound to a target, for one shape. It is called as `decode.proposer.StaticBlock`.
 
     Args:
@@ -144,7 +146,7 @@ class FastDraft:
         shape = (config.num_layers, context + slots + 1, config.num_kv_heads, config.head_dim)
         self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)
         rows = samples * self._block
-        # The new features, and behind them the block's tokens.
+        # The new features, and after them the block's tokens.
         self._inputs = like.new_zeros(2 * rows, config.hidden_size)
         self._tokens = like.new_zeros(samples, self._block, config.hidden_size)
         self._tokens[:, 1:] = draft.mask_embedding.detach()
@@ -159,7 +161,7 @@ class FastDraft:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
-        self._places = Places(
+        self._places = DraftPlaces(
             zeros(samples),
             zeros(2 * rows),
             zeros(2 * rows),
@@ -175,7 +177,7 @@ class FastDraft:
 
         context, count = self._context, min(self._context, prompt_length)
         self._first.fill_(-count)
-        # What nobody sees counts for nothing only if it is finite, and an earlier text may have left a NaN.
+        # What nobody sees counts for nothing only if it is finite, and an earlier sample may have left a NaN.
         self._keys.zero_()
         self._values.zero_()
         if not count:
@@ -187,7 +189,7 @@ class FastDraft:
         for index, layer in enumerate(self._decoder.layers):
             self._store(index, layer, features, rotary, entries)
 
-    def __call__(self, state: Texts) -> Proposal:
+    def __call__(self, state: DraftState) -> DraftLogits:
         """Predict the masks of one block for each sample."""
         from alpamayo_dflash.kernels.attention import attend
         from alpamayo_dflash.kernels.rows import add_norm
@@ -205,12 +207,12 @@ class FastDraft:
             keys, values = self._keys[index], self._values[index]
             return attend(q[rows:], keys, values, self._nothing, seen, prompt=False)
 
-        # The block's normed input lands behind the new features, and one product serves both.
+        # The block's normed input lands after the new features, and one product serves both.
         normed = self._decoder(self._tokens.flatten(0, 1), attention, inputs_RC=self._inputs[rows:])
         logits = self._head(normed.index_select(0, self._predicting))
-        return Proposal(logits.view(-1, self._block - 1, logits.shape[-1]), self._draft.token_ids)
+        return DraftLogits(logits.view(-1, self._block - 1, logits.shape[-1]), self._draft.token_ids)
 
-    def _placed(self, state: Texts) -> Places:
+    def _placed(self, state: DraftState) -> DraftPlaces:
         """`places` by one kernel."""
         import triton
 

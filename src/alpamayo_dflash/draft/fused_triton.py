@@ -1,4 +1,4 @@
-"""`FastDraft`'s bookkeeping of one round as one kernel, where PyTorch takes thirty launches.
+"""`FusedDraft`'s bookkeeping of one round as one kernel, where PyTorch takes thirty launches.
 
 Shapes: S sample, b block, X context, T slots a sample.
 """
@@ -29,7 +29,7 @@ def places_kernel(
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Program s: sample s's rows, as `fast.places` says."""
+    """Program s: sample s's rows, as `fused.places` computes them."""
     sample = tl.program_id(0)
     anchor = tl.load(lengths_ptr + sample) - 1
     previous = tl.load(previous_ptr + sample)

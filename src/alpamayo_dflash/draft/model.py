@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alpamayo_dflash.draft.blocks import Proposal, attention_mask
+from alpamayo_dflash.draft.blocks import DraftLogits, attention_mask
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.draft.formats import read_draft, write_draft
-from alpamayo_dflash.draft.fused import FastDraft
+from alpamayo_dflash.draft.fused import FusedDraft
 from alpamayo_dflash.target.qwen3 import rms_norm
 from alpamayo_dflash.target.qwen3_fused import why_plain
 from alpamayo_dflash.target.weights import share_groups
@@ -35,7 +35,7 @@ INITIAL_STD = 0.02
 """Standard deviation of new weights, as in Qwen3."""
 
 
-class RMSNorm(nn.Module):
+class DraftNorm(nn.Module):
     """RMS norm with a weight, in float32 inside."""
 
     def __init__(self, size: int, eps: float) -> None:
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def rotate_signed(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Apply rotary tables to x [..., T, heads, D] in rotate-half form.
 
     Args:
@@ -73,8 +73,8 @@ class DraftAttention(nn.Module):
         self.k_proj = nn.Linear(c, kv, bias=False)
         self.v_proj = nn.Linear(c, kv, bias=False)
         self.o_proj = nn.Linear(q, c, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = DraftNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = DraftNorm(config.head_dim, config.rms_norm_eps)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (normed, not rotated) and values [..., K, D] of context features or block tokens [..., C]."""
@@ -94,7 +94,7 @@ class DraftAttention(nn.Module):
         Args:
             x_SbC: the block's normed tokens.
             context: keys and values [S, X, K, D] of the context, keys not rotated.
-            rotary: tables [X + b, 1, D] of all slots, as `rotate` takes them.
+            rotary: tables [X + b, 1, D] of all slots, as `rotate_signed` takes them.
             seen: bool [S, 1, 1, X + b].
             wanted_Sb: bool, the tokens whose output is wanted; None for all.
 
@@ -103,9 +103,9 @@ class DraftAttention(nn.Module):
         """
         size = x_SbC.shape[1]
         q = self.q_norm(self.q_proj(x_SbC).view(*x_SbC.shape[:-1], -1, self.head_dim))
-        q = rotate(q, (rotary[0][-size:], rotary[1][-size:]))
+        q = rotate_signed(q, (rotary[0][-size:], rotary[1][-size:]))
         k_block, v_block = self.keys_values(x_SbC)
-        k = rotate(torch.cat((context[0], k_block), dim=1), rotary)
+        k = rotate_signed(torch.cat((context[0], k_block), dim=1), rotary)
         v = torch.cat((context[1], v_block), dim=1)
         mixed = functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen, enable_gqa=self.grouped
@@ -137,8 +137,8 @@ class DraftLayer(nn.Module):
         super().__init__()
         self.self_attn = DraftAttention(config)
         self.mlp = DraftMLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = DraftNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = DraftNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -167,9 +167,9 @@ class DFlashDraft(nn.Module):
         super().__init__()
         self.config = config
         self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=False)
-        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hidden_norm = DraftNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = DraftNorm(config.hidden_size, config.rms_norm_eps)
         self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size))
         if config.trained_embeddings:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -301,7 +301,7 @@ class DFlashDraft(nn.Module):
             )
         self.to(device=embedding.device, dtype=embedding.dtype)
         if embedding.is_cuda:
-            share_groups(self)  # so that the fast form can run them as one product
+            share_groups(self)  # so that the fused form can run them as one product
         self.config = replace(config, num_target_layers=num_layers)
         ids = self.token_ids
         self._bound = (embedding.detach(), head.detach() if ids is None else head.detach()[ids])
@@ -330,14 +330,14 @@ class DFlashDraft(nn.Module):
 
     @property
     def has_static_block(self) -> bool:
-        """Whether the fast form runs where the draft is (`decode.proposer.StaticDraft`)."""
+        """Whether the fused form runs where the draft is (`decode.proposer.StaticDraft`)."""
         return why_plain(self.layers, self.mask_embedding) is None
 
     def static_block(
         self, taps: Tensor, *, context: int, samples: int, per_sample: int, slots: int
-    ) -> FastDraft:
-        """The fast form for one shape."""
-        return FastDraft(self, taps, context=context, samples=samples, per_sample=per_sample, slots=slots)
+    ) -> FusedDraft:
+        """The fused form for one shape."""
+        return FusedDraft(self, taps, context=context, samples=samples, per_sample=per_sample, slots=slots)
 
     def features(self, states: Tensor) -> Tensor:
         """Context features [..., C] of tapped states [..., F]."""
@@ -387,7 +387,7 @@ class DFlashDraft(nn.Module):
         return hidden
 
     @torch.no_grad()
-    def propose(self, context_SXF: Tensor, context_lengths_S: Tensor, anchors_S: Tensor) -> Proposal:
+    def propose(self, context_SXF: Tensor, context_lengths_S: Tensor, anchors_S: Tensor) -> DraftLogits:
         """Propose the b−1 tokens after each anchor.
 
         Args:
@@ -397,4 +397,4 @@ class DFlashDraft(nn.Module):
             anchors_S: int64 [S], the known tokens.
         """
         hidden = self(context_SXF, context_lengths_S, anchors_S)
-        return Proposal(functional.linear(hidden, self.head), self.token_ids)
+        return DraftLogits(functional.linear(hidden, self.head), self.token_ids)

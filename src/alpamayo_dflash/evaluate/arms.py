@@ -5,14 +5,14 @@ Shapes: S sample, N way-points.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.common.machine import synchronise
+from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.decode.noise import flow_noise
@@ -21,8 +21,8 @@ from alpamayo_dflash.decode.proposer import BlockDraft
 from alpamayo_dflash.decode.verify import Prefilled
 from alpamayo_dflash.evaluate.config import ARMS, EvaluateConfig
 from alpamayo_dflash.evaluate.near_ties import Loop, parting
-from alpamayo_dflash.evaluate.reference import generate
-from alpamayo_dflash.evaluate.rows import Acceptance, ArmRow, RoundRow
+from alpamayo_dflash.evaluate.reference import generate, greedy_tokens
+from alpamayo_dflash.evaluate.rows import AcceptanceRow, ArmRow, RoundRow
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
 
@@ -67,6 +67,7 @@ class Arms:
     def __init__(self, target: Alpamayo, draft: BlockDraft, config: EvaluateConfig) -> None:
         self.target = target
         self.config = config
+        self._clock = Clock(target.device)
         self._decoders = {"dflash": SpeculativeDecoder(target, draft, config.decode)}
         if config.compare:
             self._decoders["autoregressive"] = SpeculativeDecoder(target, None, config.decode)
@@ -79,24 +80,16 @@ class Arms:
         return self._transformers(prompt) if arm == "transformers" else self._loop(arm, prompt)
 
     def again(self, arm: str, prompt: Prompt, sampling: Sampling, observer: Observer | None = None) -> Result:
-        """Decode once more behind the prompt that a loop has just read; no trajectory.
+        """Decode once more after the prompt that a loop has just read; no trajectory.
 
         Raises:
             ValueError: the loop has read another prompt, or none.
         """
-        config = self.config
         prefilled = self._read.get(arm)
         if prefilled is None or prefilled.prompt.key != prompt.key:
             raise ValueError(f"the {arm} loop has not read {prompt.key}")
         return self._decoders[arm].generate(
-            prefilled,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            num_traj_samples=config.num_traj_samples,
-            seed=config.seed,
-            max_new_tokens=config.max_tokens,
-            observer=observer,
-            trajectories=False,
+            prefilled, **self._options(sampling), observer=observer, trajectories=False
         )
 
     def near_ties(
@@ -130,57 +123,40 @@ class Arms:
 
     def transformers_greedy(self, prompt: Prompt) -> list[list[int]]:
         """The greedy tokens of transformers, one sample."""
-        return generate(
-            self.target,
-            prompt,
-            temperature=0.0,
-            top_p=1.0,
-            num_traj_samples=1,
-            max_new_tokens=self.config.max_tokens,
-            seed=self.config.seed,
-        ).token_ids
+        return greedy_tokens(self.target, prompt, max_new_tokens=self.config.max_tokens)
 
-    def _now_ms(self) -> float:
-        synchronise(self.target.device)()
-        return time.perf_counter() * 1e3
+    def _options(self, sampling: Sampling) -> dict[str, Any]:
+        """What every arm's `generate` takes."""
+        config = self.config
+        return {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "num_traj_samples": config.num_traj_samples,
+            "seed": config.seed,
+            "max_new_tokens": config.max_tokens,
+        }
 
     def _loop(self, arm: str, prompt: Prompt) -> Run:
-        config, decoder = self.config, self._decoders[arm]
-        start = self._now_ms()
+        decoder = self._decoders[arm]
+        start = self._clock.now_ms()
         prefilled = self._read[arm] = decoder.prefill(prompt)
-        prefill_ms = self._now_ms() - start
+        prefill_ms = self._clock.now_ms() - start
         recorder = Recorder()
-        result = decoder.generate(
-            prefilled,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            num_traj_samples=config.num_traj_samples,
-            seed=config.seed,
-            max_new_tokens=config.max_tokens,
-            observer=recorder,
-        )
+        result = decoder.generate(prefilled, observer=recorder, **self._options(self.config.sampling))
         assert result.pred_xyz is not None, "trajectories were asked for"
         times = arm_row(prefill_ms, result.timings.decode_ms, result.timings.action_ms, result.token_ids)
         return Run(result.token_ids, result.coc, result.pred_xyz, times, result, recorder)
 
     def _transformers(self, prompt: Prompt) -> Run:
         config, target = self.config, self.target
-        given = generate(
-            target,
-            prompt,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            num_traj_samples=config.num_traj_samples,
-            max_new_tokens=config.max_tokens,
-            seed=config.seed,
-        )
-        start = self._now_ms()
+        given = generate(target, prompt, **self._options(config.sampling))
+        start = self._clock.now_ms()
         samples = range(config.num_traj_samples)
         noise = flow_noise(config.seed, prompt.key, samples, target.n_waypoints, device=target.device)
         with torch.inference_mode():
             action = target.denoise(noise, given.prefix)
             xyz, _ = target.trajectory(action, prompt.ego_history_xyz, prompt.ego_history_rot)
-        action_ms = self._now_ms() - start
+        action_ms = self._clock.now_ms() - start
         times = arm_row(given.prefill_ms, given.decode_ms, action_ms, given.token_ids)
         return Run(given.token_ids, [target.coc_text(ids) for ids in given.token_ids], xyz, times)
 
@@ -199,7 +175,7 @@ def arm_row(prefill_ms: float, decode_ms: float, action_ms: float, token_ids: li
     }
 
 
-def acceptance_of(result: Result) -> Acceptance:
+def acceptance_of(result: Result) -> AcceptanceRow:
     """The counts of a speculative run that are pooled over clips."""
     return {
         "tokens_after_first": result.emitted,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alpamayo_dflash.common.options import check_positive
+from alpamayo_dflash.clips.config import DEFAULT_T0_US
+from alpamayo_dflash.common.options import check_at_least, check_fraction, check_positive
 from alpamayo_dflash.decode.config import DecodeConfig, Sampling, SentenceEnd
 
 ARMS = ("transformers", "autoregressive", "dflash")
@@ -54,7 +55,7 @@ class EvaluateConfig:
     clip_ids: Path | None = None
     chunks: str | None = None
     num_samples: int | None = None
-    t0_us: int = 5_100_000
+    t0_us: int = DEFAULT_T0_US
     max_tokens: int = 128
     temperature: float = 0.6
     top_p: float = 0.98
@@ -80,8 +81,7 @@ class EvaluateConfig:
             num_samples=self.num_samples,
         )
         _ = self.sampling, self.decode  # these check their own values
-        if self.warmup < 0:
-            raise ValueError(f"warmup is {self.warmup}; it must be at least 0")
+        check_at_least(0, warmup=self.warmup)
         named = [name for name in ("clip_id", "clip_ids", "chunks") if getattr(self, name) is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} are given; name the clips in one way only")
@@ -126,7 +126,7 @@ class LosslessConfig:
     alpamayo_model: str
     chunks: str | None = None
     num_samples: int = 200
-    t0_us: int = 5_100_000
+    t0_us: int = DEFAULT_T0_US
     max_tokens: int = 128
     temperature: float = SAMPLED_TEMPERATURE
     top_p: float = 0.98
@@ -167,7 +167,7 @@ class DistributionConfig:
     cache_dir: Path
     alpamayo_model: str
     clip_id: str | None = None
-    t0_us: int = 5_100_000
+    t0_us: int = DEFAULT_T0_US
     seeds: int = 20_000
     sample_counts: tuple[int, ...] = (1, 6)
     tokens: int = 3
@@ -184,8 +184,13 @@ class DistributionConfig:
             raise ValueError(
                 f"sample_counts is {self.sample_counts}; give at least one count, each at least 1"
             )
-        if not 0 < self.level < 1:
-            raise ValueError(f"level is {self.level}; it must lie between 0 and 1")
+        check_fraction(level=self.level)
+        _ = self.sampling  # checks its own values
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(self.temperature, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -221,5 +226,6 @@ class MeasureWorldConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_positive(num_samples=self.num_samples, max_tokens=self.max_tokens)
+        Sampling(self.temperature, self.top_p)  # checks its own values
         if self.chunks is not None and self.cache_dir is None:
             raise ValueError("chunks is given without cache_dir; chunks belong to a written world")

@@ -40,8 +40,10 @@ _BEYOND = 2
 _CANDIDATES = 16
 _BINS = 8
 _NOISE_VALUES = 1 << 20
-
 Text = tuple[int, ...]
+_TEXTS_A_PASS = 256
+_ROUNDING = 1e-5
+_LEAST_EXPECTED = 5.0  # cells that expect fewer are pooled, as is usual for this test
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,85 @@ class Test:
     name: str
     p_value: float
     detail: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ChiSquare:
+    """A goodness-of-fit test.
+
+    Attributes:
+        statistic: chi-square.
+        degrees: of freedom.
+        p_value: the chance of a statistic at least as large if the frequencies are right; 0 if something was
+            observed that cannot occur.
+        draws: how many observations.
+    """
+
+    statistic: float
+    degrees: int
+    p_value: float
+    draws: int
+
+
+def run(config: DistributionConfig) -> dict[str, Any]:
+    """Draw, count, test, write; `passed` says whether every test holds at its level.
+
+    Raises:
+        ValueError: bad input; the message names it.
+    """
+    started = time.time()
+    source = ClipSource(config.cache_dir)
+    draft = DFlashDraft.from_pretrained(config.draft_model, dtype=torch.float32)
+    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
+    sampling = config.sampling
+    decoders = {"autoregressive": SpeculativeDecoder(target), "dflash": SpeculativeDecoder(target, draft)}
+    plain = decoders["autoregressive"]
+    named = take(source.clip_ids(), None)[:_CANDIDATES] if config.clip_id is None else [config.clip_id]
+    prompts = [target.prompt(source.window(clip_id, config.t0_us)) for clip_id in named]
+    # What expects fewer than five of all draws is pooled by the test, so it need not be listed.
+    least = _LEAST_EXPECTED / (config.seeds * max(config.sample_counts))
+    joints = [
+        joint_distribution(plain, plain.prefill(prompt), config.tokens, sampling, least) for prompt in prompts
+    ]
+    prompt, joint = max(zip(prompts, joints, strict=True), key=lambda pair: entropy(pair[1].values()))
+    tests = _series_tests(decoders, prompt, joint, config) + noise_tests(target.vocab_size)
+    bound = config.level / len(tests)
+    result = {
+        "window": prompt.key,
+        "outcomes": len(joint),
+        "probability_listed": sum(joint.values()),
+        "reference_difference": reference_difference(plain, prompt, sampling),
+        "level": config.level,
+        "level_each": bound,
+        "tests": [dataclasses.asdict(test) | {"passed": test.p_value >= bound} for test in tests],
+        "passed": all(test.p_value >= bound for test in tests),
+    }
+    parents = {"target": target_hash, "draft": folder_hash(config.draft_model)}
+    made = provenance(config=config, parents=parents, device=config.device, started=started)
+    write_json(config.out, result | {"provenance": made})
+    return result | {"out": str(config.out)}
+
+
+def _series_tests(
+    decoders: Mapping[str, SpeculativeDecoder],
+    prompt: Prompt,
+    joint: Mapping[Text, float],
+    config: DistributionConfig,
+) -> list[Test]:
+    """The joint frequencies of every series, and the independence of its samples where it has several."""
+    tests = []
+    for arm, decoder in decoders.items():
+        prefilled = decoder.prefill(prompt)
+        for samples in config.sample_counts:
+            found = first_tokens(decoder, prefilled, config, samples)
+            tests.append(frequency_test(f"{arm}, {samples} sample(s)", found, joint))
+            if samples > 1:
+                pairs = [(texts[0], texts[1]) for texts in found]
+                statistic, degrees, p_value = contingency(pairs)
+                detail = {"statistic": statistic, "degrees": degrees, "draws": len(pairs)}
+                name = f"samples of one seed are independent, {arm}, {samples} samples"
+                tests.append(Test(name, p_value, detail))
+    return tests
 
 
 def first_tokens(
@@ -95,17 +176,55 @@ def frequency_test(series: str, found: Sequence[Sequence[Text]], joint: Mapping[
     return Test(f"joint frequencies, {series}", fit.p_value, detail)
 
 
-def contingency(pairs: Sequence[tuple[Any, Any]], least: float = 5.0) -> tuple[float, int, float]:
+def chi_square(counts: Mapping[Text, int], joint: Mapping[Text, float]) -> ChiSquare:
+    """Test counts against a distribution.
+
+    Texts that expect fewer than five observations are pooled into one cell, with whatever the distribution
+    leaves out.
+
+    Args:
+        counts: observations by text.
+        joint: probability by text; may sum to less than 1.
+
+    Raises:
+        ValueError: there are too few observations for two cells.
+    """
+    draws = sum(counts.values())
+    own = {text: probability * draws for text, probability in joint.items()}
+    own = {text: expected for text, expected in own.items() if expected >= _LEAST_EXPECTED}
+    pairs = [(counts.get(text, 0), expected) for text, expected in own.items()]
+    rest = draws - sum(expected for _, expected in pairs)
+    rest_seen = draws - sum(seen for seen, _ in pairs)
+    if rest >= _LEAST_EXPECTED:
+        pairs.append((rest_seen, rest))
+    elif pairs:
+        seen, expected = pairs.pop()  # too small to stand alone: it joins the last cell
+        pairs.append((seen + rest_seen, expected + rest))
+    if len(pairs) < 2:
+        raise ValueError(f"{draws} observations make {len(pairs)} cell(s) of five or more; draw more")
+    statistic = sum((seen - expected) ** 2 / expected for seen, expected in pairs)
+    degrees = len(pairs) - 1
+    if _is_complete(joint) and not counts.keys() <= joint.keys():
+        return ChiSquare(statistic, degrees, 0.0, draws)
+    return ChiSquare(statistic, degrees, upper_tail(statistic, degrees), draws)
+
+
+def _is_complete(joint: Mapping[Text, float]) -> bool:
+    """Whether the distribution leaves nothing out; its float32 probabilities sum to 1 within rounding."""
+    return sum(joint.values()) > 1 - _ROUNDING
+
+
+def contingency(pairs: Sequence[tuple[Any, Any]]) -> tuple[float, int, float]:
     """Pearson's chi-square test of independence of two categories.
 
-    Categories whose smallest expected cell would be below `least` are pooled into one.
+    Categories whose smallest expected cell would be below five are pooled into one.
 
     Returns:
         The statistic, its degrees of freedom and its p-value; a p-value of 1 where fewer than two categories
         are left on a side.
     """
     total = len(pairs)
-    threshold = math.sqrt(least * total)
+    threshold = math.sqrt(_LEAST_EXPECTED * total)
     left, right = (_pooled([pair[side] for pair in pairs], threshold) for side in (0, 1))
     rows, columns, cells = Counter(left), Counter(right), Counter(zip(left, right, strict=True))
     statistic = 0.0
@@ -165,110 +284,6 @@ def _noise_test(name: str, one: Tensor, other: Tensor) -> Test:
     return Test(f"noise of different {name} is independent", upper_tail(statistic, degrees), detail)
 
 
-def entropy(probabilities: Iterable[float]) -> float:
-    """Entropy of a distribution, nats."""
-    return -sum(p * math.log(p) for p in probabilities if p > 0)
-
-
-def reference_difference(decoder: SpeculativeDecoder, prompt: Prompt, sampling: Sampling) -> float:
-    """The largest difference of the first token's probabilities from those of transformers' own forward.
-
-    The mask, temperature and nucleus are written out here a second time.
-    """
-    target = decoder.target
-    logits = next_logits(target, prompt).double()
-    logits[target.traj_ids.start : target.traj_ids.stop] = -math.inf
-    ranked, ids = (logits / sampling.temperature).softmax(-1).sort(descending=True)
-    kept = ranked * (ranked.cumsum(-1) - ranked < sampling.top_p)
-    expected: dict[int, float] = dict(zip(ids.tolist(), (kept / kept.sum()).tolist(), strict=True))
-    ours = joint_distribution(decoder, decoder.prefill(prompt), 1, sampling)
-    return max(abs(probability - ours.get((token,), 0.0)) for token, probability in expected.items())
-
-
-def run(config: DistributionConfig) -> dict[str, Any]:
-    """Draw, count, test, write; `passed` says whether every test holds at its level.
-
-    Raises:
-        ValueError: bad input; the message names it.
-    """
-    started = time.time()
-    source = ClipSource(config.cache_dir)
-    draft = DFlashDraft.from_pretrained(config.draft_model, dtype=torch.float32)
-    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
-    sampling = Sampling(config.temperature, config.top_p)
-    decoders = {"autoregressive": SpeculativeDecoder(target), "dflash": SpeculativeDecoder(target, draft)}
-    plain = decoders["autoregressive"]
-    named = take(source.clip_ids(), None)[:_CANDIDATES] if config.clip_id is None else [config.clip_id]
-    prompts = [target.prompt(source.window(clip_id, config.t0_us)) for clip_id in named]
-    # What expects fewer than five of all draws is pooled by the test, so it need not be listed.
-    least = 5 / (config.seeds * max(config.sample_counts))
-    joints = [
-        joint_distribution(plain, plain.prefill(prompt), config.tokens, sampling, least) for prompt in prompts
-    ]
-    prompt, joint = max(zip(prompts, joints, strict=True), key=lambda pair: entropy(pair[1].values()))
-    tests = _series_tests(decoders, prompt, joint, config) + noise_tests(target.vocab_size)
-    bound = config.level / len(tests)
-    result = {
-        "window": prompt.key,
-        "outcomes": len(joint),
-        "probability_listed": sum(joint.values()),
-        "reference_difference": reference_difference(plain, prompt, sampling),
-        "level": config.level,
-        "level_each": bound,
-        "tests": [dataclasses.asdict(test) | {"passed": test.p_value >= bound} for test in tests],
-        "passed": all(test.p_value >= bound for test in tests),
-    }
-    parents = {"target": target_hash, "draft": folder_hash(config.draft_model)}
-    made = provenance(config=config, parents=parents, device=config.device, started=started)
-    write_json(config.out, result | {"provenance": made})
-    return result | {"out": str(config.out)}
-
-
-def _series_tests(
-    decoders: Mapping[str, SpeculativeDecoder],
-    prompt: Prompt,
-    joint: Mapping[Text, float],
-    config: DistributionConfig,
-) -> list[Test]:
-    """The joint frequencies of every series, and the independence of its samples where it has several."""
-    tests = []
-    for arm, decoder in decoders.items():
-        prefilled = decoder.prefill(prompt)
-        for samples in config.sample_counts:
-            found = first_tokens(decoder, prefilled, config, samples)
-            tests.append(frequency_test(f"{arm}, {samples} sample(s)", found, joint))
-            if samples > 1:
-                pairs = [(texts[0], texts[1]) for texts in found]
-                statistic, degrees, p_value = contingency(pairs)
-                detail = {"statistic": statistic, "degrees": degrees, "draws": len(pairs)}
-                name = f"samples of one seed are independent, {arm}, {samples} samples"
-                tests.append(Test(name, p_value, detail))
-    return tests
-
-
-_TEXTS_A_PASS = 256
-_ROUNDING = 1e-5
-_LEAST_EXPECTED = 5.0  # cells that expect fewer are pooled, as is usual for this test
-
-
-@dataclass(frozen=True)
-class ChiSquare:
-    """A goodness-of-fit test.
-
-    Attributes:
-        statistic: chi-square.
-        degrees: of freedom.
-        p_value: the chance of a statistic at least as large if the frequencies are right; 0 if something was
-            observed that cannot occur.
-        draws: how many observations.
-    """
-
-    statistic: float
-    degrees: int
-    p_value: float
-    draws: int
-
-
 def joint_distribution(
     decoder: SpeculativeDecoder,
     prefilled: Prefilled,
@@ -281,7 +296,7 @@ def joint_distribution(
     Every text is extended by each token of its nucleus, level by level; no noise takes part.
 
     Args:
-        decoder: has read the prompt; what it has in its cache behind the prompt is lost.
+        decoder: has read the prompt; what it has in its cache after the prompt is lost.
         prefilled: the prompt.
         depth: how many tokens.
         sampling: temperature and top_p.
@@ -311,7 +326,7 @@ def joint_distribution(
 
 @torch.inference_mode()
 def _next_logits(verifier: Verifier, prefilled: Prefilled, texts: Sequence[Text]) -> Tensor:
-    """Logits [R, V] of what follows each text behind the prompt; texts share the rows of equal beginnings."""
+    """Logits [R, V] of what follows each text after the prompt; texts share the rows of equal beginnings."""
     if texts == [()]:
         return prefilled.logits_V.unsqueeze(0)
     parts = []
@@ -322,77 +337,21 @@ def _next_logits(verifier: Verifier, prefilled: Prefilled, texts: Sequence[Text]
     return torch.cat(parts) if parts else prefilled.logits_V.new_zeros(0, len(prefilled.logits_V))
 
 
-def count_texts(
-    decoder: SpeculativeDecoder,
-    prefilled: Prefilled,
-    depth: int,
-    sampling: Sampling,
-    seeds: Iterable[int],
-    *,
-    num_traj_samples: int = 1,
-    max_new_tokens: int | None = None,
-) -> Counter[Text]:
-    """Decode behind one prompt with many seeds and count the first `depth` tokens of every sample.
+def entropy(probabilities: Iterable[float]) -> float:
+    """Entropy of a distribution, nats."""
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
 
-    Args:
-        decoder: with or without a draft; has read the prompt.
-        prefilled: the prompt.
-        depth: how many tokens count.
-        sampling: temperature and top_p.
-        seeds: each is one decode.
-        num_traj_samples: samples a decode; all of them count.
-        max_new_tokens: how far each text is written; None writes no more than count. A few more let a
-            draft's proposals run past the counted tokens, as they do in use.
+
+def reference_difference(decoder: SpeculativeDecoder, prompt: Prompt, sampling: Sampling) -> float:
+    """The largest difference of the first token's probabilities from those of transformers' own forward.
+
+    The mask, temperature and nucleus are written out here a second time.
     """
-    counts: Counter[Text] = Counter()
-    for seed in seeds:
-        result = decoder.generate(
-            prefilled,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            num_traj_samples=num_traj_samples,
-            seed=seed,
-            max_new_tokens=max_new_tokens or depth,
-            trajectories=False,
-        )
-        counts.update(tuple(tokens[:depth]) for tokens in result.token_ids)
-    return counts
-
-
-def chi_square(counts: Mapping[Text, int], joint: Mapping[Text, float]) -> ChiSquare:
-    """Test counts against a distribution.
-
-    Texts that expect fewer than five observations are pooled into one cell, with whatever the distribution
-    leaves out.
-
-    Args:
-        counts: observations by text.
-        joint: probability by text; may sum to less than 1.
-
-    Raises:
-        ValueError: there are too few observations for two cells.
-    """
-    draws = sum(counts.values())
-    own = {text: probability * draws for text, probability in joint.items()}
-    own = {text: expected for text, expected in own.items() if expected >= _LEAST_EXPECTED}
-    pairs = [(counts.get(text, 0), expected) for text, expected in own.items()]
-    rest = draws - sum(expected for _, expected in pairs)
-    rest_seen = draws - sum(seen for seen, _ in pairs)
-    if rest >= _LEAST_EXPECTED:
-        pairs.append((rest_seen, rest))
-    elif pairs:
-        seen, expected = pairs.pop()  # too small to stand alone: it joins the last cell
-        pairs.append((seen + rest_seen, expected + rest))
-    if len(pairs) < 2:
-        raise ValueError(f"{draws} observations make {len(pairs)} cell(s) of five or more; draw more")
-    statistic = sum((seen - expected) ** 2 / expected for seen, expected in pairs)
-    degrees = len(pairs) - 1
-    if _is_complete(joint) and not counts.keys() <= joint.keys():
-        return ChiSquare(statistic, degrees, 0.0, draws)
-    upper = torch.special.gammaincc(torch.tensor(degrees / 2).double(), torch.tensor(statistic / 2).double())
-    return ChiSquare(statistic, degrees, float(upper), draws)
-
-
-def _is_complete(joint: Mapping[Text, float]) -> bool:
-    """Whether the distribution leaves nothing out; its float32 probabilities sum to 1 within rounding."""
-    return sum(joint.values()) > 1 - _ROUNDING
+    target = decoder.target
+    logits = next_logits(target, prompt).double()
+    logits[target.traj_ids.start : target.traj_ids.stop] = -math.inf
+    ranked, ids = (logits / sampling.temperature).softmax(-1).sort(descending=True)
+    kept = ranked * (ranked.cumsum(-1) - ranked < sampling.top_p)
+    expected: dict[int, float] = dict(zip(ids.tolist(), (kept / kept.sum()).tolist(), strict=True))
+    ours = joint_distribution(decoder, decoder.prefill(prompt), 1, sampling)
+    return max(abs(probability - ours.get((token,), 0.0)) for token, probability in expected.items())

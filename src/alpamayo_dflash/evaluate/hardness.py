@@ -17,6 +17,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.progress import track
+
 from alpamayo_dflash.clips.lists import chosen_clips
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import Window
@@ -32,7 +35,6 @@ from alpamayo_dflash.world.scene import scene_seed
 LONG_TOKENS = 30
 TREE_NODES = 256
 TOP_TEXTS = 10
-
 BOUNDS: dict[str, tuple[float, float]] = {
     "distinct": (0.24, 0.34),
     "top_ten": (0.31, 0.43),
@@ -43,33 +45,82 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "differ": (0.35, 1.0),
 }
 """Least and greatest value of each figure for a world as hard as the real one, over 1,200 clips."""
+_SAMPLES = 2
 
 
-def phrase_tree(sentences: Iterable[Sequence[str]], nodes: int = TREE_NODES) -> frozenset[tuple[str, ...]]:
-    """The commonest prefixes of some sentences.
+def run(config: MeasureWorldConfig) -> dict[str, Any]:
+    """Sample two CoCs a clip, measure them, write the figures; `passed` says whether all lie in their bounds.
+
+    Raises:
+        ValueError: the target or the clips are missing.
+    """
+    started = time.time()
+    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
+    decoder = SpeculativeDecoder(target)
+    responses: list[list[tuple[str, int]]] = []
+    console = Console(file=sys.stderr)
+    for each in track(windows(config), "rollouts", total=config.num_samples, console=console):
+        result = decoder.generate(
+            each,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            num_traj_samples=_SAMPLES,
+            seed=config.seed,
+            max_new_tokens=config.max_tokens,
+            trajectories=False,
+        )
+        counts = [coc_tokens(ids, target.special.cot_end) for ids in result.token_ids]
+        responses.append(list(zip(result.coc, counts, strict=True)))
+    figures = figures_of(responses)
+    outside = violations(figures)
+    answer = {
+        "figures": figures,
+        "bounds": {name: list(bounds) for name, bounds in BOUNDS.items()},
+        "violations": outside,
+        "passed": not outside,
+        "clips": len(responses),
+    }
+    parents = {"target": target_hash}
+    made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
+    write_json(config.out, answer | {"provenance": made})
+    for line in outside:
+        console.print(line, style="red", highlight=False)
+    return answer | {"out": str(config.out)}
+
+
+def windows(config: MeasureWorldConfig) -> Iterator[Window]:
+    """The windows to measure on: of a written world's clips, or of scenes drawn in memory."""
+    if config.cache_dir is None:
+        for index in range(config.num_samples):
+            yield window(sample_scene(scene_seed(config.world_seed, 0, index)))
+        return
+    source = ClipSource(config.cache_dir)
+    for clip_id in chosen_clips(source, chunks=config.chunks, count=config.num_samples):
+        yield source.window(clip_id)
+
+
+def figures_of(responses: Sequence[Sequence[tuple[str, int]]]) -> dict[str, float]:
+    """The world's figures over clips.
 
     Args:
-        sentences: words of each sentence, end mark included where it shall be part of the tree.
-        nodes: how many prefixes to keep; the empty prefix, the root, is not counted.
+        responses: for each clip, the text and the number of tokens of each of its sampled CoCs. The first is
+            measured; the first two are compared where there are two.
 
-    Returns:
-        Prefixes, closed under ancestors: a prefix is passed by at least as many sentences as any that
-        continues it, and where the counts are equal the shorter one is kept first.
+    Raises:
+        ValueError: fewer than two clips, or none with two samples.
     """
-    counts = Counter(tuple(s[:end]) for s in sentences for end in range(1, len(s) + 1))
-    kept = sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix), prefix))[:nodes]
-    return frozenset(kept)
+    firsts = [samples[0] for samples in responses]
+    pairs = [(samples[0][0], samples[1][0]) for samples in responses if len(samples) > 1]
+    figures = hardness([text for text, _ in firsts], [tokens for _, tokens in firsts], pairs)
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
-def words_given(tree: frozenset[tuple[str, ...]], sentence: Sequence[str]) -> int:
-    """How many words of a sentence the tree gives, walked from its root."""
-    given = 0
-    while given < len(sentence) and tuple(sentence[: given + 1]) in tree:
-        given += 1
-    return given
+def coc_tokens(token_ids: Sequence[int], cot_end: int) -> int:
+    """Tokens of a CoC, the end marks left out."""
+    return token_ids.index(cot_end) if cot_end in token_ids else len(token_ids)
 
 
-def measure(
+def hardness(
     texts: Sequence[str], token_counts: Sequence[int], pairs: Sequence[tuple[str, str]]
 ) -> dict[str, float]:
     """Measure one sampled text for each of many clips.
@@ -111,11 +162,35 @@ def measure(
     }
 
 
+def phrase_tree(sentences: Iterable[Sequence[str]], nodes: int = TREE_NODES) -> frozenset[tuple[str, ...]]:
+    """The commonest prefixes of some sentences.
+
+    Args:
+        sentences: words of each sentence, end mark included where it shall be part of the tree.
+        nodes: how many prefixes to keep; the empty prefix, the root, is not counted.
+
+    Returns:
+        Prefixes, closed under ancestors: a prefix is passed by at least as many sentences as any that
+        continues it, and where the counts are equal the shorter one is kept first.
+    """
+    counts = Counter(tuple(s[:end]) for s in sentences for end in range(1, len(s) + 1))
+    kept = sorted(counts, key=lambda prefix: (-counts[prefix], len(prefix), prefix))[:nodes]
+    return frozenset(kept)
+
+
+def words_given(tree: frozenset[tuple[str, ...]], sentence: Sequence[str]) -> int:
+    """How many words of a sentence the tree gives, walked from its root."""
+    given = 0
+    while given < len(sentence) and tuple(sentence[: given + 1]) in tree:
+        given += 1
+    return given
+
+
 def violations(figures: Mapping[str, float]) -> list[str]:
     """Name every figure that lies outside its bounds.
 
     Args:
-        figures: as `measure` returns them.
+        figures: as `hardness` returns them.
 
     Returns:
         One line for each, with the figure's name, its value and its bounds; empty where all is well.
@@ -125,87 +200,9 @@ def violations(figures: Mapping[str, float]) -> list[str]:
     """
     missing = sorted(BOUNDS.keys() - figures.keys())
     if missing:
-        raise ValueError(f"figures lack {', '.join(missing)}; `measure` gives them all")
+        raise ValueError(f"figures lack {', '.join(missing)}; `hardness` gives them all")
     return [
         f"{name} is {figures[name]:.3f}, should be between {low:.2f} and {high:.2f}"
         for name, (low, high) in BOUNDS.items()
         if not low <= figures[name] <= high
     ]
-
-
-_SAMPLES = 2
-
-
-def figures_of(responses: Sequence[Sequence[tuple[str, int]]]) -> dict[str, float]:
-    """The world's figures over clips.
-
-    Args:
-        responses: for each clip, the text and the number of tokens of each of its sampled CoCs. The first is
-            measured; the first two are compared where there are two.
-
-    Raises:
-        ValueError: fewer than two clips, or none with two samples.
-    """
-    firsts = [samples[0] for samples in responses]
-    pairs = [(samples[0][0], samples[1][0]) for samples in responses if len(samples) > 1]
-    figures = measure([text for text, _ in firsts], [tokens for _, tokens in firsts], pairs)
-    return {name: round(value, 4) for name, value in figures.items()}
-
-
-def coc_tokens(token_ids: Sequence[int], cot_end: int) -> int:
-    """Tokens of a CoC, the end marks left out."""
-    return token_ids.index(cot_end) if cot_end in token_ids else len(token_ids)
-
-
-def windows(config: MeasureWorldConfig) -> Iterator[Window]:
-    """The windows to measure on: of a written world's clips, or of scenes drawn in memory."""
-    if config.cache_dir is None:
-        for index in range(config.num_samples):
-            yield window(sample_scene(scene_seed(config.world_seed, 0, index)))
-        return
-    source = ClipSource(config.cache_dir)
-    for clip_id in chosen_clips(source, chunks=config.chunks, count=config.num_samples):
-        yield source.window(clip_id)
-
-
-def run(config: MeasureWorldConfig) -> dict[str, Any]:
-    """Sample two CoCs a clip, measure them, write the figures; `passed` says whether all lie in their bounds.
-
-    Raises:
-        ValueError: the target or the clips are missing.
-    """
-    from rich.console import Console
-    from rich.progress import track
-
-    started = time.time()
-    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
-    decoder = SpeculativeDecoder(target)
-    responses: list[list[tuple[str, int]]] = []
-    console = Console(file=sys.stderr)
-    for each in track(windows(config), "rollouts", total=config.num_samples, console=console):
-        result = decoder.generate(
-            each,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            num_traj_samples=_SAMPLES,
-            seed=config.seed,
-            max_new_tokens=config.max_tokens,
-            trajectories=False,
-        )
-        counts = [coc_tokens(ids, target.special.cot_end) for ids in result.token_ids]
-        responses.append(list(zip(result.coc, counts, strict=True)))
-    figures = figures_of(responses)
-    outside = violations(figures)
-    answer = {
-        "figures": figures,
-        "bounds": {name: list(bounds) for name, bounds in BOUNDS.items()},
-        "violations": outside,
-        "passed": not outside,
-        "clips": len(responses),
-    }
-    parents = {"target": target_hash}
-    made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
-    write_json(config.out, answer | {"provenance": made})
-    for line in outside:
-        console.print(line, style="red", highlight=False)
-    return answer | {"out": str(config.out)}

@@ -20,7 +20,7 @@ from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.arms import acceptance_of
 from alpamayo_dflash.evaluate.config import LosslessConfig
-from alpamayo_dflash.evaluate.reference import generate
+from alpamayo_dflash.evaluate.reference import greedy_tokens
 from alpamayo_dflash.evaluate.rows import LosslessRow, RowStore
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 from alpamayo_dflash.target.prompt import Prompt
@@ -39,6 +39,34 @@ class NamedDraft:
     name: str
     kind: str
     draft: DFlashDraft
+
+
+def run(config: LosslessConfig) -> dict[str, Any]:
+    """Check every clip, or the rest of an interrupted check; write the counts.
+
+    Raises:
+        ValueError: bad input; the message names it.
+    """
+    started = time.time()
+    clip_source = ClipSource(config.cache_dir)
+    clip_ids = chosen_clips(clip_source, chunks=config.chunks, count=config.num_samples)
+    drafts = named_drafts(config)
+    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
+    checker = Checker(target, drafts, config)
+    parents = {"target": target_hash}
+    parents |= {f"draft-{number}": folder_hash(folder) for number, folder in enumerate(config.draft_models)}
+    head = {"config": to_plain(config), "parents": parents, "clips": clip_ids}
+    store: RowStore[LosslessRow] = RowStore(config.out.with_suffix(".rows.jsonl"), head)
+    for clip_id in track(clip_ids, "lossless", console=Console(file=sys.stderr)):
+        if clip_id not in store:
+            prompt = target.prompt(clip_source.window(clip_id, config.t0_us))
+            store.add(checker.check(clip_id, prompt))
+    result = lossless_summary(store.rows(), drafts)
+    settings = {"temperature": config.temperature, "top_p": config.top_p, "dtype": "float32"}
+    made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
+    write_json(config.out, result | {"settings": settings, "provenance": made})
+    store.remove()
+    return result | {"out": str(config.out)}
 
 
 def named_drafts(config: LosslessConfig) -> list[NamedDraft]:
@@ -84,15 +112,7 @@ class Checker:
     def check(self, clip_id: str, prompt: Prompt) -> LosslessRow:
         """Compare all outputs on one clip."""
         expected = self._decode(self._plain, prompt)
-        reference = generate(
-            self.target,
-            prompt,
-            temperature=0.0,
-            top_p=1.0,
-            num_traj_samples=1,
-            max_new_tokens=self.config.max_tokens,
-            seed=self.config.seed,
-        ).token_ids
+        reference = greedy_tokens(self.target, prompt, max_new_tokens=self.config.max_tokens)
         found = {name: self._decode(decoder, prompt) for name, decoder in self._speculative.items()}
         pairs = [("transformers, greedy", expected["greedy"].token_ids, reference)]
         for name, results in found.items():
@@ -109,7 +129,7 @@ class Checker:
         }
 
     def _decode(self, decoder: SpeculativeDecoder, prompt: Prompt) -> dict[str, Result]:
-        """Decode greedily and sampled behind one reading of the prompt."""
+        """Decode greedily and sampled after one reading of the prompt."""
         prefilled = decoder.prefill(prompt)
         temperatures = {"greedy": 0.0, "sampled": self.config.temperature}
         return {
@@ -138,7 +158,7 @@ def difference(expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]
     return "none"
 
 
-def summarise(rows: Sequence[LosslessRow], drafts: Sequence[NamedDraft]) -> dict[str, Any]:
+def lossless_summary(rows: Sequence[LosslessRow], drafts: Sequence[NamedDraft]) -> dict[str, Any]:
     """Counts over clips; `passed` says whether all outputs were equal on all clips."""
     of = len(rows)
     tables = []
@@ -166,31 +186,3 @@ def summarise(rows: Sequence[LosslessRow], drafts: Sequence[NamedDraft]) -> dict
         "differences": differences,
         "passed": of > 0 and not differences,
     }
-
-
-def run(config: LosslessConfig) -> dict[str, Any]:
-    """Check every clip, or the rest of an interrupted check; write the counts.
-
-    Raises:
-        ValueError: bad input; the message names it.
-    """
-    started = time.time()
-    clip_source = ClipSource(config.cache_dir)
-    clip_ids = chosen_clips(clip_source, chunks=config.chunks, count=config.num_samples)
-    drafts = named_drafts(config)
-    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
-    checker = Checker(target, drafts, config)
-    parents = {"target": target_hash}
-    parents |= {f"draft-{number}": folder_hash(folder) for number, folder in enumerate(config.draft_models)}
-    head = {"config": to_plain(config), "parents": parents, "clips": clip_ids}
-    store: RowStore[LosslessRow] = RowStore(config.out.with_suffix(".rows.jsonl"), head)
-    for clip_id in track(clip_ids, "lossless", console=Console(file=sys.stderr)):
-        if clip_id not in store:
-            prompt = target.prompt(clip_source.window(clip_id, config.t0_us))
-            store.add(checker.check(clip_id, prompt))
-    result = summarise(store.rows(), drafts)
-    settings = {"temperature": config.temperature, "top_p": config.top_p, "dtype": "float32"}
-    made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
-    write_json(config.out, result | {"settings": settings, "provenance": made})
-    store.remove()
-    return result | {"out": str(config.out)}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alpamayo_dflash.decode.observer import SPANS
+from alpamayo_dflash.evaluate.config import ARMS
 from alpamayo_dflash.evaluate.rows import ClipRow, Failure
 
 TIMES = ("prefill_ms", "decode_ms", "action_ms", "total_ms")
@@ -27,8 +28,8 @@ def quartiles(values: Sequence[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive")
 
 
-def _rounded(values: Sequence[float], digits: int = 3) -> list[float]:
-    return [round(value, digits) for value in values]
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 3) for value in values]
 
 
 def arm_summary(rows: Sequence[ClipRow], arm: str) -> dict[str, Any]:
@@ -51,12 +52,12 @@ def arm_summary(rows: Sequence[ClipRow], arm: str) -> dict[str, Any]:
     return summary
 
 
-def speedup(rows: Sequence[ClipRow], time: str, slow: str, fast: str = "dflash") -> list[float]:
-    """Quartiles over clips of the paired ratio of one arm's time to another's.
+def speedup(rows: Sequence[ClipRow], time: str, slow: str) -> list[float]:
+    """Quartiles over clips of the paired ratio of one arm's time to the speculative one's.
 
-    A clip on which the fast arm took no time at all (a CoC of one token) is left out.
+    A clip on which the latter took no time at all (a CoC of one token) is left out.
     """
-    pairs = [(row["arms"][slow], row["arms"][fast]) for row in rows]
+    pairs = [(row["arms"][slow], row["arms"]["dflash"]) for row in rows]
     ratios = [one[time] / other[time] for one, other in pairs if other[time] > 0]  # type: ignore[literal-required]
     return _rounded(quartiles(ratios))
 
@@ -166,7 +167,9 @@ def sources_summary(rows: Sequence[ClipRow]) -> dict[str, int] | None:
     return dict(Counter(origin for each in rounds for origin in each["origins"]).most_common())
 
 
-def summarise(rows: Sequence[ClipRow], failures: Sequence[Failure], attempted: int) -> dict[str, Any]:
+def evaluation_summary(
+    rows: Sequence[ClipRow], failures: Sequence[Failure], attempted: int
+) -> dict[str, Any]:
     """The evaluation's JSON object, from its rows.
 
     Raises:
@@ -175,7 +178,7 @@ def summarise(rows: Sequence[ClipRow], failures: Sequence[Failure], attempted: i
     if not rows:
         reason = f"; the first: {failures[0]['clip_id']}: {failures[0]['error']}" if failures else ""
         raise ValueError(f"none of {attempted} clips could be evaluated{reason}")
-    arms = [arm for arm in ("transformers", "autoregressive", "dflash") if arm in rows[0]["arms"]]
+    arms = [arm for arm in ARMS if arm in rows[0]["arms"]]
     acceptance = pooled_acceptance(rows)
     result: dict[str, Any] = {
         "clips": {

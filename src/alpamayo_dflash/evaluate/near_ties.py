@@ -131,7 +131,7 @@ def _with_odds(probability: Tensor, shift: float) -> Tensor:
 
 
 def _forced_logits(loop: Loop, text: Sequence[int], rejected: int = 0) -> Tensor:
-    """Logits [T + 1, V] of a text's tokens and the one behind it, in passes like the loop's.
+    """Logits [T + 1, V] of a text's tokens and the one after it, in passes like the loop's.
 
     Args:
         loop: the loop.

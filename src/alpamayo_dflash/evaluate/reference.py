@@ -9,7 +9,6 @@ Shapes: S sample, P prompt, T cache entries, V vocabulary, L layers, K KV heads,
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.config import GREEDY_BELOW
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.expert import ActionPrefix
@@ -42,25 +42,18 @@ class Generated:
     decode_ms: float
 
 
-def now(device: torch.device) -> float:
-    """The clock, seconds, with the device's work done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 class MaskIds(LogitsProcessor):
-    """Suppresses a range of ids, and notes when the first logits came."""
+    """Suppresses a range of ids, and notes when (by `Clock`) the first logits came."""
 
     def __init__(self, ids: range, device: torch.device) -> None:
         self._ids = ids
-        self._device = device
+        self._clock = Clock(device)
         self.first_logits_at: float | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Set the range's scores [S, V] to minus infinity."""
         if self.first_logits_at is None:
-            self.first_logits_at = now(self._device)
+            self.first_logits_at = self._clock.now_ms()
         scores = scores.clone()
         scores[:, self._ids.start : self._ids.stop] = -torch.inf
         return scores
@@ -108,10 +101,10 @@ def generate(
 ) -> Generated:
     """Run `target.vlm.generate` on a prompt; several samples are the prompt repeated as a batch."""
     torch.manual_seed(seed)
-    device = target.device
-    mask = MaskIds(target.traj_ids, device)
+    clock = Clock(target.device)
+    mask = MaskIds(target.traj_ids, target.device)
     stop = OneAfter(target.special.traj_future_start, len(prompt))
-    started = now(device)
+    started = clock.now_ms()
     output = target.vlm.generate(
         **{
             name: tensor.repeat(num_traj_samples, *[1] * (tensor.dim() - 1))
@@ -123,15 +116,21 @@ def generate(
         logits_processor=LogitsProcessorList([mask]),
         stopping_criteria=StoppingCriteriaList([stop]),
     )
-    ended = now(device)
+    ended = clock.now_ms()
     assert mask.first_logits_at is not None, "generate never asked for logits"
     token_ids = [cut(row, target) for row in output.sequences[:, len(prompt) :].tolist()]
     return Generated(
         token_ids=token_ids,
-        prefix=action_prefix(output.past_key_values, token_ids, prompt, target),
-        prefill_ms=1000 * (mask.first_logits_at - started),
-        decode_ms=1000 * (ended - mask.first_logits_at),
+        prefix=action_prefix(output.past_key_values, token_ids, prompt),
+        prefill_ms=mask.first_logits_at - started,
+        decode_ms=ended - mask.first_logits_at,
     )
+
+
+def greedy_tokens(target: Alpamayo, prompt: Prompt, *, max_new_tokens: int) -> list[list[int]]:
+    """The greedy tokens of transformers, one sample."""
+    options: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "num_traj_samples": 1, "seed": 0}
+    return generate(target, prompt, max_new_tokens=max_new_tokens, **options).token_ids
 
 
 def cut(token_ids: list[int], target: Alpamayo) -> list[int]:
@@ -141,7 +140,7 @@ def cut(token_ids: list[int], target: Alpamayo) -> list[int]:
     return token_ids[: end + 1]
 
 
-def action_prefix(cache: Any, token_ids: list[list[int]], prompt: Prompt, target: Alpamayo) -> ActionPrefix:
+def action_prefix(cache: Any, token_ids: list[list[int]], prompt: Prompt) -> ActionPrefix:
     """The cache of `generate` in the expert's form (specification 7 and 8.2).
 
     The offset counts tokens through `<|traj_future_start|>`; a sample that lacks it has the sequence's

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, NotRequired, TypedDict, TypeVar, cast
 
-from alpamayo_dflash.common.artefacts import atomic_file, to_plain
+from alpamayo_dflash.common.artefacts import to_plain, write_text
 
 
 class ArmRow(TypedDict):
@@ -26,7 +26,7 @@ class ArmRow(TypedDict):
     tokens: int
 
 
-class Acceptance(TypedDict):
+class AcceptanceRow(TypedDict):
     """What the speculative loop did on one clip, over all samples.
 
     `tokens_after_first` counts through `<|traj_future_start|>`, `passes` the verify passes after the
@@ -87,7 +87,7 @@ class ClipRow(TypedDict):
     prompt_tokens: int
     coc: list[str]
     arms: dict[str, ArmRow]
-    acceptance: Acceptance
+    acceptance: AcceptanceRow
     identity: NotRequired[Identity]
     trajectory: NotRequired[Trajectory]
     named: NotRequired[Named]
@@ -109,7 +109,7 @@ class LosslessRow(TypedDict):
     autoregressive_equals_transformers: bool
     greedy: dict[str, bool]
     sampled: dict[str, bool]
-    acceptance: dict[str, Acceptance]
+    acceptance: dict[str, AcceptanceRow]
     differences: list[str]
 
 
@@ -168,8 +168,7 @@ class RowStore(Generic[Row]):
     def _begin(self) -> None:
         """Write the head and the rows that are continued, without whatever else the file held."""
         lines = [self._head, *self._rows.values()]
-        with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._begun = True
 
     def remove(self) -> None:

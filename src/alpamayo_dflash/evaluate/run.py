@@ -42,7 +42,7 @@ _FREE = frozenset(("output_dir", "verbose", "local_files_only"))
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate, or continue an evaluation that was interrupted, or say that there is nothing to do.
+    """Evaluate, or continue an evaluation that was interrupted, or report that there is nothing to do.
 
     Returns:
         The JSON object of `evaluation.json` without its rows and provenance.
@@ -77,7 +77,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     store: RowStore[ClipRow] = RowStore(config.output_dir / ROWS, head)
     failures = _evaluate_clips(arms, source, clip_ids, store, console)
     rows = store.rows()
-    result = metrics.summarise(rows, failures, attempted=len(clip_ids)) | _settings(arms)
+    result = metrics.evaluation_summary(rows, failures, attempted=len(clip_ids)) | _settings(arms)
     made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
     write_json(config.output_dir / RESULT, result | {"head": head, "provenance": made, "clip_rows": rows})
     if not failures:  # else a later run does these clips again, and only these
@@ -209,7 +209,7 @@ def evaluate_clip(arms: Arms, window: Window, facts: Facts | None, *, turn: int,
 def _identity(arms: Arms, runs: Mapping[str, Run], prompt: Prompt) -> Identity:
     """Compare the loops greedily and sampled, and the autoregressive one with transformers greedily.
 
-    Of the two samplings, the timed runs have done one; the other is decoded behind the same prompts. Of texts
+    Of the two samplings, the timed runs have done one; the other is decoded after the same prompts. Of texts
     that differ it is found out whether they part at a near-tie.
     """
     config = arms.config

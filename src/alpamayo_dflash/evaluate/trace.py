@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.text import Text
+from tokenizers import Tokenizer
 
 from alpamayo_dflash.decode.observer import Observer, RoundTrace, SampleTrace
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from tokenizers import Tokenizer
-
 
 LEGEND = Text.assemble(
     "each pass: ", ("+accepted", "green"), " ", ("-rejected", "red"), " ", ("=the target's own", "bold cyan")
@@ -29,7 +25,7 @@ def piece_of(tokenizer: Tokenizer) -> Callable[[int], str]:
     return piece
 
 
-def render(sample: SampleTrace, index: int, piece: Callable[[int], str]) -> Text:
+def round_line(sample: SampleTrace, index: int, piece: Callable[[int], str]) -> Text:
     """One sample's part of a round in one line.
 
     Accepted tokens carry a plus sign and are green, rejected ones a minus sign and are red, and what the
@@ -68,7 +64,7 @@ class RoundPrinter(Observer):
     def on_round(self, trace: RoundTrace) -> None:
         """Print one line a sample."""
         for sample in trace.samples:
-            self._print(render(sample, trace.index, self._piece))
+            self._print(round_line(sample, trace.index, self._piece))
 
     def _print(self, line: Text) -> None:
         self._console.print(line, soft_wrap=True)

@@ -11,16 +11,58 @@ from typing import Any
 from alpamayo_dflash.common.artefacts import file_hash, provenance, read_json, write_json
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import require_same
-from alpamayo_dflash.layers.choice import CHOICE_FILE, RULE, choose, progress, reasons
+from alpamayo_dflash.layers.choice import CHOICE_FILE, RULE, choose_taps, progress, reasons
 from alpamayo_dflash.layers.config import LayersConfig
 from alpamayo_dflash.layers.score import Scores
 
 _NAME = re.compile(r"scores-rank(\d+)of(\d+)\.json")
 
 
-def scores_path(folder: Path, rank: int, world_size: int) -> Path:
-    """Where a rank's scores lie."""
-    return folder / f"scores-rank{rank}of{world_size}.json"
+def aggregate(config: LayersConfig, world_size: int | None) -> dict[str, Any]:
+    """Pool all ranks' files, choose the taps and write `layers.json`.
+
+    Args:
+        config: `output_dir`, `layers` and `num_target_layers` are used.
+        world_size: number of ranks; None to take it from the files.
+
+    Returns:
+        The content of `layers.json`.
+
+    Raises:
+        ValueError: see `score_files` and `pool`; or a candidate that was not scored.
+    """
+    started = time.time()
+    paths = score_files(config.output_dir, world_size)
+    scores, about = pool(paths)
+    num_layers = len(scores.state_sums)
+    cosine, early_exit_ce = scores.cosine(), scores.early_exit_ce()
+    candidates = parse_layers(config.layers) or tuple(sorted(set(early_exit_ce) - {num_layers - 1}))
+    check_layers(candidates, num_layers)
+    unscored = [layer for layer in candidates if layer not in early_exit_ce]
+    if unscored:
+        raise ValueError(f"layers {unscored} were not scored; scored are {sorted(early_exit_ce)}")
+    progress_of = progress(cosine, early_exit_ce, candidates)
+    taps = choose_taps(progress_of, config.num_target_layers)
+    content = {
+        "target_layers": list(taps),
+        "num_target_layers": num_layers,
+        "cosine": cosine,
+        "early_exit_ce": {str(layer): value for layer, value in early_exit_ce.items()},
+        "progress": {str(layer): value for layer, value in progress_of.items()},
+        "rule": RULE,
+        "reasons": reasons(taps, progress_of, cosine, early_exit_ce),
+        "tokens": scores.tokens,
+        **about,
+        "provenance": provenance(
+            config=config,
+            parents={path.name: file_hash(path) for path in paths} | {"target": about["settings"]["target"]},
+            seed=config.seed,
+            device=config.device,
+            started=started,
+        ),
+    }
+    write_json(config.output_dir / CHOICE_FILE, content)
+    return content
 
 
 def score_files(folder: Path, world_size: int | None) -> list[Path]:
@@ -46,6 +88,11 @@ def score_files(folder: Path, world_size: int | None) -> list[Path]:
     if missing:
         raise ValueError(f"{folder}: cannot pool, missing {', '.join(missing)}")
     return paths
+
+
+def scores_path(folder: Path, rank: int, world_size: int) -> Path:
+    """Where a rank's scores lie."""
+    return folder / f"scores-rank{rank}of{world_size}.json"
 
 
 def pool(paths: Sequence[Path]) -> tuple[Scores, dict[str, Any]]:
@@ -76,50 +123,3 @@ def pool(paths: Sequence[Path]) -> tuple[Scores, dict[str, Any]]:
     if scores.tokens == 0:
         raise ValueError(f"{paths[0].parent}: no clip was scored; the reasons are in the files' failures")
     return scores, about
-
-
-def aggregate(config: LayersConfig, world_size: int | None) -> dict[str, Any]:
-    """Pool all ranks' files, choose the taps and write `layers.json`.
-
-    Args:
-        config: `output_dir`, `layers` and `num_target_layers` are used.
-        world_size: number of ranks; None to take it from the files.
-
-    Returns:
-        The content of `layers.json`.
-
-    Raises:
-        ValueError: see `score_files` and `pool`; or a candidate that was not scored.
-    """
-    started = time.time()
-    paths = score_files(config.output_dir, world_size)
-    scores, about = pool(paths)
-    num_layers = len(scores.state_sums)
-    cosine, early_exit_ce = scores.cosine(), scores.early_exit_ce()
-    candidates = parse_layers(config.layers) or tuple(sorted(set(early_exit_ce) - {num_layers - 1}))
-    check_layers(candidates, num_layers)
-    unscored = [layer for layer in candidates if layer not in early_exit_ce]
-    if unscored:
-        raise ValueError(f"layers {unscored} were not scored; scored are {sorted(early_exit_ce)}")
-    progress_of = progress(cosine, early_exit_ce, candidates)
-    taps = choose(progress_of, config.num_target_layers)
-    content = {
-        "target_layers": list(taps),
-        "num_target_layers": num_layers,
-        "cosine": cosine,
-        "early_exit_ce": {str(layer): value for layer, value in early_exit_ce.items()},
-        "progress": {str(layer): value for layer, value in progress_of.items()},
-        "rule": RULE,
-        "reasons": reasons(taps, progress_of, cosine, early_exit_ce),
-        "tokens": scores.tokens,
-        **about,
-        "provenance": provenance(
-            config=config,
-            parents={path.name: file_hash(path) for path in paths} | {"target": about["settings"]["target"]},
-            seed=config.seed,
-            device=config.device,
-            started=started,
-        ),
-    }
-    write_json(config.output_dir / CHOICE_FILE, content)
-    return content

@@ -45,7 +45,7 @@ def _scaled(values: Sequence[float]) -> list[float]:
     return [(value - low) / (high - low) if high > low else 1.0 for value in values]
 
 
-def choose(progress_of: Mapping[int, float], count: int) -> tuple[int, ...]:
+def choose_taps(progress_of: Mapping[int, float], count: int) -> tuple[int, ...]:
     """Choose taps whose progress is spread evenly (see `RULE`), by dynamic programming.
 
     Args:

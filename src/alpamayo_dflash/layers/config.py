@@ -1,4 +1,4 @@
-"""The config of layer scoring, and the checks that it shares with the stages after it."""
+"""The config of layer scoring."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alpamayo_dflash.common.options import parse_layers, require_positive, require_sampling
+from alpamayo_dflash.clips.config import DEFAULT_T0_US
+from alpamayo_dflash.common.options import check_positive, parse_layers
 from alpamayo_dflash.common.ranks import share_of
-
-# The default of `clips`, repeated as a number because a config imports nothing heavy; a test compares them.
-DEFAULT_T0_US = 5_100_000
+from alpamayo_dflash.decode.config import Sampling
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,17 @@ class LayersConfig:
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without the target."""
-        require_positive(
+        check_positive(
             num_samples=self.num_samples, num_target_layers=self.num_target_layers, max_tokens=self.max_tokens
         )
-        require_sampling(self.temperature, self.top_p)
+        _ = self.sampling  # checks its own values
         parse_layers(self.layers)
         if not self.aggregate or self.rank is not None:  # pooling takes a world_size alone
             share_of(self.rank, self.world_size, {})
         if not self.aggregate and (self.model_path is None or self.cache_dir is None):
             raise ValueError("scoring needs model_path and cache_dir; only aggregate does without")
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the rollouts choose tokens."""
+        return Sampling(self.temperature, self.top_p)

@@ -13,7 +13,6 @@ from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import list_hash, provenance, read_json, write_json
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import own_device, require_same, share_of
-from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.rollouts import Rollouts
 from alpamayo_dflash.layers.aggregate import aggregate, scores_path
 from alpamayo_dflash.layers.choice import CHOICE_FILE
@@ -59,7 +58,7 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
     assert config.model_path is not None
     assert config.cache_dir is not None
     source = ClipSource(config.cache_dir)
-    clip_ids = source.clip_ids(None if config.chunks is None else parse_chunks(config.chunks))
+    clip_ids = source.clip_ids(parse_chunks(config.chunks))
     target, target_hash = open_target(
         config.model_path,
         dtype=config.dtype,
@@ -118,9 +117,8 @@ def scoring_settings(
         "layers": sorted({*candidates, last}),
         "dtype": str(target.dtype).removeprefix("torch."),
     }
-    for key in ("num_samples", "seed", "t0_us", "temperature", "top_p", "max_tokens"):
-        settings[key] = getattr(config, key)
-    return settings
+    sampled = ("num_samples", "seed", "t0_us", "temperature", "top_p", "max_tokens")
+    return settings | {key: getattr(config, key) for key in sampled}
 
 
 @dataclass
@@ -161,14 +159,13 @@ def score_windows(
     """
     layers = range(target.num_layers)
     rollouts = Rollouts(target, taps=layers, context_len=1, max_tokens=config.max_tokens)
-    sampling = Sampling(config.temperature, config.top_p)
     scored = ScoredClips(Scores.empty(target.num_layers, target.hidden_size, candidates))
     for clip_id, window in windows:
         try:
             if isinstance(window, ClipError):
                 raise window
             rollouts.read(window)
-            token_ids = rollouts.write(sampling, seed=config.seed)[0].token_ids
+            token_ids = rollouts.write(config.sampling, seed=config.seed)[0].token_ids
             forced = rollouts.score([token_ids])[0]
         except ValueError as error:
             scored.failures.append({"clip_id": clip_id, "reason": str(error)})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,116 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
 # Okabe and Ito's colours, told apart also by readers with colour blindness.
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
-
-
-def _figure(title: str, width: float = 7.0, height: float = 3.2) -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-
-
-def times(result: Mapping[str, Any], path: Path) -> None:
-    """Bars of each arm's median prefill, decode and action time."""
-    figure, axes = _figure("Time of a clip (medians)")
-    arms = list(result["arms"])[::-1]
-    left = [0.0] * len(arms)
-    for name, colour in (("prefill", _BLUE), ("decode", _ORANGE), ("action", _GREEN)):
-        widths = [result["arms"][arm][f"{name}_ms"] for arm in arms]
-        axes.barh([ARM_NAMES[arm] for arm in arms], widths, left=left, color=colour, label=name)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set_xlabel("ms")
-    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.18))
-    _save(figure, path)
-
-
-def decode_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Decode time of each clip against its number of tokens, one colour an arm."""
-    figure, axes = _figure("Decode time of each clip", height=3.8)
-    colours = {"transformers": _PURPLE, "autoregressive": _BLUE, "dflash": _VERMILION}
-    for arm in rows[0]["arms"]:
-        tokens = [row["arms"][arm]["tokens"] for row in rows]
-        decode = [row["arms"][arm]["decode_ms"] for row in rows]
-        axes.scatter(tokens, decode, s=14, alpha=0.7, color=colours[arm], label=ARM_NAMES[arm], linewidths=0)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("decode, ms")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    _save(figure, path)
-
-
-def acceptance(rows: Sequence[Mapping[str, Any]], pooled: float, path: Path) -> None:
-    """Histogram of the clips' own acceptance lengths, with the pooled one marked."""
-    figure, axes = _figure("Acceptance length of each clip")
-    found = [row["acceptance"] for row in rows if row["acceptance"]["passes"]]
-    lengths = [each["tokens_after_first"] / each["passes"] for each in found]
-    axes.hist(lengths, bins=20, color=_BLUE)
-    axes.axvline(pooled, color=_VERMILION)
-    axes.annotate(
-        f" pooled {pooled:.2f}",
-        (pooled, 0.95),
-        xycoords=("data", "axes fraction"),
-        color=_VERMILION,
-        va="top",
-    )
-    axes.set_xlabel("tokens after the first, a verify pass")
-    axes.set_ylabel("clips")
-    _save(figure, path)
-
-
-def speedup(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Histograms of each clip's decode speed-up against the two other arms."""
-    figure, axes = _figure("Decode speed-up of each clip")
-    for arm, colour in (("autoregressive", _BLUE), ("transformers", _PURPLE)):
-        pairs = [(row["arms"][arm]["decode_ms"], row["arms"]["dflash"]["decode_ms"]) for row in rows]
-        ratios = [slow / fast for slow, fast in pairs if fast > 0]
-        axes.hist(ratios, bins=20, color=colour, alpha=0.7, label=f"against {ARM_NAMES[arm]}")
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("times faster")
-    axes.set_ylabel("clips")
-    axes.legend(frameon=False)
-    _save(figure, path)
-
-
-def parts(result: Mapping[str, Any], path: Path) -> None:
-    """Bars of decode's parts."""
-    figure, axes = _figure("Where decode's time goes", height=2.6)
-    found = result["decode_parts"]
-    names = list(found)[::-1]
-    bars = axes.barh(names, [found[name]["ms"] for name in names], color=_BLUE)
-    axes.bar_label(bars, [f"{100 * (found[name]['share'] or 0):.1f} %" for name in names], padding=3)
-    axes.set_xlabel("ms a clip")
-    _save(figure, path)
-
-
-def training(result: Mapping[str, Any], path: Path) -> None:
-    """The draft's simulated acceptance length on validation clips as it was trained."""
-    figure, axes = _figure("The draft's training")
-    entries = result["training"]["evaluations"]
-    axes.plot(
-        [entry["step"] for entry in entries],
-        [entry["acceptance_length"] for entry in entries],
-        color=_BLUE,
-        marker="o",
-        markersize=4,
-    )
-    axes.set_xlabel("step")
-    axes.set_ylabel("simulated acceptance length")
-    axes.set_ylim(bottom=0)
-    _save(figure, path)
 
 
 def all_plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -138,18 +31,96 @@ def all_plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
         drawn.append(folder / f"{name}.png")
         return drawn[-1]
 
-    times(result, add("times"))
+    plot_times(result, add("times"))
     if rows:
-        decode_by_length(rows, add("decode_by_length"))
+        plot_decode_by_length(rows, add("decode_by_length"))
         if result["acceptance_length"] is not None:
-            acceptance(rows, result["acceptance_length"], add("acceptance"))
+            plot_acceptance(rows, result["acceptance_length"], add("acceptance"))
         if len(rows[0]["arms"]) > 1:
-            speedup(rows, add("speedup"))
+            plot_speedup(rows, add("speedup"))
     if result.get("decode_parts"):
-        parts(result, add("decode_parts"))
+        plot_parts(result, add("decode_parts"))
     if result.get("training"):
-        training(result, add("training"))
+        plot_training(result, add("training"))
     return drawn
+
+
+def plot_times(result: Mapping[str, Any], path: Path) -> None:
+    """Bars of each arm's median prefill, decode and action time."""
+    with _axes(path, "Time of a clip (medians)", "ms") as axes:
+        arms = list(result["arms"])[::-1]
+        left = [0.0] * len(arms)
+        for name, colour in (("prefill", _BLUE), ("decode", _ORANGE), ("action", _GREEN)):
+            widths = [result["arms"][arm][f"{name}_ms"] for arm in arms]
+            axes.barh([ARM_NAMES[arm] for arm in arms], widths, left=left, color=colour, label=name)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.4, -0.18))
+
+
+def plot_decode_by_length(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Decode time of each clip against its number of tokens, one colour an arm."""
+    with _axes(path, "Decode time of each clip", "tokens", "decode, ms", height=3.8) as axes:
+        colours = {"transformers": _PURPLE, "autoregressive": _BLUE, "dflash": _VERMILION}
+        for arm in rows[0]["arms"]:
+            tokens = [row["arms"][arm]["tokens"] for row in rows]
+            decode = [row["arms"][arm]["decode_ms"] for row in rows]
+            axes.scatter(
+                tokens, decode, s=14, alpha=0.7, color=colours[arm], label=ARM_NAMES[arm], linewidths=0
+            )
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+
+
+def plot_acceptance(rows: Sequence[Mapping[str, Any]], pooled: float, path: Path) -> None:
+    """Histogram of the clips' own acceptance lengths, with the pooled one marked."""
+    with _axes(
+        path, "Acceptance length of each clip", "tokens after the first, a verify pass", "clips"
+    ) as axes:
+        found = [row["acceptance"] for row in rows if row["acceptance"]["passes"]]
+        lengths = [each["tokens_after_first"] / each["passes"] for each in found]
+        axes.hist(lengths, bins=20, color=_BLUE)
+        axes.axvline(pooled, color=_VERMILION)
+        axes.annotate(
+            f" pooled {pooled:.2f}",
+            (pooled, 0.95),
+            xycoords=("data", "axes fraction"),
+            color=_VERMILION,
+            va="top",
+        )
+
+
+def plot_speedup(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Histograms of each clip's decode speed-up against the two other arms."""
+    with _axes(path, "Decode speed-up of each clip", "times faster", "clips") as axes:
+        for arm, colour in (("autoregressive", _BLUE), ("transformers", _PURPLE)):
+            pairs = [(row["arms"][arm]["decode_ms"], row["arms"]["dflash"]["decode_ms"]) for row in rows]
+            ratios = [slow / fast for slow, fast in pairs if fast > 0]
+            axes.hist(ratios, bins=20, color=colour, alpha=0.7, label=f"against {ARM_NAMES[arm]}")
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.legend(frameon=False)
+
+
+def plot_parts(result: Mapping[str, Any], path: Path) -> None:
+    """Bars of decode's parts."""
+    with _axes(path, "Where decode's time goes", "ms a clip", height=2.6) as axes:
+        found = result["decode_parts"]
+        names = list(found)[::-1]
+        bars = axes.barh(names, [found[name]["ms"] for name in names], color=_BLUE)
+        axes.bar_label(bars, [f"{100 * (found[name]['share'] or 0):.1f} %" for name in names], padding=3)
+
+
+def plot_training(result: Mapping[str, Any], path: Path) -> None:
+    """The draft's simulated acceptance length on validation clips as it was trained."""
+    with _axes(path, "The draft's training", "step", "simulated acceptance length") as axes:
+        entries = result["training"]["evaluations"]
+        axes.plot(
+            [entry["step"] for entry in entries],
+            [entry["acceptance_length"] for entry in entries],
+            color=_BLUE,
+            marker="o",
+            markersize=4,
+        )
+        axes.set_ylim(bottom=0)
 
 
 def plot_scores(content: Mapping[str, Any], path: Path) -> None:
@@ -159,14 +130,11 @@ def plot_scores(content: Mapping[str, Any], path: Path) -> None:
         content: what `layers.json` holds.
         path: the PNG to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     ce = {int(layer): value for layer, value in content["early_exit_ce"].items()}
     layers = sorted(ce)
-    figure = Figure(figsize=(7, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _canvas(5.5)
     above, below = figure.subplots(2, 1, sharex=True)
     above.plot(range(len(content["cosine"])), content["cosine"], marker="o", color="tab:blue")
     above.set_ylabel("cosine to the last layer")
@@ -179,5 +147,26 @@ def plot_scores(content: Mapping[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
         for tap in content["target_layers"]:
             axes.axvline(tap, color="tab:green", linestyle="--", linewidth=1)
+    _save(figure, path)
+
+
+def _canvas(height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7.0, height), layout="constrained")
+
+
+@contextlib.contextmanager
+def _axes(path: Path, title: str, x_label: str, y_label: str = "", height: float = 3.2) -> Iterator[Axes]:
+    """The axes of a figure, which is saved afterwards."""
+    figure = _canvas(height)
+    axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    yield axes
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, dpi=120, format="png")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alpamayo_dflash.common.artefacts import atomic_file, read_json
+from alpamayo_dflash.common.artefacts import read_json, write_text
 from alpamayo_dflash.report.config import ReportConfig
 from alpamayo_dflash.report.plots import all_plots
 from alpamayo_dflash.report.tables import Table, all_tables, sources
@@ -43,14 +43,9 @@ def write_report(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     tables = [*all_tables(result), sources(result)]
     plots = all_plots(result, folder / "plots")
     page, text = folder / "report.html", folder / "report.md"
-    _write(page, _page(result, tables, plots))
-    _write(text, _markdown(tables, plots, folder))
+    write_text(page, _page(result, tables, plots))
+    write_text(text, _markdown(tables, plots, folder))
     return {"report": str(page), "markdown": str(text), "plots": [str(path) for path in plots]}
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _markdown(tables: Sequence[Table], plots: Sequence[Path], folder: Path) -> str:
@@ -75,9 +70,9 @@ def _inline(plot: Path) -> str:
     return f'<p><img alt="{plot.stem}" src="data:image/png;base64,{data}"></p>'
 
 
-def _examples(result: Mapping[str, Any], count: int = 10) -> str:
+def _examples(result: Mapping[str, Any]) -> str:
     """The first clips' CoCs."""
-    rows = result.get("clip_rows", [])[:count]
+    rows = result.get("clip_rows", [])[:10]
     items = "\n".join(f"<li>{html.escape(row['coc'][0])}</li>" for row in rows if row["coc"])
     return f"<h2>First CoCs</h2>\n<ul>\n{items}\n</ul>" if items else ""
 

@@ -5,18 +5,16 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as RichTable
 
 ARM_NAMES = {
     "transformers": "transformers",
     "autoregressive": "autoregressive",
     "dflash": "DFlash",
 }
-
 WORLD_FIGURES = {
     "distinct": "distinct texts over all texts",
     "top_ten": "share of the ten commonest texts",
@@ -59,9 +57,6 @@ class Table:
 
     def rich(self) -> RichTable:
         """The table for a console."""
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table as RichTable
-
         table = RichTable(title=self.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for number, name in enumerate(self.header):
             table.add_column(name, justify="right" if number else "left")
@@ -70,12 +65,45 @@ class Table:
         return table
 
 
-def _number(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
+def all_tables(result: Mapping[str, Any]) -> list[Table]:
+    """Every table that the JSON object has the numbers for."""
+    optional = (parts(result), world(result), failures(result))
+    return [comparison(result), quality(result), *(table for table in optional if table is not None)]
 
 
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+def bench_tables(result: Mapping[str, Any]) -> list[Table]:
+    """A benchmark's timings beside their floors, and its figures."""
+    found = result["floors"]
+    read, product = found["read_bytes_per_s"] / 1e9, found["product_flop_per_s"] / 1e9
+    timings = tuple(
+        (
+            row["what"],
+            row["arm"],
+            _number(row["measured_ms"], 2),
+            _number(row["floor_ms"], 2),
+            row["bound"],
+            _times(row["over_floor"]),
+        )
+        for row in found["rows"]
+    )
+    figures = tuple(
+        (name, _number(value, 3), "replayed" if name in result["replayed"] else "")
+        for name, value in result["figures"].items()
+    )
+    tables = [
+        Table(
+            f"Times (ms) over their floors, at {read:,.0f} GB/s and {product:,.0f} GFLOP/s, measured too",
+            ("what", "arm", "time", "floor", "bound by", "over floor"),
+            timings,
+        ),
+        Table("Figures", ("figure", "value", ""), figures),
+    ]
+    lengths = result["coc_lengths"]
+    if lengths:
+        header = tuple(lengths[0])
+        rows = tuple(tuple(str(cell) for cell in row.values()) for row in lengths)
+        tables.append(Table("Decode (ms, means) of CoCs of the lengths of real ones", header, rows))
+    return tables
 
 
 def comparison(result: Mapping[str, Any]) -> Table:
@@ -94,10 +122,6 @@ def comparison(result: Mapping[str, Any]) -> Table:
         )
     header = ("arm", "prefill", "decode", "action", "total", "tokens/s", "decode", "total")
     return Table("Times (ms, medians over clips), and how many times faster DFlash is", header, tuple(rows))
-
-
-def _times(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f} ×"
 
 
 def quality(result: Mapping[str, Any]) -> Table:
@@ -169,42 +193,13 @@ def failures(result: Mapping[str, Any]) -> Table | None:
     )
 
 
-def bench_tables(result: Mapping[str, Any]) -> list[Table]:
-    """A benchmark's timings beside their floors, and its figures."""
-    found = result["floors"]
-    read, product = found["read_bytes_per_s"] / 1e9, found["product_flop_per_s"] / 1e9
-    timings = tuple(
-        (
-            row["what"],
-            row["arm"],
-            _number(row["measured_ms"], 2),
-            _number(row["floor_ms"], 2),
-            row["bound"],
-            _times(row["over_floor"]),
-        )
-        for row in found["rows"]
-    )
-    figures = tuple(
-        (name, _number(value, 3), "replayed" if name in result["replayed"] else "")
-        for name, value in result["figures"].items()
-    )
-    tables = [
-        Table(
-            f"Times (ms) over their floors, at {read:,.0f} GB/s and {product:,.0f} GFLOP/s, measured too",
-            ("what", "arm", "time", "floor", "bound by", "over floor"),
-            timings,
-        ),
-        Table("Figures", ("figure", "value", ""), figures),
-    ]
-    lengths = result["coc_lengths"]
-    if lengths:
-        header = tuple(lengths[0])
-        rows = tuple(tuple(str(cell) for cell in row.values()) for row in lengths)
-        tables.append(Table("Decode (ms, means) of CoCs of the lengths of real ones", header, rows))
-    return tables
+def _number(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
 
 
-def all_tables(result: Mapping[str, Any]) -> list[Table]:
-    """Every table that the JSON object has the numbers for."""
-    optional = (parts(result), world(result), failures(result))
-    return [comparison(result), quality(result), *(table for table in optional if table is not None)]
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f} ×"

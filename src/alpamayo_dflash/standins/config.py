@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from alpamayo_dflash.common.options import check_above_zero, check_at_least, check_positive
 from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig, RandomSize
 
 
@@ -48,15 +49,13 @@ class TinyTrainConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("steps", "batch_size", "validate_every", "validate_scenes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_positive(steps=self.steps, batch_size=self.batch_size)
+        check_positive(validate_every=self.validate_every, validate_scenes=self.validate_scenes)
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps}; it must be at least 0 and below steps ({self.steps})"
             )
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be positive")
+        check_above_zero(learning_rate=self.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,7 @@ class MeasureTinyConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if self.scenes < 2:
-            raise ValueError(f"scenes is {self.scenes}; at least 2 are needed, to swap their images")
+        check_at_least(2, scenes=self.scenes)  # to swap their images
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
+from alpamayo_dflash.clips.config import DEFAULT_T0_US
 from alpamayo_dflash.clips.window import (
     DEFAULT_CAMERAS,
-    DEFAULT_T0_US,
     FRAMES_PER_CAMERA,
     HISTORY_POINTS,
     STEP_S,

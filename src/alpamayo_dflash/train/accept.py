@@ -24,7 +24,7 @@ _BATCH = 256
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class SimulatedAcceptance:
     """Counts of a simulated decoding; they add up over responses and processes.
 
     Attributes:
@@ -41,34 +41,10 @@ class Acceptance:
         return self.tokens / self.passes if self.passes else 0.0
 
 
-def accepted_prefix(predicted_SB: Tensor, labels_SB: Tensor, labelled_SB: Tensor) -> Tensor:
-    """How many leading predictions equal their labels; int64 [S]. A mask without a label ends the prefix."""
-    return ((predicted_SB == labels_SB) & labelled_SB).long().cumprod(dim=1).sum(dim=1)
-
-
-def walk(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> Acceptance:
-    """Walk through responses.
-
-    Args:
-        lengths: int64 [responses], tokens of each.
-        accepted: for some blocks, the accepted drafted tokens of each, int64 [S].
-    """
-    position = torch.zeros_like(lengths)
-    last = lengths - 1
-    passes = 0
-    while bool((walking := position < last).any()):
-        responses = walking.nonzero()[:, 0]
-        for few in responses.split(_BATCH):
-            position[few] += accepted(Blocks(few, position[few])) + 1
-        passes += len(responses)
-    # A block never passes the end: only labels are accepted, and the target's token behind the last is none.
-    return Acceptance(tokens=int(last.clamp_min(0).sum()), passes=passes)
-
-
 @torch.no_grad()
 def simulate(
     draft: DFlashDraft, data: BlockData, masked_ids: range, responses: Tensor | None = None
-) -> Acceptance:
+) -> SimulatedAcceptance:
     """Simulated acceptance of a bound draft.
 
     Args:
@@ -92,6 +68,30 @@ def simulate(
 
     was_training = draft.training
     draft.eval()
-    counts = walk(data.lengths[responses], accepted)
+    counts = walk_responses(data.lengths[responses], accepted)
     draft.train(was_training)
     return counts
+
+
+def walk_responses(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> SimulatedAcceptance:
+    """Walk through responses.
+
+    Args:
+        lengths: int64 [responses], tokens of each.
+        accepted: for some blocks, the accepted drafted tokens of each, int64 [S].
+    """
+    position = torch.zeros_like(lengths)
+    last = lengths - 1
+    passes = 0
+    while bool((walking := position < last).any()):
+        responses = walking.nonzero()[:, 0]
+        for few in responses.split(_BATCH):
+            position[few] += accepted(Blocks(few, position[few])) + 1
+        passes += len(responses)
+    # A block never passes the end: only labels are accepted, and no token of the target's follows the last.
+    return SimulatedAcceptance(tokens=int(last.clamp_min(0).sum()), passes=passes)
+
+
+def accepted_prefix(predicted_SB: Tensor, labels_SB: Tensor, labelled_SB: Tensor) -> Tensor:
+    """How many leading predictions equal their labels; int64 [S]. A mask without a label ends the prefix."""
+    return ((predicted_SB == labels_SB) & labelled_SB).long().cumprod(dim=1).sum(dim=1)

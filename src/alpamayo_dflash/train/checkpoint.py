@@ -22,7 +22,7 @@ OPTIMIZER = "optimizer.safetensors"
 _RANDOM = "random_state"
 
 
-def save_checkpoint(
+def save_training(
     folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> None:
     """Write a checkpoint folder, whole or not at all.
@@ -55,7 +55,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return state
 
 
-def load_checkpoint(folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optimizer) -> None:
+def load_training(folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's weights, optimizer tensors and random state back.
 
     Raises:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from alpamayo_dflash.common.options import at_least, parse_layers
-from alpamayo_dflash.distill.shards import DEFAULT_HELD_OUT
+from alpamayo_dflash.common.options import (
+    check_above_zero,
+    check_at_least,
+    check_fraction,
+    check_positive,
+    check_range,
+    parse_layers,
+)
+from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT
 
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_NUM_LAYERS = 5
@@ -21,7 +28,7 @@ class TrainConfig:
     """Train a draft on distillation data, from scratch or from an existing draft.
 
     Run it under torchrun to use several processes (DDP: NCCL on GPUs, gloo on CPUs). Run again, it continues
-    from its last checkpoint, or says that there is nothing to do.
+    from its last checkpoint, or reports that there is nothing to do.
 
     Attributes:
         target_model: folder or hub id of the Alpamayo checkpoint, or tiny; embedding and head are read.
@@ -112,28 +119,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check ranges, and that options which need each other are given together."""
-        for name in ("num_epochs", "batch_size", "stride", "log_interval"):
-            at_least(name, getattr(self, name), 1)
-        for name in ("max_steps", "num_draft_layers", "context_len"):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 1)
-        for name in (
-            *("warmup_steps", "weight_decay", "save_every", "num_workers", "cache_gib"),
-            "draft_vocab_size",
-        ):
-            if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 0)
-        for name in ("learning_rate", "embed_lr_scale", "kl_temperature", "prefix_weight_gamma"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value}; it must be above 0")
-        for name in ("ce_weight_start", "ce_weight_end", "dpace_alpha"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 to 1")
-        if self.block_size is not None:
-            at_least("block_size", self.block_size, 2)
-        if self.held_out_chunks is None and not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}; it must be above 0 and below 1")
+
+        def named(*names: str) -> dict[str, Any]:
+            return {name: getattr(self, name) for name in names}
+
+        check_positive(**named("num_epochs", "batch_size", "stride", "log_interval"))
+        check_positive(**named("max_steps", "num_draft_layers", "context_len"))
+        check_at_least(0, **named("warmup_steps", "weight_decay", "save_every", "num_workers", "cache_gib"))
+        check_at_least(0, draft_vocab_size=self.draft_vocab_size)
+        check_at_least(2, block_size=self.block_size)
+        check_above_zero(**named("learning_rate", "embed_lr_scale", "kl_temperature", "prefix_weight_gamma"))
+        check_range(0, 1, **named("ce_weight_start", "ce_weight_end", "dpace_alpha"))
+        if self.held_out_chunks is None:
+            check_fraction(held_out=self.held_out)
         parse_layers(self.target_layers)
         self._check_together()
 

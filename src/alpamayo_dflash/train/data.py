@@ -11,11 +11,9 @@ N all blocks.
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +23,9 @@ from alpamayo_dflash.distill.shards import DistillSample, is_held_out
 from alpamayo_dflash.draft.blocks import anchors, context_slots, label_positions
 from alpamayo_dflash.draft.config import DraftConfig
 
-Item = TypeVar("Item")
-Made = TypeVar("Made")
-
 
 @dataclass(frozen=True)
-class Response:
+class ResponseTensors:
     """One response's tensors.
 
     Attributes:
@@ -53,7 +48,7 @@ class Response:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BlockBatch:
     """Some blocks.
 
     Attributes:
@@ -76,13 +71,13 @@ class Batch:
     teacher_logits: Tensor | None
     teacher_ids: Tensor | None
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> BlockBatch:
         """The same on another device."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             moved[field.name] = None if value is None else value.to(device, non_blocking=True)
-        return Batch(**moved)
+        return BlockBatch(**moved)
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,7 @@ class BlockData:
         if bool(((self._tokens < 0) | (self._tokens >= draft.vocab_size)).any()):
             raise ValueError(f"{data.folder}: a token id is outside the vocabulary of {draft.vocab_size}")
         self._taps = [taps.index(tap) for tap in draft.target_layer_ids]
-        self._cache: dict[int, Response] = {}
+        self._cache: dict[int, ResponseTensors] = {}
         self._room = cache_bytes
         self.fits = data.manifest["bytes"] <= cache_bytes
         self._lock = threading.Lock()
@@ -208,7 +203,7 @@ class BlockData:
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
         return self.blocks(torch.randperm(len(self), generator=generator).tolist(), stride)
 
-    def response(self, index: int) -> Response:
+    def response(self, index: int) -> ResponseTensors:
         """Read one response, or take it from memory.
 
         Raises:
@@ -223,7 +218,7 @@ class BlockData:
                 self._cache[index] = found
             return found
 
-    def _read(self, sample: DistillSample) -> Response:
+    def _read(self, sample: DistillSample) -> ResponseTensors:
         tensors = self.data.tensors(sample)
         prompt = tensors["prompt_states"]
         # The set fills up short prompts with zeros at the left; a layer never puts out nothing but zeros.
@@ -233,14 +228,14 @@ class BlockData:
             raise ValueError(f"{self.data.folder}: {sample.shard}: states of {sample.index} are not finite")
         if self._taps != list(range(states.shape[1])):
             states = states[:, self._taps]
-        return Response(
+        return ResponseTensors(
             states=states.flatten(1),
             prompt_states=len(prompt),
             teacher_logits=tensors["topk_logits"] if self.teacher else None,
             teacher_ids=tensors["topk_ids"] if self.teacher else None,
         )
 
-    def batch(self, blocks: Blocks) -> Batch:
+    def batch(self, blocks: Blocks) -> BlockBatch:
         """The tensors of some blocks."""
         config = self.config
         found, local_S = torch.unique_consecutive(blocks.responses, return_inverse=True)
@@ -261,7 +256,7 @@ class BlockData:
         row_start_S = _starts([int(self.lengths[index]) for index in found])[local_S]
         rows_R = (row_start_S[:, None] + labels_at_SB)[labelled_SB]
         logits_Rk, ids_Rk = self._teacher(responses, rows_R)
-        return Batch(
+        return BlockBatch(
             states=states,
             entries=entries_SX + first_S[:, None],
             context_lengths=filled_S,
@@ -272,7 +267,9 @@ class BlockData:
             teacher_ids=ids_Rk,
         )
 
-    def _teacher(self, responses: list[Response], rows_R: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _teacher(
+        self, responses: list[ResponseTensors], rows_R: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The target's logits at some tokens of the responses, those of tokens it may not write left out."""
         logits = [response.teacher_logits for response in responses if response.teacher_logits is not None]
         ids = [response.teacher_ids for response in responses if response.teacher_ids is not None]
@@ -293,7 +290,7 @@ class BlockData:
 
 
 def _starts(sizes: Sequence[int]) -> Tensor:
-    """Where each of several runs begins when they are put one behind the other."""
+    """Where each of several runs begins when they are put one after the other."""
     counts = torch.tensor(sizes)
     return counts.cumsum(0) - counts
 
@@ -314,22 +311,3 @@ def step_share(num_blocks: int, steps: int, step: int, rank: int, world_size: in
     begin, end = num_blocks * step // steps, num_blocks * (step + 1) // steps
     size = end - begin
     return slice(begin + size * rank // world_size, begin + size * (rank + 1) // world_size)
-
-
-def read_ahead(items: Iterable[Item], make: Callable[[Item], Made], threads: int) -> Iterator[Made]:
-    """Yield make(item) in order, made by threads some items ahead; in line with no threads."""
-    if threads == 0:
-        yield from map(make, items)
-        return
-    waiting: deque[Future[Made]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(make, item))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -13,10 +13,63 @@ from torch.utils.checkpoint import checkpoint
 
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.config import TrainConfig, decay_gamma
-from alpamayo_dflash.train.data import Batch
+from alpamayo_dflash.train.data import BlockBatch
 
 CHUNK_ELEMENTS = 1 << 26
 """Vocabulary logits computed at once: 256 MiB in float32."""
+
+
+class BlockLoss(nn.Module):
+    """The draft with its loss, as one module for DDP."""
+
+    def __init__(self, draft: DFlashDraft, config: TrainConfig) -> None:
+        super().__init__()
+        self.draft = draft
+        self.options = config
+        block_size = draft.config.block_size
+        gamma = decay_gamma(block_size, config.prefix_weight_gamma)
+        self._decay_B = decay_weights(block_size - 1, gamma)
+
+    def forward(self, batch: BlockBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted sums over the batch's label rows.
+
+        Labels that a reduced head has no row for get no weight in CE, and rows of which it keeps none of the
+        target's stored logits none in KL; so the two have sums of weights of their own.
+
+        Returns:
+            weighted sums of CE and of KL, with gradient, and detached (sum of CE's weights, sum of KL's
+            weights, CE, KL, labels without a row of the head) [5].
+        """
+        draft = self.draft
+        labelled_SB = batch.labelled
+        hidden_RC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries, labelled_SB)
+        teacher = None
+        if batch.teacher_logits is not None and batch.teacher_ids is not None:
+            teacher = (batch.teacher_logits, batch.teacher_ids)
+        labels_R = batch.labels[labelled_SB]
+        has_label_R = has_teacher_R = torch.ones_like(labels_R, dtype=torch.bool)
+        if draft.token_ids is not None:
+            labels_R, has_label_R = head_rows(labels_R, draft.token_ids)
+            if teacher is not None:
+                teacher, has_teacher_R = reduced_teacher(teacher, draft.token_ids)
+        ce_R, kl_R = row_losses(
+            hidden_RC, draft.head, labels_R, teacher, temperature=self.options.kl_temperature
+        )
+        # A token that the draft cannot propose has an infinite cross-entropy, and D-PACE is to know that.
+        weight_R = self._weights(ce_R.detach().masked_fill(~has_label_R, torch.inf), labelled_SB)
+        ce_weight_R, kl_weight_R = weight_R * has_label_R, weight_R * has_teacher_R
+        ce = (ce_weight_R * ce_R).sum()
+        kl = torch.zeros_like(ce) if kl_R is None else (kl_weight_R * kl_R).sum()
+        outside = (~has_label_R).sum().to(ce)
+        sums = (ce_weight_R.sum(), kl_weight_R.sum(), ce.detach(), kl.detach(), outside)
+        return ce, kl, torch.stack(sums)
+
+    def _weights(self, ce_R: Tensor, labelled_SB: Tensor) -> Tensor:
+        if self.options.position_weights == "decay":
+            return self._decay_B.to(ce_R.device).expand(labelled_SB.shape)[labelled_SB]
+        ce_SB = torch.zeros(labelled_SB.shape, device=ce_R.device)
+        ce_SB[labelled_SB] = ce_R
+        return dpace_weights(ce_SB, labelled_SB, self.options.dpace_alpha)[labelled_SB]
 
 
 def decay_weights(num_masks: int, gamma: float) -> Tensor:
@@ -137,56 +190,3 @@ def ce_weight(step: int, total_steps: int, start: float, end: float) -> float:
     if total_steps <= 1:
         return start
     return start + (end - start) * step / (total_steps - 1)
-
-
-class BlockLoss(nn.Module):
-    """The draft with its loss, as one module for DDP."""
-
-    def __init__(self, draft: DFlashDraft, config: TrainConfig) -> None:
-        super().__init__()
-        self.draft = draft
-        self.options = config
-        block_size = draft.config.block_size
-        gamma = decay_gamma(block_size, config.prefix_weight_gamma)
-        self._decay_B = decay_weights(block_size - 1, gamma)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted sums over the batch's label rows.
-
-        Labels that a reduced head has no row for get no weight in CE, and rows of which it keeps none of the
-        target's stored logits none in KL; so the two have sums of weights of their own.
-
-        Returns:
-            weighted sums of CE and of KL, with gradient, and detached (sum of CE's weights, sum of KL's
-            weights, CE, KL, labels without a row of the head) [5].
-        """
-        draft = self.draft
-        labelled_SB = batch.labelled
-        hidden_RC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries, labelled_SB)
-        teacher = None
-        if batch.teacher_logits is not None and batch.teacher_ids is not None:
-            teacher = (batch.teacher_logits, batch.teacher_ids)
-        labels_R = batch.labels[labelled_SB]
-        has_label_R = has_teacher_R = torch.ones_like(labels_R, dtype=torch.bool)
-        if draft.token_ids is not None:
-            labels_R, has_label_R = head_rows(labels_R, draft.token_ids)
-            if teacher is not None:
-                teacher, has_teacher_R = reduced_teacher(teacher, draft.token_ids)
-        ce_R, kl_R = row_losses(
-            hidden_RC, draft.head, labels_R, teacher, temperature=self.options.kl_temperature
-        )
-        # A token that the draft cannot propose has an infinite cross-entropy, and D-PACE is to know that.
-        weight_R = self._weights(ce_R.detach().masked_fill(~has_label_R, torch.inf), labelled_SB)
-        ce_weight_R, kl_weight_R = weight_R * has_label_R, weight_R * has_teacher_R
-        ce = (ce_weight_R * ce_R).sum()
-        kl = torch.zeros_like(ce) if kl_R is None else (kl_weight_R * kl_R).sum()
-        outside = (~has_label_R).sum().to(ce)
-        sums = (ce_weight_R.sum(), kl_weight_R.sum(), ce.detach(), kl.detach(), outside)
-        return ce, kl, torch.stack(sums)
-
-    def _weights(self, ce_R: Tensor, labelled_SB: Tensor) -> Tensor:
-        if self.options.position_weights == "decay":
-            return self._decay_B.to(ce_R.device).expand(labelled_SB.shape)[labelled_SB]
-        ce_SB = torch.zeros(labelled_SB.shape, device=ce_R.device)
-        ce_SB[labelled_SB] = ce_R
-        return dpace_weights(ce_SB, labelled_SB, self.options.dpace_alpha)[labelled_SB]

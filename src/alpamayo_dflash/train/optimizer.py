@@ -10,15 +10,6 @@ from torch import nn
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.config import TrainConfig
 
-
-def learning_rate_factor(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Linear warm-up to 1 over the first steps, then a cosine to 0 at `total_steps`."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
 WARMUP_SHARE = 0.1
 MAX_GRADIENT_NORM = 1.0
 
@@ -39,3 +30,11 @@ def make_optimizer(draft: DFlashDraft, config: TrainConfig, world_size: int) -> 
         betas=(0.9, 0.95),
         fused=True,
     )
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_steps: int) -> float:
+    """Linear warm-up to 1 over the first steps, then a cosine to 0 at `total_steps`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))

@@ -21,7 +21,7 @@ from alpamayo_dflash.common.artefacts import (
     write_json,
 )
 from alpamayo_dflash.common.processes import Processes, join
-from alpamayo_dflash.common.progress import Live, Silent
+from alpamayo_dflash.common.progress import Live, Monitor
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import MANIFEST_FILE, DistillSample, training_counts
 from alpamayo_dflash.draft.model import DFlashDraft
@@ -41,7 +41,7 @@ _FREE = frozenset(
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Train, or continue, or say that there is nothing to do.
+    """Train, or continue, or report that there is nothing to do.
 
     Returns:
         what `train.json` holds: the draft's folder, the simulated acceptance length of the best draft and of
@@ -129,8 +129,10 @@ def _trainer(
     parents: dict[str, str],
     started: float,
 ) -> tuple[Trainer, dict[str, Any]]:
-    """Split the data, build the draft and its trainer; also the counts and parents of the summary."""
-    train, rest = split_samples(data.samples, share=config.held_out, chunks=_held_out_chunks(config))
+    """Split the data, build the draft and its trainer; also the counts of the summary."""
+    train, rest = split_samples(
+        data.samples, share=config.held_out, chunks=parse_chunks(config.held_out_chunks)
+    )
     held_out = [sample for sample in rest if sample.temperature == 0] or rest
     if all(len(sample.token_ids) < 2 for sample in held_out):
         raise ValueError(f"{config.data_dir}: no held-out response has a second token to predict")
@@ -138,22 +140,10 @@ def _trainer(
     draft = first_draft(config, data.manifest, target, None if vocabulary is None else vocabulary.token_ids)
     draft.bind(target.embedding.to(processes.device), target.head.to(processes.device), target.num_layers)
     unlabelled = range(0) if config.trajectory_labels else target.traj_ids
-    blocks = BlockData(
-        data,
-        train,
-        draft.config,
-        teacher=config.loss_type != "ce",
-        unlabelled=unlabelled,
-        cache_bytes=int(config.cache_gib * 2**30),
-    )
-    walked = BlockData(
-        data,
-        held_out,
-        draft.config,
-        teacher=False,
-        unlabelled=range(0),
-        cache_bytes=int(config.cache_gib * 2**30),
-    )
+    cached = int(config.cache_gib * 2**30)
+    teacher = config.loss_type != "ce"
+    blocks = BlockData(data, train, draft.config, teacher=teacher, unlabelled=unlabelled, cache_bytes=cached)
+    walked = BlockData(data, held_out, draft.config, teacher=False, unlabelled=range(0), cache_bytes=cached)
 
     def save_best(best: DFlashDraft) -> None:
         record = provenance(
@@ -172,7 +162,6 @@ def _trainer(
         save_best=save_best,
     )
     counts = {
-        "parents": parents,
         "train": _counts(train)
         | {"blocks": trainer.num_blocks}
         | _outside(train, draft.token_ids, unlabelled),
@@ -217,12 +206,6 @@ def _outside(samples: Sequence[DistillSample], token_ids: Tensor | None, unlabel
     }
 
 
-def _held_out_chunks(config: TrainConfig) -> list[int] | None:
-    if config.held_out_chunks is None:
-        return None
-    return parse_chunks(config.held_out_chunks)
-
-
 def _counts(samples: list[DistillSample]) -> dict[str, int]:
     """Clips and responses; those without a second token have no block and are counted apart."""
     return {
@@ -247,7 +230,7 @@ def _parents(config: TrainConfig, data: DistillData, target_hash: str) -> dict[s
 def _fit(trainer: Trainer, processes: Processes) -> None:
     folder = trainer.config.output_dir
     if not processes.first:
-        trainer.fit(folder / "checkpoint", Silent())
+        trainer.fit(folder / "checkpoint", Monitor())
         return
     with Live(folder / "logs", trainer.total_steps, trainer.progress.step) as live:
         trainer.fit(folder / "checkpoint", live)
@@ -270,7 +253,7 @@ def _result(trainer: Trainer, counts: dict[str, Any], started: float) -> dict[st
         "losses": progress.losses,
         "provenance": provenance(
             config=config,
-            parents=counts["parents"],
+            parents=trainer.parents,
             seed=config.seed,
             device=trainer.processes.device,
             started=started,

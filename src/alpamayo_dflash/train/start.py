@@ -18,6 +18,21 @@ from alpamayo_dflash.target.checkpoint import FrozenTarget
 from alpamayo_dflash.train.config import DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS, TrainConfig
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """The kept tokens.
+
+    Attributes:
+        token_ids: int64 [Vd], ascending.
+        counted: how many of them stand in the training responses.
+        filled: how many were added only to reach the size: they are no end marks and stand in no response.
+    """
+
+    token_ids: Tensor
+    counted: int
+    filled: int
+
+
 def first_draft(
     config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTarget, token_ids: Tensor | None = None
 ) -> DFlashDraft:
@@ -149,21 +164,6 @@ def check_data(
             f"{where}: made with another target (hash {made_with[:12]}) than {target.folder}; "
             "--other-target goes on all the same"
         )
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The kept tokens.
-
-    Attributes:
-        token_ids: int64 [Vd], ascending.
-        counted: how many of them stand in the training responses.
-        filled: how many were added only to reach the size: they are no end marks and stand in no response.
-    """
-
-    token_ids: Tensor
-    counted: int
-    filled: int
 
 
 def end_token_ids(target: FrozenTarget) -> set[int]:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alpamayo_dflash.common.ahead import read_ahead
 from alpamayo_dflash.common.processes import Processes
 from alpamayo_dflash.common.progress import Monitor
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.accept import simulate
-from alpamayo_dflash.train.checkpoint import load_checkpoint, save_checkpoint
+from alpamayo_dflash.train.checkpoint import load_training, save_training
 from alpamayo_dflash.train.config import TrainConfig
-from alpamayo_dflash.train.data import Batch, BlockData, Blocks, read_ahead, step_count, step_share
+from alpamayo_dflash.train.data import BlockBatch, BlockData, Blocks, step_count, step_share
 from alpamayo_dflash.train.loss import BlockLoss, ce_weight
 from alpamayo_dflash.train.optimizer import (
     MAX_GRADIENT_NORM,
@@ -102,7 +103,7 @@ class Trainer:
         """
         if total_steps != self.total_steps:
             raise ValueError(f"{folder}: of a run of {total_steps} steps; this one has {self.total_steps}")
-        load_checkpoint(folder, self.draft, self.optimizer)
+        load_training(folder, self.draft, self.optimizer)
         self.progress = progress
 
     def fit(self, checkpoint: Path, monitor: Monitor) -> None:
@@ -130,7 +131,7 @@ class Trainer:
             if self._due(step):
                 self._evaluate(monitor)
                 if self.processes.first:
-                    save_checkpoint(checkpoint, self.draft, self.optimizer, self._state())
+                    save_training(checkpoint, self.draft, self.optimizer, self._state())
                 self.processes.wait()
 
     def _due(self, step: int) -> bool:
@@ -139,7 +140,7 @@ class Trainer:
             step == self.total_steps or step % self.steps_per_epoch == 0 or bool(every and step % every == 0)
         )
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[BlockBatch]:
         """The batches of this process that are still to come."""
 
         def parts() -> Iterator[Blocks]:
@@ -156,7 +157,7 @@ class Trainer:
         for batch in read_ahead(parts(), self.train.batch, threads):
             yield batch.to(self.processes.device)
 
-    def _step(self, batch: Batch) -> Tensor:
+    def _step(self, batch: BlockBatch) -> Tensor:
         """One step of the optimizer.
 
         CE and KL are weighted means over the label rows of *all* processes: each divides its own sum by the

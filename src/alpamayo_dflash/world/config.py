@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from alpamayo_dflash.common.options import check_at_least, check_positive, check_range
+
 
 @dataclass(frozen=True)
 class WorldConfig:
@@ -18,7 +20,7 @@ class WorldConfig:
         workers: processes that write chunks side by side; they change nothing in what is written.
 
     Raises:
-        ValueError: a count below 1, or a negative seed.
+        ValueError: a count below 1, more than 10000 chunks, or a negative seed.
     """
 
     out: Path
@@ -29,12 +31,6 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         """Check the counts."""
-        for name in ("num_chunks", "clips_per_chunk", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.num_chunks > 10_000:
-            raise ValueError(
-                f"num_chunks is {self.num_chunks}; chunk numbers have four digits, so at most 10000"
-            )
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        check_range(1, 10_000, num_chunks=self.num_chunks)  # chunk numbers have four digits
+        check_positive(clips_per_chunk=self.clips_per_chunk, workers=self.workers)
+        check_at_least(0, seed=self.seed)

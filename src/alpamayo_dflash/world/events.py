@@ -1,4 +1,4 @@
-"""What may happen in a scene: each event places signals, lanes and traffic, and says what the ego does."""
+"""What may happen in a scene: each event places signals, lanes and traffic, and decides what the ego does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from alpamayo_dflash.world.scene import (
     Knots,
     Lights,
     Look,
-    Marks,
+    RoadMarks,
     Scene,
     View,
     clip_id_of,
@@ -103,7 +103,7 @@ class _Plan:
     future: Knots = field(default_factory=list)
     shifts: list[Shift] = field(default_factory=list)
     items: list[Item] = field(default_factory=list)
-    marks: Marks = field(default_factory=Marks)
+    marks: RoadMarks = field(default_factory=RoadMarks)
 
     @property
     def sign(self) -> float:
@@ -255,12 +255,12 @@ def _approach(plan: _Plan, fastest: float, farthest: float, standing: float) -> 
 
 
 def _add_signals(plan: _Plan, line: float, lights: Lights) -> None:
-    """A traffic light behind the stop line: one head on a pole at the right, one above the road."""
+    """A traffic light beyond the stop line: one head on a pole at the right, one above the road."""
     at = max(line + plan.uniform(8.0, 13.0), 23.0)
     plan.add("signal", at, -HALF_LANE_M - 1.4, lights=lights, colour=(60, 60, 62))
     plan.add("signal_overhead", at + 0.5, plan.uniform(0.3, 1.2), lights=lights, colour=(60, 60, 62))
     crosswalk = line + 2.2 if plan.rng.random() < 0.4 else None
-    plan.marks = Marks(line, crosswalk, (line + 4.5, at - 1.5) if at - line > 8.5 else None)
+    plan.marks = RoadMarks(line, crosswalk, (line + 4.5, at - 1.5) if at - line > 8.5 else None)
 
 
 def _red_light(plan: _Plan) -> None:
@@ -286,7 +286,7 @@ def _stop_sign(plan: _Plan) -> None:
     plan.lay_road(*_FREE_RIGHT)
     line = _approach(plan, 9.5, 20.0, 0.2)
     plan.add("stop_sign", line + plan.uniform(0.8, 2.0), -HALF_LANE_M - 1.2)
-    plan.marks = Marks(stop_line=line, junction=(line + 3.0, line + 11.0))
+    plan.marks = RoadMarks(stop_line=line, junction=(line + 3.0, line + 11.0))
 
 
 def _clear_road(plan: _Plan) -> None:
@@ -346,7 +346,7 @@ def _crossing_person(plan: _Plan) -> None:
     crawl = plan.uniform(0.0, 0.6)
     plan.future[1:] = [(stopped, crawl), (stopped + plan.uniform(0.8, 1.6), crawl), (stopped + 5.0, 6.0)]
     if plan.rng.random() < 0.7:
-        plan.marks = Marks(crosswalk=at)
+        plan.marks = RoadMarks(crosswalk=at)
 
 
 def _curve(plan: _Plan) -> None:

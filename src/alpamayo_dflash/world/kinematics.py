@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alpamayo_dflash.world.road import Floats, Road
+from alpamayo_dflash.world.road import Floats, Road, running_integral
 
-STEP_S = 0.02
+TRACK_STEP_S = 0.02
 BEFORE_S = 5.2  # the track begins this long before t0
 AFTER_S = 6.8  # and ends this long after it
-_ZERO = round(BEFORE_S / STEP_S)
-_TIMES = (np.arange(round((BEFORE_S + AFTER_S) / STEP_S) + 1, dtype=np.float64) - _ZERO) * STEP_S
+_ZERO = round(BEFORE_S / TRACK_STEP_S)
+_TIMES = (np.arange(round((BEFORE_S + AFTER_S) / TRACK_STEP_S) + 1, dtype=np.float64) - _ZERO) * TRACK_STEP_S
 _SMOOTHING = np.hanning(43)[1:-1] / np.hanning(43)[1:-1].sum()  # 0.8 s: speeds have no kinks
 
 
@@ -63,7 +63,7 @@ class Track:
 
     def pose(self, time_s: float) -> tuple[float, float, float]:
         """(x, y, yaw) at a time after t0, between the track's samples by straight lines."""
-        place = min(max((time_s + BEFORE_S) / STEP_S, 0.0), len(self.t) - 1.000001)
+        place = min(max((time_s + BEFORE_S) / TRACK_STEP_S, 0.0), len(self.t) - 1.000001)
         i = int(place)
         part = place - i
         x, y, yaw = (float(a[i] + part * (a[i + 1] - a[i])) for a in (self.x, self.y, self.yaw))
@@ -71,7 +71,7 @@ class Track:
 
     def index(self, time_s: float) -> int:
         """The sample nearest to a time after t0."""
-        return round(time_s / STEP_S) + _ZERO
+        return round(time_s / TRACK_STEP_S) + _ZERO
 
 
 def distance_driven(knots: Sequence[tuple[float, float]]) -> tuple[Floats, Floats]:
@@ -105,7 +105,7 @@ def drive(road: Road, knots: Sequence[tuple[float, float]], shifts: Sequence[Shi
         y,
         yaw,
         speed,
-        np.gradient(speed, STEP_S),
+        np.gradient(speed, TRACK_STEP_S),
         _curvature(road, shifts, sway, distance),
         distance,
     )
@@ -133,8 +133,7 @@ def _curvature(road: Road, shifts: Sequence[Shift], sway: Sway, distance: Floats
 
 
 def _integral(values: Floats) -> Floats:
-    """The running integral over the track's times by trapezoids, 0 at t0."""
-    result = np.zeros_like(values)
-    np.cumsum((values[1:] + values[:-1]) * (STEP_S / 2), out=result[1:])
+    """The running integral over the track's times, 0 at t0."""
+    result = running_integral(values, TRACK_STEP_S)
     result -= result[_ZERO]
     return result

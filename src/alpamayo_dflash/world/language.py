@@ -1,4 +1,4 @@
-"""What is said of a scene: a small grammar of Chain-of-Causation texts, and the reader that undoes it.
+"""The words for a scene: a small grammar of Chain-of-Causation texts, and the reader that undoes it.
 
 A text is *action* + optional *manner or target* + *cause*, in the shape of real Alpamayo traces: a few
 formulaic wordings carry most of the mass, and a long tail of rarer ones, a few of them very long, makes
@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from alpamayo_dflash.common.options import check_positive
 from alpamayo_dflash.world.facts import (
     EVENT_SHARES,
     OTHER_SIDE,
@@ -30,8 +31,6 @@ from alpamayo_dflash.world.facts import (
     Facts,
 )
 from alpamayo_dflash.world.grammar import GRAMMAR
-
-# fmt: on
 
 
 def all_facts() -> list[Facts]:
@@ -125,7 +124,7 @@ def _table(facts: Facts, soften: float) -> tuple[tuple[str, ...], npt.NDArray[np
     return tuple(softened), np.fromiter(softened.values(), dtype=np.float64)
 
 
-def distribution(facts: Facts, *, soften: float = 1.0) -> dict[str, float]:
+def coc_distribution(facts: Facts, *, soften: float = 1.0) -> dict[str, float]:
     """Every text that the grammar has for some facts, with its probability.
 
     Args:
@@ -171,8 +170,7 @@ def vocabulary_texts(n: int, seed: int) -> list[str]:
     Raises:
         ValueError: n is below 1.
     """
-    if n < 1:
-        raise ValueError(f"n is {n}; it must be at least 1")
+    check_positive(n=n)
     rng = np.random.default_rng(seed)
     by_event: dict[Event, list[Facts]] = {event: [] for event in Event}
     for facts in all_facts():
@@ -221,7 +219,6 @@ _CAUSES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (rf"\b(?:braking|slowing|decelerating) {_VEHICLE}\b", "lead vehicle"),
         (rf"\bparked {_VEHICLE}\b", "parked vehicle"),
         (rf"\b(?:stopped|stationary) {_VEHICLE}\b", "stopped vehicle"),
-        (rf"\b{_VEHICLE} (?:that is )?(?:stopped|stationary|blocking)\b", "stopped vehicle"),
         (rf"\b{_VEHICLE} (?:that is )?(?:stopped|stationary|blocking)\b", "stopped vehicle"),
         (r"\bred (?:straight )?(?:traffic light|light|signal)\b", "red light"),
         (r"\b(?:light|signal)\b[^,.]{0,40}\bred\b", "red light"),

@@ -30,7 +30,7 @@ class SceneRecord:
     coc: str
 
 
-def read_scenes(cache_dir: Path | str, revision: str = "main") -> list[SceneRecord]:
+def read_scenes(cache_dir: Path | str) -> list[SceneRecord]:
     """The records of a world's clips, in order of chunk and index.
 
     Raises:
@@ -38,7 +38,7 @@ def read_scenes(cache_dir: Path | str, revision: str = "main") -> list[SceneReco
     """
     import pandas as pd
 
-    path = find_snapshot(cache_dir, revision) / SCENES_FILE
+    path = find_snapshot(cache_dir) / SCENES_FILE
     if not path.is_file():
         raise ValueError(f"{path.parent.parent} is no synthetic world: it has no {SCENES_FILE}")
     return [
@@ -53,10 +53,10 @@ def read_scenes(cache_dir: Path | str, revision: str = "main") -> list[SceneReco
     ]
 
 
-def read_facts(cache_dir: Path | str, revision: str = "main") -> dict[str, Facts]:
+def read_facts(cache_dir: Path | str) -> dict[str, Facts]:
     """The facts of a world's clips by clip id.
 
     Raises:
         ValueError: the folder holds no world.
     """
-    return {record.clip_id: record.facts for record in read_scenes(cache_dir, revision)}
+    return {record.clip_id: record.facts for record in read_scenes(cache_dir)}

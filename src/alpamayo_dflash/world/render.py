@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from alpamayo_dflash.clips.config import DEFAULT_T0_US
 from alpamayo_dflash.clips.window import (
     CAMERAS,
     DEFAULT_CAMERAS,
-    DEFAULT_T0_US,
     FRAMES_PER_CAMERA,
     STEP_S,
     Window,
@@ -253,7 +253,7 @@ def _add_shadow(builder: _Builder, item: Item) -> None:
     )
 
 
-def render(scene: Scene, camera_index: int, time_s: float) -> npt.NDArray[np.uint8]:
+def draw_picture(scene: Scene, camera_index: int, time_s: float) -> npt.NDArray[np.uint8]:
     """Draw what one camera sees.
 
     Args:
@@ -286,7 +286,7 @@ def frames(scene: Scene) -> npt.NDArray[np.uint8]:
     result = np.empty((len(DEFAULT_CAMERAS), FRAMES_PER_CAMERA, HEIGHT, WIDTH, 3), np.uint8)
     for row, camera_index in enumerate(DEFAULT_CAMERAS):
         for column, time_s in enumerate(FRAME_TIMES_S):
-            result[row, column] = render(scene, camera_index, time_s)
+            result[row, column] = draw_picture(scene, camera_index, time_s)
     return result
 
 

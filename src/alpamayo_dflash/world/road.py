@@ -110,14 +110,14 @@ def build_road(
         end = start + angle / abs(peak) + _SPIRAL_M
         knots = [start, start + _SPIRAL_M, end - _SPIRAL_M, end]
         curvature = curvature + np.interp(s, knots, [0.0, peak, peak, 0.0])
-    heading = _integral(curvature, _STEP_M)
+    heading = running_integral(curvature, _STEP_M)
     zero = int(_BEHIND_M / _STEP_M)
     heading -= heading[zero]
-    x, y = _integral(np.cos(heading), _STEP_M), _integral(np.sin(heading), _STEP_M)
+    x, y = running_integral(np.cos(heading), _STEP_M), running_integral(np.sin(heading), _STEP_M)
     return Road(lanes, s, heading, curvature, x - x[zero], y - y[zero])
 
 
-def _integral(values: Floats, step: float) -> Floats:
+def running_integral(values: Floats, step: float) -> Floats:
     """The running integral by trapezoids, 0 at the first entry."""
     result = np.zeros_like(values)
     np.cumsum((values[1:] + values[:-1]) * (step / 2), out=result[1:])

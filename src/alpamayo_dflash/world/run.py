@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from alpamayo_dflash.clips.cache import EGOMOTION, chunk_file, repo_folder
-from alpamayo_dflash.common.artefacts import atomic_file, provenance, read_json, write_json
+from alpamayo_dflash.common.artefacts import atomic_file, provenance, read_json, write_json, write_text
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.events import sample_facts
 from alpamayo_dflash.world.facts import EVENT_SHARES
@@ -49,7 +51,7 @@ def run(config: WorldConfig) -> dict[str, Any]:
     if not complete:
         _write_chunks(config, snapshot)
         _write_tables(snapshot, records)
-        _write_text(repo_folder(config.out) / "refs" / "main", revision)
+        write_text(repo_folder(config.out) / "refs" / "main", revision)
         record = provenance(config=config, seed=config.seed, started=started)
         write_json(config.out / MANIFEST, {"world": identity, "complete": True, "provenance": record})
     events = Counter(record.facts.event for record in records)
@@ -103,9 +105,6 @@ def _records(config: WorldConfig) -> Iterator[SceneRecord]:
 
 def _write_chunks(config: WorldConfig, snapshot: Path) -> None:
     """Write all chunks, several at a time in processes of their own."""
-    from rich.console import Console
-    from rich.progress import track
-
     chunks = range(config.num_chunks)
     console = Console(stderr=True)
     workers = min(config.workers, config.num_chunks)
@@ -152,14 +151,9 @@ def _write_tables(snapshot: Path, records: list[SceneRecord]) -> None:
             "clip_files_in_zip": [json.dumps(zip_members(feature)) for feature in FEATURES],
         }
     )
-    _write_text(snapshot / "features.csv", features.to_csv(index=False))
+    write_text(snapshot / "features.csv", features.to_csv(index=False))
 
 
 def _chunk_template(feature: str) -> str:
     """The name of a feature's chunk files with the devkit's placeholder for the number."""
     return chunk_file(feature, 0).replace("0000", "{chunk_id:04d}")
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -62,7 +62,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Marks:
+class RoadMarks:
     """What is painted on the road besides its lanes, at metres along it; None where there is none."""
 
     stop_line: float | None = None
@@ -100,7 +100,7 @@ class Scene:
     road: Road
     track: Track
     items: tuple[Item, ...]
-    marks: Marks
+    marks: RoadMarks
     look: Look
 
     def history(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:

@@ -299,7 +299,7 @@ _FLATS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Shape:
+class ItemShape:
     """A thing's polygons as arrays.
 
     Attributes:
@@ -318,14 +318,14 @@ class Shape:
 
 
 @functools.cache
-def shape(kind: str, view: str = "") -> Shape:
+def shape(kind: str, view: str = "") -> ItemShape:
     """The shape of a kind of thing; `view` matters for persons only."""
     solid = kind in _SOLIDS
     parts = _SOLIDS[kind]() if solid else (tuple(_FLATS[kind](view)),)
     faces = tuple(face for part in parts for face in part)
     ends = tuple(np.cumsum([len(part) for part in parts]).tolist())
     vertices = np.array([point for face in faces for point in face.points])
-    return Shape(solid, vertices, tuple(len(face.points) for face in faces), faces, ends)
+    return ItemShape(solid, vertices, tuple(len(face.points) for face in faces), faces, ends)
 
 
 def placed(item: Item) -> npt.NDArray[np.float64]:

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from scipy.spatial.transform import Rotation
 
 from alpamayo_dflash.clips.cache import EGOMOTION, chunk_file
-from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, DEFAULT_T0_US, STEP_S
+from alpamayo_dflash.clips.config import DEFAULT_T0_US
+from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, STEP_S
 from alpamayo_dflash.common.artefacts import atomic_file
 from alpamayo_dflash.world.events import sample_scene
-from alpamayo_dflash.world.render import HEIGHT, WIDTH, render
+from alpamayo_dflash.world.render import HEIGHT, WIDTH, draw_picture
 from alpamayo_dflash.world.scene import Scene, scene_seed
 
 FEATURES = (*(CAMERAS[index] for index in DEFAULT_CAMERAS), EGOMOTION)
@@ -65,7 +67,7 @@ def _clip_files(scene: Scene, feature: str) -> dict[str, bytes]:
     if feature == EGOMOTION:
         return {names[EGOMOTION]: _parquet(motion_columns(scene))}
     camera = next(index for index in DEFAULT_CAMERAS if CAMERAS[index] == feature)
-    pictures = np.stack([render(scene, camera, step * STEP_S) for step in VIDEO_STEPS])
+    pictures = np.stack([draw_picture(scene, camera, step * STEP_S) for step in VIDEO_STEPS])
     stamps = DEFAULT_T0_US + np.array(VIDEO_STEPS, np.int64) * round(STEP_S * 1e6)
     return {
         names["video"]: encode_video(pictures),
@@ -93,8 +95,6 @@ def encode_video(pictures: npt.NDArray[np.uint8]) -> bytes:
 
 def motion_columns(scene: Scene) -> dict[str, npt.NDArray[np.generic]]:
     """The ego motion of a clip, by the dataset's columns, in the clip's own frame."""
-    from scipy.spatial.transform import Rotation
-
     track = scene.track
     first, last = (track.index(time) for time in _MOTION_SPAN_S)
     rows = slice(first, last + 1, _MOTION_STRIDE)
