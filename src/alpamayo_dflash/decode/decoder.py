@@ -5,7 +5,6 @@ Shapes: S sample, N way-points, V vocabulary, C hidden.
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.common.machine import current, synchronise
+from alpamayo_dflash.common.machine import Clock, current
 from alpamayo_dflash.common.options import check_positive
 from alpamayo_dflash.decode.config import MOST_BLOCK, DecodeConfig, Request, Sampling
 from alpamayo_dflash.decode.handover import Handover, hand_over
@@ -126,6 +125,7 @@ class SpeculativeDecoder:
         self.target = target
         self.draft = draft
         self.config = config or DecodeConfig()
+        self._clock = Clock(target.device)
         if draft is not None:
             if not 2 <= draft.block_size <= MOST_BLOCK:
                 raise ValueError(
@@ -193,27 +193,27 @@ class SpeculativeDecoder:
         """
         request = Request(Sampling(temperature, top_p), seed, num_traj_samples, max_new_tokens)
         check_positive(num_traj_samples=num_traj_samples, max_new_tokens=max_new_tokens)
-        start = before = read = self._now_ms()
+        start = before = read = self._clock.now_ms()
         self._finished = None
         if isinstance(window, Prefilled):
             prefilled = window
         else:
             prompt = self._prompt(window)
-            before = self._now_ms()
+            before = self._clock.now_ms()
             prefilled = self.prefill(prompt)
-            read = self._now_ms()
+            read = self._clock.now_ms()
         driver = self._driver(prefilled.prompt, trajectories)
         with torch.inference_mode(), current(self.target.device):
             round_ = self._round(request)
             decoded = decode(
                 round_, self.verifier, prefilled, request, rules=self.rules, observer=observer or Observer()
             )
-        written = self._now_ms()
+        written = self._clock.now_ms()
         self._finished = (prefilled, decoded)
         xyz = rot = None
         if driver is not None:
             xyz, rot = self._act(driver, prefilled, decoded, seed, action_noise)
-        end = self._now_ms()
+        end = self._clock.now_ms()
         timings = Timings(read - before, written - read, end - written, end - start)
         return self._result(decoded, xyz, rot, timings)
 
@@ -322,10 +322,6 @@ class SpeculativeDecoder:
             lossless=self.config.lossless,
             timings=timings,
         )
-
-    def _now_ms(self) -> float:
-        synchronise(self.target.device)()
-        return time.perf_counter() * 1e3
 
 
 def accelerate(

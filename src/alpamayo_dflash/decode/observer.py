@@ -131,14 +131,14 @@ class StageTimer(Observer):
     """Adds up the time of each kind of span.
 
     Args:
-        synchronise: called before each reading of the clock, where the device works ahead of the host.
+        now_ms: reads the clock; where a device works ahead of the host, `common.machine.Clock`'s.
 
     Attributes:
         totals_ms: milliseconds by span, over all decodes watched.
     """
 
-    def __init__(self, synchronise: Callable[[], None] | None = None) -> None:
-        self._synchronise = synchronise
+    def __init__(self, now_ms: Callable[[], float] = lambda: time.perf_counter() * 1e3) -> None:
+        self._now_ms = now_ms
         self.totals_ms = dict.fromkeys(SPANS, 0.0)
 
     @contextlib.contextmanager
@@ -147,8 +147,3 @@ class StageTimer(Observer):
         start = self._now_ms()
         yield
         self.totals_ms[name] += self._now_ms() - start
-
-    def _now_ms(self) -> float:
-        if self._synchronise is not None:
-            self._synchronise()
-        return time.perf_counter() * 1e3

@@ -80,13 +80,12 @@ class StopRules:
 
 
 def stop_rules(target: Qwen3VLTarget, config: DecodeConfig) -> StopRules:
-    """The target's end tokens; the period is looked up in its tokenizer."""
-    period = target.tokenizer.encode(".", add_special_tokens=False).ids
+    """The target's end tokens."""
     special = target.special
     return StopRules(
         cot_end=special.cot_end,
         traj_future_start=special.traj_future_start,
         eos=special.eos,
-        period=period[0] if len(period) == 1 else None,
+        period=special.period,
         mode=config.sentence_end,
     )

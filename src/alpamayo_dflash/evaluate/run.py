@@ -16,7 +16,7 @@ from alpamayo_dflash.clips.lists import chosen_clips
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import Window, constant_velocity, min_ade
 from alpamayo_dflash.common.artefacts import folder_hash, provenance, read_json, to_plain, write_json
-from alpamayo_dflash.common.machine import synchronise
+from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.observer import StageTimer
 from alpamayo_dflash.draft.model import DFlashDraft
@@ -241,7 +241,7 @@ def _identity(arms: Arms, runs: Mapping[str, Run], prompt: Prompt) -> Identity:
 
 def _parts(arms: Arms, prompt: Prompt) -> dict[str, float]:
     """Decode once more with a clock around each part; what no part covers is `other`."""
-    timer = StageTimer(synchronise(arms.target.device))
+    timer = StageTimer(Clock(arms.target.device).now_ms)
     result = arms.again("dflash", prompt, arms.config.sampling, timer)
     parts = dict(timer.totals_ms)
     parts["other"] = max(0.0, result.timings.decode_ms - sum(parts.values()))
