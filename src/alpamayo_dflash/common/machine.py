@@ -19,22 +19,16 @@ _SAMPLE_EVERY_S = 0.005
 _T = TypeVar("_T")
 
 
-def synchronise(device: torch.device) -> Callable[[], None]:
-    """What to call before reading the clock: waits for a GPU, does nothing on a CPU."""
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return lambda: None
-
-
 class Clock:
     """The host's clock, read once a device has done its work: a GPU is waited for."""
 
     def __init__(self, device: torch.device) -> None:
-        self._wait = synchronise(device)
+        self._device = device
 
     def now_ms(self) -> float:
         """Milliseconds from some moment on; only differences mean something."""
-        self._wait()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         return time.perf_counter() * 1e3
 
 

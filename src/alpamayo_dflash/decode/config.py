@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from alpamayo_dflash.common.options import check_positive
+
 LoopKind = Literal["auto", "host", "device"]
 SentenceEnd = Literal["hint", "force", "off"]
 
@@ -92,10 +94,7 @@ class DecodeConfig:
             raise ValueError(f"sentence_end is {self.sentence_end!r}; it must be 'hint', 'force' or 'off'")
         if self.loop not in ("auto", "host", "device"):
             raise ValueError(f"loop is {self.loop!r}; it must be 'auto', 'host' or 'device'")
-        if self.row_width is not None and self.row_width < 1:
-            raise ValueError(f"row_width is {self.row_width}; it must be 1 or more, or None")
-        if self.prompt_capacity < 1:
-            raise ValueError(f"prompt_capacity is {self.prompt_capacity}; it must be 1 or more")
+        check_positive(row_width=self.row_width, prompt_capacity=self.prompt_capacity)
 
     @property
     def lossless(self) -> bool:

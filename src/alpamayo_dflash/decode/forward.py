@@ -1,7 +1,7 @@
-"""The target's text model over a cache, in its plain form and in its fast one.
+"""The target's text model over a cache, in its plain form and in its fused one.
 
 Both take device tensors only and read nothing back, so that a pass can be captured in a CUDA graph. Attention
-of rows is (prompt part, unmasked) and (tail part, masked): the plain form makes one mask of both, the fast
+of rows is (prompt part, unmasked) and (tail part, masked): the plain form makes one mask of both, the fused
 one merges the two by log-sum-exp.
 
 Shapes: P prompt tokens, R rows, H heads, K KV heads, D head dim, C hidden, V vocabulary, T tail slots,
@@ -134,7 +134,7 @@ class PlainModel:
 
 
 class FusedModel:
-    """Fused weights and the project's kernels (`target.fused`, `kernels`)."""
+    """Fused weights and the project's kernels (`target.qwen3_fused`, `kernels`)."""
 
     def __init__(self, target: Qwen3VLTarget, cache: Cache) -> None:
         self._target, self._cache = target, cache

@@ -18,9 +18,9 @@ from alpamayo_dflash.decode.stops import StopReason, StopRules
 NONE = -1
 """Stands for a token that there is not."""
 REASONS = (None, StopReason.TRAJ_FUTURE_START, StopReason.EOS, StopReason.LIMIT)
-"""What `State.done` and a report's `reason` mean."""
+"""What `State.done` means."""
 _COUNTS = ("emitted", "accepted", "drafted", "offered", "proposed")
-FIELDS = (*_COUNTS, "reason", "failed", "unsettled", "broken", "anchor")
+FIELDS = (*_COUNTS, "failed", "unsettled", "broken", "anchor")
 """A report's columns; after them the b emitted tokens and the b − 1 proposed ones."""
 
 
@@ -255,7 +255,7 @@ def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor, finite:
     state.tokens.scatter_(1, places, kept)
     counts = (emitted, accepted, state.drafted, state.offered, state.proposed)
     flags = (state.failed, unsettled.long(), broken.long())
-    head = torch.stack((*counts, reason, *flags, state.lengths - 1), dim=1)
+    head = torch.stack((*counts, *flags, state.lengths - 1), dim=1)
     state.report.copy_(torch.cat((head, choices, proposals), dim=1))
     state.previous.copy_(torch.where(stays, state.previous, state.lengths - 1))
     state.lengths.add_(emitted)

@@ -4,7 +4,7 @@ A row is a node of the tail's tree: a token, its position and its parent. It see
 ancestors and itself, nothing else. Autoregressive decoding, a draft's block, several samples, teacher
 forcing: all are rows. Which samples stand on a row is the loop's business.
 
-What computes them is `decode.passes`.
+What computes them is `decode.forward`.
 
 Shapes: P prompt tokens, R rows, T entries, H heads, K KV heads, D head dim, C hidden, V vocabulary, X
 context, F taps·C features.

@@ -214,32 +214,11 @@ class FusedDraft:
 
     def _placed(self, state: DraftState) -> DraftPlaces:
         """`places` by one kernel."""
-        import triton
+        from alpamayo_dflash.draft.fused_triton import place
 
-        from alpamayo_dflash.draft.fused_triton import places_kernel
-
-        out = self._places
-        places_kernel[(len(out.anchors),)](
-            state.tokens,
-            state.lengths,
-            state.previous,
-            state.bases,
-            self._first,
-            out.anchors,
-            out.entries,
-            out.positions,
-            out.new,
-            out.seen,
-            state.tokens.shape[1],
-            self._context,
-            self._draft.context_len,
-            self._slots,
-            len(out.new),
-            BLOCK=self._block,
-            BLOCK_E=triton.next_power_of_2(self._context + self._slots),
-            num_warps=4,
-        )
-        return out
+        window = self._draft.context_len
+        place(state, self._first, self._places, context=self._context, window=window, slots=self._slots)
+        return self._places
 
     def _store(
         self, index: int, layer: FusedLayer, inputs: Tensor, rotary: tuple[Tensor, Tensor], entries: Tensor

@@ -51,3 +51,28 @@ def places_kernel(
         tl.store(positions_ptr + rows + row, anchor + step + context)
         at_seen = row.to(tl.int64) * (context + slots) + e
         tl.store(seen_ptr + at_seen, seen.to(tl.uint8), mask=e < context + slots)
+
+
+def place(state, first_1, out, *, context, window, slots):
+    """`fused.places` by the kernel, one launch, into `out` (a `DraftPlaces`)."""
+    samples, rows = len(out.anchors), len(out.new)
+    places_kernel[(samples,)](
+        state.tokens,
+        state.lengths,
+        state.previous,
+        state.bases,
+        first_1,
+        out.anchors,
+        out.entries,
+        out.positions,
+        out.new,
+        out.seen,
+        state.tokens.shape[1],
+        context,
+        window,
+        slots,
+        rows,
+        BLOCK=rows // samples,
+        BLOCK_E=triton.next_power_of_2(context + slots),
+        num_warps=4,
+    )

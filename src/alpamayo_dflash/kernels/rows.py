@@ -1,6 +1,6 @@
 """Kernels on single rows: the residual sum with its norm, and queries and keys normed, rotated and stored.
 
-Both sum the parts that `product_kernel` leaves. They round where the plain operations in `target/layers.py`
+Both sum the parts that `product_kernel` leaves. They round where the plain operations in `target/qwen3.py`
 round, so that only the order of sums differs.
 
 Shapes: R rows, C hidden, H query heads, K KV heads, D head dim, E cache entries, J parts.
