@@ -201,7 +201,7 @@ def test_a_captured_proposer_runs_in_the_devices_rounds_alone(target, prompts):
         source = "nothing"
 
         def __call__(self, state):
-            return state.chains, torch.zeros_like(state.lengths)
+            return state.listed[0], torch.zeros_like(state.lengths)
 
     decoder = SpeculativeDecoder(target, config=DecodeConfig(loop="host"), proposers=[Nothing()])
     with pytest.raises(ValueError, match="device's rounds alone"):

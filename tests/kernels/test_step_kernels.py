@@ -30,9 +30,10 @@ def state_of(seed, samples=3, block=5, limit=12):
     state.done[state.lengths == limit] = 3
     state.limit.fill_(limit)
     state.bases.copy_(torch.arange(samples) * 20)
-    state.chains.copy_(torch.randint(0, 9, state.chains.shape, generator=generator))
-    state.chain_lengths.copy_(torch.randint(0, block, (samples,), generator=generator))
-    state.chain_lengths[torch.rand(samples, generator=generator) < 0.5] = 0
+    chains, lengths = state.listed
+    chains.copy_(torch.randint(0, 9, chains.shape, generator=generator))
+    lengths.copy_(torch.randint(0, block, (samples,), generator=generator))
+    lengths[torch.rand(samples, generator=generator) < 0.5] = 0
     for name in ("proposed", "drafted", "offered", "failed", "pending", "previous"):
         getattr(state, name).fill_(77)  # poison: every element must be written
     state.report.fill_(-5)
@@ -40,7 +41,8 @@ def state_of(seed, samples=3, block=5, limit=12):
 
 
 def snapshot(state):
-    return {name: value.clone() for name, value in vars(state).items() if isinstance(value, torch.Tensor)}
+    tensors = vars(state) | dict(zip(("chains", "chain_lengths"), state.listed, strict=True))
+    return {name: value.clone() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 
 @pytest.mark.parametrize("mode", ["hint", "off"])
@@ -65,13 +67,13 @@ def check_steps(mode, marks, reduced, *, nobody):
         columns = torch.randint(0, 9, (samples * (block - 1),), generator=generator)
         agreeing = torch.rand(samples, 1, generator=generator) < 0.5  # with what others offer
         if not reduced:
-            columns = torch.where(agreeing, state.chains, columns.view(samples, -1)).flatten()
+            columns = torch.where(agreeing, state.listed[0], columns.view(samples, -1)).flatten()
         finite = torch.rand(samples * (block - 1), generator=generator) > 0.05
         ids = IDS.flip(0) if reduced else None
         drafted = None if nobody else steps.Picks(columns, finite, ids)
         before = snapshot(state)
-        steps.propose(state, known, drafted)
-        steps_triton.propose(other, known, drafted)
+        steps.propose(state, known, drafted, state.listed)
+        steps_triton.propose(other, known, drafted, other.listed)
         expected, got = snapshot(state), snapshot(other)
         for name, value in expected.items():
             assert torch.equal(value, got[name]), (name, seed)
@@ -129,7 +131,7 @@ def test_autoregressive_rows():
     state, _ = state_of(3, block=1)
     other = copy.deepcopy(state)
     known = steps.Marks.of(rules())
-    steps.propose(state, known, None)
-    steps_triton.propose(other, known, None)
+    steps.propose(state, known, None, state.listed)
+    steps_triton.propose(other, known, None, other.listed)
     for name in ("row_tokens", "row_positions", "row_slots", "next_positions", "seen", "pending"):
         assert torch.equal(getattr(state, name), getattr(other, name)), name

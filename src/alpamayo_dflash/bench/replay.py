@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from alpamayo_dflash.decode.steps import State
+from alpamayo_dflash.decode.steps import Chains, State
 
 
 def passes(tokens: int, rate: float, block: int) -> float:
@@ -63,6 +62,7 @@ class Replay:
         self, *, samples: int, length: int, block: int, rate: float, vocab: int, device: torch.device
     ) -> None:
         self._block, self._rate, self._vocab = block, rate, vocab
+        self._whole = torch.full((samples,), block - 1, device=device)
         self._proposals = torch.zeros(samples, length + block, block - 1, dtype=torch.int64, device=device)
 
     def load(self, texts: Sequence[Sequence[int]], seed: int) -> None:
@@ -89,9 +89,8 @@ class Replay:
         said = np.where(np.arange(count) < right[..., None], following, (following + 1) % self._vocab)
         self._proposals.copy_(torch.from_numpy(said))
 
-    def __call__(self, state: State) -> tuple[Tensor, Tensor]:
+    def __call__(self, state: State) -> Chains:
         """See Captured."""
         samples, count = state.samples, self._block - 1
         places = (state.lengths - 1)[:, None, None].expand(-1, -1, count)
-        chains = self._proposals[:samples].gather(1, places)[:, 0]
-        return chains, torch.full_like(state.lengths, count)
+        return self._proposals[:samples].gather(1, places)[:, 0], self._whole[:samples]

@@ -21,8 +21,8 @@ from alpamayo_dflash.decode.handover import Handover, hand_over
 from alpamayo_dflash.decode.loop import Decoded, Round, Sample, decode
 from alpamayo_dflash.decode.noise import flow_noise
 from alpamayo_dflash.decode.observer import Observer
-from alpamayo_dflash.decode.proposer import BlockDraft, Captured, DraftProposer, Listed
-from alpamayo_dflash.decode.round_device import DeviceRounds, Proposers
+from alpamayo_dflash.decode.proposer import BlockDraft, Captured, DraftProposer, Listed, Proposers
+from alpamayo_dflash.decode.round_device import DeviceRounds
 from alpamayo_dflash.decode.round_host import HostRound
 from alpamayo_dflash.decode.stops import StopReason, stop_rules
 from alpamayo_dflash.decode.verify import Prefilled, Verifier

@@ -22,7 +22,7 @@ from torch import Tensor
 from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.decode.loop import Sample, same_texts
 from alpamayo_dflash.decode.sampling import PlaceChooser
-from alpamayo_dflash.decode.steps import State
+from alpamayo_dflash.decode.steps import Chains, State
 from alpamayo_dflash.decode.stops import StopRules
 from alpamayo_dflash.decode.verify import Prefilled
 
@@ -33,6 +33,10 @@ SOURCES = ("phrase tree", "last window", DRAFT, END_RULE)
 """Who is named for a token that several offer: the first of these. Other names stand before the draft."""
 DRAFT_ERRORS = (RuntimeError, ArithmeticError, LookupError)
 """What a draft may raise without ending the decode; see `BlockDraft.propose`."""
+
+
+LISTED_BLOCK = 16
+"""b where lists are offered and there is no draft."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ class Captured(Protocol):
         """See Proposed."""
         ...
 
-    def __call__(self, state: State, /) -> tuple[Tensor, Tensor]:
-        """Target ids int64 [S, b − 1] to offer as chains, and int64 [S], how many of each."""
+    def __call__(self, state: State, /) -> Chains:
+        """See `steps.Chains`; the tensors must be contiguous."""
         ...
 
 
@@ -194,6 +198,22 @@ class StaticDraft(BlockDraft, Protocol):
             slots: of all.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Proposers:
+    """Who proposes: a draft or none, and those whose chains stand before it, the first that has one."""
+
+    draft: BlockDraft | None = None
+    listed: Sequence[Listed] = ()
+    captured: Sequence[Captured] = ()
+
+    @property
+    def block(self) -> int:
+        """b, 1 where nobody proposes."""
+        if self.draft is not None:
+            return self.draft.block_size
+        return LISTED_BLOCK if self.listed or self.captured else 1
 
 
 class DraftProposer:

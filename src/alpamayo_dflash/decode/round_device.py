@@ -31,8 +31,7 @@ from alpamayo_dflash.decode.proposer import (
     TARGET,
     BlockDraft,
     BlockLogits,
-    Captured,
-    Listed,
+    Proposers,
     StaticBlock,
     StaticDraft,
     draft_columns,
@@ -43,8 +42,6 @@ from alpamayo_dflash.decode.sampling import Chooser
 from alpamayo_dflash.decode.stops import StopRules
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
 
-LISTED_BLOCK = 16
-"""b where lists are offered and there is no draft."""
 _FAILED, _UNSETTLED, _BROKEN, _ANCHOR = (
     steps.FIELDS.index(name) for name in ("failed", "unsettled", "broken", "anchor")
 )
@@ -72,22 +69,6 @@ class RoundShape:
     per_sample: int
     slots: int
     sampling: Sampling
-
-
-@dataclass(frozen=True)
-class Proposers:
-    """Who proposes: a draft or none, and those whose chains stand before it, the first that has one."""
-
-    draft: BlockDraft | None = None
-    listed: Sequence[Listed] = ()
-    captured: Sequence[Captured] = ()
-
-    @property
-    def block(self) -> int:
-        """b, 1 where nobody proposes."""
-        if self.draft is not None:
-            return self.draft.block_size
-        return LISTED_BLOCK if self.listed or self.captured else 1
 
 
 class DeviceRound:
@@ -132,8 +113,8 @@ class DeviceRound:
         self._finite: Tensor | None = None
         pinned = device.type == "cuda"
         self._report = torch.empty_like(self.state.report, device="cpu", pin_memory=pinned)
-        self._chains = torch.zeros_like(self.state.chains, device="cpu", pin_memory=pinned)
-        self._chain_lengths = torch.zeros_like(self.state.chain_lengths, device="cpu", pin_memory=pinned)
+        self._chains = torch.zeros_like(self.state.listed[0], device="cpu", pin_memory=pinned)
+        self._chain_lengths = torch.zeros_like(self.state.listed[1], device="cpu", pin_memory=pinned)
         self._capturing = False
         self._propose, self._accept = steps.propose, steps.accept
         if device.type == "cuda":
@@ -243,8 +224,8 @@ class DeviceRound:
             self._sources[i] = [tree.sources[node] for node in chain]
             self._chain_lengths[i] = len(chain)
             self._chains[i, : len(chain)] = torch.tensor([tree.tokens[node] for node in chain])
-        self.state.chains.copy_(self._chains, non_blocking=True)
-        self.state.chain_lengths.copy_(self._chain_lengths, non_blocking=True)
+        for kept, written in zip(self.state.listed, (self._chains, self._chain_lengths), strict=True):
+            kept.copy_(written, non_blocking=True)
 
     def _read(self) -> list[list[int]]:
         if self.state.tokens.is_cuda:
@@ -266,20 +247,24 @@ class DeviceRound:
         """The round's work: launched on a GPU, and nothing read back."""
         state = self.state
         picks = self._picks(self._draft) if self._draft is not None else None
-        for proposer in self._proposers.captured:
-            chains, lengths = proposer(state)
-            free = state.chain_lengths == 0
-            state.chains.copy_(torch.where(free[:, None], chains, state.chains))
-            state.chain_lengths.copy_(torch.where(free, lengths, state.chain_lengths))
-        self._propose(state, self._marks, picks)
-        if self._proposers.captured:
-            state.chain_lengths.zero_()
+        self._propose(state, self._marks, picks, self._offered())
         self._logits = logits = self._verify()
         assert logits is not None
         choice = self._choose(logits, self._keys, state.next_positions)
         self._finite = choice.finite
         self._accept(state, self._marks, choice.columns, choice.settled, choice.finite)
         self._report.copy_(state.report, non_blocking=True)
+
+    def _offered(self) -> steps.Chains:
+        """What stands before the draft's picks: each sample's first chain that is not empty."""
+        found = [proposer(self.state) for proposer in self._proposers.captured]
+        if self._proposers.listed or not found:
+            found.insert(0, self.state.listed)
+        chains, lengths = found[0]
+        for more, counts in found[1:]:
+            free = lengths == 0
+            chains, lengths = torch.where(free[:, None], more, chains), torch.where(free, counts, lengths)
+        return chains, lengths
 
     def _picks(self, draft: StaticBlock) -> steps.Picks:
         """The draft's tokens, with the noise of their places."""
@@ -313,7 +298,7 @@ class DeviceRound:
 
     def _write_last(self) -> None:
         """A pass without logits, whose first row of each finished sample is its last token."""
-        self._propose(self.state, self._marks, None)
+        self._propose(self.state, self._marks, None, self.state.listed)
         self._verify(logits=False)
 
     def _step(self, index: int, row: Sequence[int]) -> Step:

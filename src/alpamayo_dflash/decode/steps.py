@@ -51,6 +51,10 @@ def _id(token: int | None) -> int:
     return NONE if token is None else token
 
 
+Chains = tuple[Tensor, Tensor]
+"""Int64 [S, b − 1] tokens offered after each sample's last one, and [S] how many of them there are."""
+
+
 @dataclass(frozen=True)
 class Picks:
     """A draft's choices for the next pass.
@@ -92,9 +96,8 @@ class State:
         seen: uint8 [R, E].
         proposed: [S] how many tokens are proposed.
         drafted: [S] how many of those are the draft's own, from the first on.
-        offered: [S] how many of those are of the chain in `chains`, from the first on.
-        chains: [S, b − 1] what others than the draft offer.
-        chain_lengths: [S] of how many tokens; 0 for nothing.
+        offered: [S] how many of those are of the chain that stood before the draft's, from the first on.
+        listed: what the host offers.
         failed: [S] 1 where the draft's logits were not finite.
         report: [S, len(FIELDS) + 2b − 1].
     """
@@ -114,8 +117,8 @@ class State:
         self.next_positions = zeros(width)
         self.seen = torch.zeros(width, slots, dtype=torch.uint8, device=device)
         self.proposed, self.drafted, self.failed = zeros(samples), zeros(samples), zeros(samples)
-        self.offered, self.chain_lengths = zeros(samples), zeros(samples)
-        self.chains = zeros(samples, max(1, block - 1))
+        self.offered = zeros(samples)
+        self.listed: Chains = (zeros(samples, max(1, block - 1)), zeros(samples))
         self.report = zeros(samples, len(FIELDS) + 2 * block - 1)
         self.row_slots.fill_(slots)
         self.lengths.fill_(1)
@@ -146,7 +149,7 @@ def _reason(token: Tensor, length: Tensor, limit: Tensor, marks: Marks) -> Tenso
     return torch.where(ended, REASONS.index(StopReason.TRAJ_FUTURE_START), reason)
 
 
-def propose(state: State, marks: Marks, picks: Picks | None) -> None:
+def propose(state: State, marks: Marks, picks: Picks | None, offered: Chains) -> None:
     """Fill the rows of the next pass: each sample's anchor, and what is proposed after it.
 
     That is a chain: what others offer, and the draft's picks as long as these agree with it, or from the
@@ -156,18 +159,20 @@ def propose(state: State, marks: Marks, picks: Picks | None) -> None:
         state: is written.
         marks: the rules of `StopRules.forced`.
         picks: the draft's; None without one.
+        offered: what others offer.
     """
     samples, block = state.samples, state.block
+    chains, chain_lengths = offered
     anchor = state.tokens.gather(1, state.lengths[:, None] - 1)[:, 0]
     open_ = state.done == 0
     room = state.limit - state.lengths
     tokens = torch.zeros(samples, block, dtype=torch.int64, device=anchor.device)
     tokens[:, 0] = anchor
-    proposed, drafted, offered, failed = (torch.zeros_like(anchor) for _ in range(4))
+    proposed, drafted, taken, failed = (torch.zeros_like(anchor) for _ in range(4))
     previous, given = anchor, open_
     own = open_ & (_forced(anchor, marks) == NONE) & (room > 1)
     if picks is None:
-        sound, ids = torch.zeros_like(open_), state.chains
+        sound, ids = torch.zeros_like(open_), chains
     else:
         sound = picks.finite.view(samples, block - 1).all(1)
         ids = picks.columns if picks.token_ids is None else picks.token_ids[picks.columns]
@@ -175,8 +180,8 @@ def propose(state: State, marks: Marks, picks: Picks | None) -> None:
         failed = (own & ~sound).long()
     own = own & sound
     for step in range(block - 1):
-        forced, chain, pick = _forced(previous, marks), state.chains[:, step], ids[:, step]
-        listed = step < state.chain_lengths
+        forced, chain, pick = _forced(previous, marks), chains[:, step], ids[:, step]
+        listed = step < chain_lengths
         stopped = (previous == marks.eos) | (previous == marks.traj_future_start)
         # With room for one token nothing is asked: the target's own fills it.
         known = (forced != NONE) | ((room > 1) & (listed | own))
@@ -185,11 +190,11 @@ def propose(state: State, marks: Marks, picks: Picks | None) -> None:
         own = own & open_ & (token == pick)
         given = given & open_ & listed & (token == chain)
         tokens[:, step + 1] = torch.where(open_, token, 0)
-        proposed, drafted, offered = proposed + open_, drafted + own, offered + given
+        proposed, drafted, taken = proposed + open_, drafted + own, taken + given
         previous = token
     state.proposed.copy_(proposed)
     state.drafted.copy_(drafted)
-    state.offered.copy_(offered)
+    state.offered.copy_(taken)
     state.failed.copy_(failed)
     state.pending.copy_(state.done == 0)
     rows = samples * block

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alpamayo_dflash.decode.steps import FIELDS, NONE, REASONS, Marks, Picks, State
+from alpamayo_dflash.decode.steps import FIELDS, NONE, REASONS, Chains, Marks, Picks, State
 from alpamayo_dflash.decode.stops import StopReason
 
 _FIELDS = tl.constexpr(len(FIELDS))
@@ -204,7 +204,7 @@ def accept_kernel(
     tl.store(report + _ANCHOR, length - 1)
 
 
-def propose(state: State, marks: Marks, picks: Picks | None) -> None:
+def propose(state: State, marks: Marks, picks: Picks | None, offered: Chains) -> None:
     """As `steps.propose`."""
     nothing = state.tokens
     propose_kernel[(state.samples,)](
@@ -217,8 +217,7 @@ def propose(state: State, marks: Marks, picks: Picks | None) -> None:
         nothing if picks is None else picks.columns,
         nothing if picks is None else picks.finite,
         nothing if picks is None or picks.token_ids is None else picks.token_ids,
-        state.chains,
-        state.chain_lengths,
+        *offered,
         state.row_tokens,
         state.row_positions,
         state.next_positions,
