@@ -339,11 +339,15 @@ def test_transformers_generate_gives_the_same_ids(path: Path):
     case = load_case(path)
     inputs = case.target.transformers_inputs(case.prompt)
     limit = case.facts["max_new_tokens"]
-    options = case.target.generation_options()
-    out = case.target.vlm.generate(**inputs, **options, do_sample=False, max_new_tokens=limit)
+    special = case.target.special
+    stops = {"eos_token_id": special.stops, "pad_token_id": special.pad}
+    masked = list(case.target.traj_ids)
+    out = case.target.vlm.generate(
+        **inputs, **stops, suppress_tokens=masked, do_sample=False, max_new_tokens=limit
+    )
     generated = out[0, len(case.prompt) :].tolist()
     recorded = case.recorded["generated_ids"][0].tolist()
-    stop = case.target.special.traj_future_start
+    stop = special.traj_future_start
     assert generated == (recorded[: recorded.index(stop) + 1] if stop in recorded else recorded[:limit])
     assert case.target.vlm.model.rope_deltas.item() == case.prompt.rope_delta
 

@@ -55,7 +55,7 @@ def run(config: BenchKernelsConfig) -> dict[str, Any]:
             "choice_ms": _choice(config, device),
         }
     found = medians(raw)
-    made = provenance(config=config, seed=config.seed, device=config.device, started=started)
+    made = provenance(config, started)
     write_json(config.out, {"medians": found, "raw": raw, "gpu": gpu(device), "provenance": made})
     return {"medians": found, "out": str(config.out)}
 

@@ -76,13 +76,7 @@ def run(config: MeasureTargetConfig) -> dict[str, Any]:
         total = gib(torch.cuda.get_device_properties(device).total_memory)
         figures["gpu"] = describe_gpu(device) | {"total_gib": total} | memory
     figures["passed"] = passed(figures)
-    made = provenance(
-        config=config,
-        parents={"target": folder_hash(folder)},
-        seed=config.seed,
-        device=config.device,
-        started=started,
-    )
+    made = provenance(config, started, {"target": folder_hash(folder)})
     write_json(config.out, figures | {"provenance": made})
     return figures | {"out": str(config.out)}
 

@@ -40,7 +40,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
     }
 
     def write() -> None:
-        made = provenance(config=config, seed=config.seed, device=config.device, started=started)
+        made = provenance(config, started)
         rest = {"timings": timing_quartiles(raw), "raw": raw, "gpu": gpu(bench.device), "provenance": made}
         write_json(config.out, found | rest)
 

@@ -193,15 +193,11 @@ def run(config: DemoConfig) -> dict[str, Any]:
     if nothing_to_do and path.exists():
         return _report(config, read_json(path)) | {"nothing_to_do": True}
     summary = _summary(plan, figures) | {"seconds": seconds}
-    summary["provenance"] = provenance(
-        config=config,
-        parents={
-            "target": folder_hash(checkpoint_folder(plan.evaluate.alpamayo_model)),
-            "draft": folder_hash(plan.evaluate.draft_model),
-        },
-        seed=config.seed,
-        started=started,
-    )
+    parents = {
+        "target": folder_hash(checkpoint_folder(plan.evaluate.alpamayo_model)),
+        "draft": folder_hash(plan.evaluate.draft_model),
+    }
+    summary["provenance"] = provenance(config, started, parents)
     write_json(path, summary)
     return _report(config, summary)
 

@@ -156,32 +156,26 @@ def versions() -> dict[str, str]:
 
 
 def provenance(
-    *,
-    config: Any = None,
-    parents: Mapping[str, str] | None = None,
-    seed: int | None = None,
-    device: str = "cpu",
-    started: float | None = None,
+    config: Any, started: float, parents: Mapping[str, str] | None = None, *, device: str | None = None
 ) -> dict[str, Any]:
     """The record kept with every artefact.
 
     Args:
-        config: the stage's config (a dataclass or plain values).
-        parents: name to hash of each artefact it was made from.
-        seed: the seed, where there is one.
-        device: a torch device string.
+        config: the stage's config, a dataclass; its seed and device are recorded where it has them.
         started: `time.time()` when the stage began; the wall time is taken from it.
+        parents: name to hash of each artefact it was made from.
+        device: the torch device that was taken, where that is not the config's own word.
     """
     return {
         "config": to_plain(config),
         "parents": dict(parents or {}),
-        "seed": seed,
-        "device": _device_name(device),
+        "seed": getattr(config, "seed", None),
+        "device": _device_name(device or str(getattr(config, "device", "cpu"))),
         "versions": versions(),
         "revision": git_revision(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "wall_s": None if started is None else round(time.time() - started, 3),
+        "wall_s": round(time.time() - started, 3),
     }
 
 

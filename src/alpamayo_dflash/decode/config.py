@@ -45,6 +45,18 @@ class Sampling:
         return self.temperature < GREEDY_BELOW
 
 
+class Sampled:
+    """A stage's config whose texts are sampled."""
+
+    temperature: float
+    top_p: float
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen; raises ValueError where a value lies outside its range."""
+        return Sampling(self.temperature, self.top_p)
+
+
 @dataclass(frozen=True)
 class Request:
     """What is asked of one prompt.

@@ -9,7 +9,7 @@ from typing import Literal
 from alpamayo_dflash.clips.config import DEFAULT_T0_US
 from alpamayo_dflash.common.options import check_positive, parse_layers
 from alpamayo_dflash.common.ranks import share_of
-from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.config import Sampled
 
 EXPECTED_TOKENS = 40
 """Tokens a response in the estimate of disk space: 99 in 100 real responses are shorter (R1: p99 36)."""
@@ -21,7 +21,7 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(Sampled):
     """Let the target write on training clips; keep its token ids, tapped states and top-k logits.
 
     Attributes:
@@ -92,7 +92,7 @@ class DistillConfig:
             max_tokens=self.max_tokens,
             shard_size=self.shard_size,
         )
-        _ = self.sampling  # checks its own values
+        _ = self.sampling
         if self.samples_per_clip > 1 and self.temperature == 0:
             raise ValueError("temperature is 0 with samples_per_clip above 1: all would equal the greedy one")
         parse_layers(self.target_layers)
@@ -100,11 +100,6 @@ class DistillConfig:
             raise ValueError("name the layers to tap with one of target_layers and layers_file")
         share_of(self.rank, self.world_size, {})
         self.chunk_numbers([])
-
-    @property
-    def sampling(self) -> Sampling:
-        """How the sampled responses choose tokens."""
-        return Sampling(self.temperature, self.top_p)
 
     def chunk_numbers(self, existing: list[int]) -> list[int] | None:
         """The chunks of `start_chunk`, `end_chunk` and `num_chunks` among the existing ones.

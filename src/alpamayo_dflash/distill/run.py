@@ -42,26 +42,19 @@ def run(config: DistillConfig) -> dict[str, Any]:
     source = ClipSource(config.cache_dir)
     chunks = config.chunk_numbers(source.chunks()) if config.chunks is None else parse_chunks(config.chunks)
     clip_ids = source.clip_ids(chunks)
+    device, local = own_device(config.device), config.local_files_only
     target, target_hash = open_target(
-        config.model_path,
-        dtype=config.target_dtype,
-        device=own_device(config.device),
-        local_files_only=config.local_files_only,
+        config.model_path, dtype=config.target_dtype, device=device, local_files_only=local
     )
     settings = data_settings(config, target, target_hash, clip_ids, world_size)
+    parents = {"target": target_hash, **_layers_parent(config)}
     writer = RankWriter(
         config.output_dir,
         rank,
         settings,
         clip_ids[rank::world_size],
         clips_per_shard=max(1, config.shard_size // config.samples_per_clip),
-        provenance=provenance(
-            config=config,
-            parents={"target": target_hash, **_layers_parent(config)},
-            seed=config.seed,
-            device=str(target.device),
-            started=started,
-        ),
+        provenance=provenance(config, started, parents, device=str(target.device)),
     )
     nothing_to_do = writer.complete
     remaining = [clip_id for clips in writer.remaining for clip_id in clips]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from alpamayo_dflash.clips.config import DEFAULT_T0_US
 from alpamayo_dflash.common.options import check_at_least, check_fraction, check_positive
-from alpamayo_dflash.decode.config import DecodeConfig, Sampling, SentenceEnd
+from alpamayo_dflash.decode.config import DecodeConfig, Sampled, Sampling, SentenceEnd
 
 ARMS = ("transformers", "autoregressive", "dflash")
 """transformers' own `generate`; the project's autoregressive loop; the speculative loop with the draft."""
@@ -18,7 +18,7 @@ SAMPLED_TEMPERATURE = 0.6
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Sampled):
     """Run the arms on the same clips: times, speed-ups, acceptance, losslessness and trajectory error.
 
     Attributes:
@@ -80,16 +80,11 @@ class EvaluateConfig:
             num_traj_samples=self.num_traj_samples,
             num_samples=self.num_samples,
         )
-        _ = self.sampling, self.decode  # these check their own values
+        _ = self.sampling, self.decode
         check_at_least(0, warmup=self.warmup)
         named = [name for name in ("clip_id", "clip_ids", "chunks") if getattr(self, name) is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} are given; name the clips in one way only")
-
-    @property
-    def sampling(self) -> Sampling:
-        """How the timed runs choose tokens."""
-        return Sampling(self.temperature, self.top_p)
 
     @property
     def sampled(self) -> Sampling:
@@ -103,7 +98,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class LosslessConfig:
+class LosslessConfig(Sampled):
     """Count the clips whose speculative output equals the autoregressive one, for trained and random drafts.
 
     Attributes:
@@ -139,12 +134,12 @@ class LosslessConfig:
         check_positive(num_samples=self.num_samples, max_tokens=self.max_tokens)
         if not self.draft_models:
             raise ValueError("draft_models is empty; give at least one draft's folder")
-        if Sampling(self.temperature, self.top_p).greedy:
+        if self.sampling.greedy:
             raise ValueError(f"temperature is {self.temperature}; the sampled check needs one above 0")
 
 
 @dataclass(frozen=True)
-class DistributionConfig:
+class DistributionConfig(Sampled):
     """Compare the frequencies of sampled tokens over many seeds with the target's own distribution.
 
     Attributes:
@@ -185,16 +180,11 @@ class DistributionConfig:
                 f"sample_counts is {self.sample_counts}; give at least one count, each at least 1"
             )
         check_fraction(level=self.level)
-        _ = self.sampling  # checks its own values
-
-    @property
-    def sampling(self) -> Sampling:
-        """How tokens are chosen."""
-        return Sampling(self.temperature, self.top_p)
+        _ = self.sampling
 
 
 @dataclass(frozen=True)
-class MeasureWorldConfig:
+class MeasureWorldConfig(Sampled):
     """Measure how hard the world is, on the target's own sampled CoCs; fails outside the bounds.
 
     Attributes:
@@ -226,6 +216,6 @@ class MeasureWorldConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_positive(num_samples=self.num_samples, max_tokens=self.max_tokens)
-        Sampling(self.temperature, self.top_p)  # checks its own values
+        _ = self.sampling
         if self.chunks is not None and self.cache_dir is None:
             raise ValueError("chunks is given without cache_dir; chunks belong to a written world")

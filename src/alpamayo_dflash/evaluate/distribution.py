@@ -113,7 +113,7 @@ def run(config: DistributionConfig) -> dict[str, Any]:
         "passed": all(test.p_value >= bound for test in tests),
     }
     parents = {"target": target_hash, "draft": folder_hash(config.draft_model)}
-    made = provenance(config=config, parents=parents, device=config.device, started=started)
+    made = provenance(config, started, parents)
     write_json(config.out, result | {"provenance": made})
     return result | {"out": str(config.out)}
 

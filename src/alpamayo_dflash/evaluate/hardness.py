@@ -81,7 +81,7 @@ def run(config: MeasureWorldConfig) -> dict[str, Any]:
         "clips": len(responses),
     }
     parents = {"target": target_hash}
-    made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
+    made = provenance(config, started, parents)
     write_json(config.out, answer | {"provenance": made})
     for line in outside:
         console.print(line, style="red", highlight=False)

@@ -63,7 +63,7 @@ def run(config: LosslessConfig) -> dict[str, Any]:
             store.add(checker.check(clip_id, prompt))
     result = lossless_summary(store.rows(), drafts)
     settings = {"temperature": config.temperature, "top_p": config.top_p, "dtype": "float32"}
-    made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
+    made = provenance(config, started, parents)
     write_json(config.out, result | {"settings": settings, "provenance": made})
     store.remove()
     return result | {"out": str(config.out)}

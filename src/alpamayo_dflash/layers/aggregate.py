@@ -43,6 +43,7 @@ def aggregate(config: LayersConfig, world_size: int | None) -> dict[str, Any]:
         raise ValueError(f"layers {unscored} were not scored; scored are {sorted(early_exit_ce)}")
     progress_of = progress(cosine, early_exit_ce, candidates)
     taps = choose_taps(progress_of, config.num_target_layers)
+    parents = {path.name: file_hash(path) for path in paths} | {"target": about["settings"]["target"]}
     content = {
         "target_layers": list(taps),
         "num_target_layers": num_layers,
@@ -53,13 +54,7 @@ def aggregate(config: LayersConfig, world_size: int | None) -> dict[str, Any]:
         "reasons": reasons(taps, progress_of, cosine, early_exit_ce),
         "tokens": scores.tokens,
         **about,
-        "provenance": provenance(
-            config=config,
-            parents={path.name: file_hash(path) for path in paths} | {"target": about["settings"]["target"]},
-            seed=config.seed,
-            device=config.device,
-            started=started,
-        ),
+        "provenance": provenance(config, started, parents),
     }
     write_json(config.output_dir / CHOICE_FILE, content)
     return content

@@ -9,11 +9,11 @@ from typing import Literal
 from alpamayo_dflash.clips.config import DEFAULT_T0_US
 from alpamayo_dflash.common.options import check_positive, parse_layers
 from alpamayo_dflash.common.ranks import share_of
-from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.config import Sampled
 
 
 @dataclass(frozen=True)
-class LayersConfig:
+class LayersConfig(Sampled):
     """Score the target's layers on what it writes itself, and choose the layers to tap.
 
     Attributes:
@@ -66,14 +66,9 @@ class LayersConfig:
         check_positive(
             num_samples=self.num_samples, num_target_layers=self.num_target_layers, max_tokens=self.max_tokens
         )
-        _ = self.sampling  # checks its own values
+        _ = self.sampling
         parse_layers(self.layers)
         if not self.aggregate or self.rank is not None:  # pooling takes a world_size alone
             share_of(self.rank, self.world_size, {})
         if not self.aggregate and (self.model_path is None or self.cache_dir is None):
             raise ValueError("scoring needs model_path and cache_dir; only aggregate does without")
-
-    @property
-    def sampling(self) -> Sampling:
-        """How the rollouts choose tokens."""
-        return Sampling(self.temperature, self.top_p)

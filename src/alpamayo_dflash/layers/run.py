@@ -59,11 +59,9 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
     assert config.cache_dir is not None
     source = ClipSource(config.cache_dir)
     clip_ids = source.clip_ids(parse_chunks(config.chunks))
+    device, local = own_device(config.device), config.local_files_only
     target, target_hash = open_target(
-        config.model_path,
-        dtype=config.dtype,
-        device=own_device(config.device),
-        local_files_only=config.local_files_only,
+        config.model_path, dtype=config.dtype, device=device, local_files_only=local
     )
     settings = scoring_settings(config, target, target_hash, clip_ids, world_size)
     path = scores_path(config.output_dir, rank, world_size)
@@ -78,13 +76,7 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
         content = {
             "settings": settings,
             **scored.to_plain(),
-            "provenance": provenance(
-                config=config,
-                parents={"target": target_hash},
-                seed=config.seed,
-                device=str(target.device),
-                started=started,
-            ),
+            "provenance": provenance(config, started, {"target": target_hash}, device=str(target.device)),
         }
         write_json(path, content)
     return {

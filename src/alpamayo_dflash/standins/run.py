@@ -41,7 +41,7 @@ def run(config: TinyTrainConfig) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in target.parameters()),
             "checkpoint_bytes": (folder / "model.safetensors").stat().st_size,
             "log": log,
-            "provenance": provenance(config=config, seed=config.seed, device=config.device, started=started),
+            "provenance": provenance(config, started),
         }
         write_json(folder / "training.json", summary)
     return {
@@ -62,7 +62,7 @@ def measure(config: MeasureTinyConfig) -> dict[str, Any]:
     target, target_hash = open_target(config.checkpoint, dtype=torch.float32, device=config.device)
     seen = look(target, held_out(config.scenes, config.seed))
     parents = {"target": target_hash}
-    made = provenance(config=config, parents=parents, seed=config.seed, device=config.device, started=started)
+    made = provenance(config, started, parents)
     write_json(config.out, {"held_out": seen, "provenance": made})
     return {"held_out": seen, "out": str(config.out)}
 

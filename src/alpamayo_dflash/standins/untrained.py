@@ -115,7 +115,7 @@ def write_random_checkpoint(folder: Path | str, config: RandomCheckpointConfig) 
         "shards": len(shards),
         "vocab_size": config.shape.vocab_size,
     }
-    made = provenance(config=config, seed=config.seed, device=config.device, started=started)
+    made = provenance(config, started)
     write_json(folder / RECORD, summary | {"provenance": made})
     write_json(folder / "config.json", raw)
     return summary | {"nothing_to_do": False}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -294,16 +293,6 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         history_xyz, history_rot = ego_history_xyz.to(action), ego_history_rot.to(action)
         with torch.autocast(action.device.type, enabled=False):
             return self.action_space.to_trajectory(action, history_xyz, history_rot)
-
-    # transformers' own way, as users have it today.
-
-    def generation_options(self) -> dict[str, Any]:
-        """Stop, pad and masked ids for `vlm.generate`, as the specification's section 7 has them."""
-        return {
-            "eos_token_id": self.special.stops,
-            "pad_token_id": self.special.pad,
-            "suppress_tokens": list(self.traj_ids),
-        }
 
 
 def open_target(

@@ -146,9 +146,7 @@ def _trainer(
     walked = BlockData(data, held_out, draft.config, teacher=False, unlabelled=range(0), cache_bytes=cached)
 
     def save_best(best: DFlashDraft) -> None:
-        record = provenance(
-            config=config, parents=parents, seed=config.seed, device=processes.device, started=started
-        )
+        record = provenance(config, started, parents, device=processes.device)
         best.save_pretrained(config.output_dir / "draft", provenance=record)
 
     trainer = Trainer(
@@ -251,11 +249,5 @@ def _result(trainer: Trainer, counts: dict[str, Any], started: float) -> dict[st
         **({"draft_vocab": counts["draft_vocab"]} if "draft_vocab" in counts else {}),
         "evaluations": progress.evaluations,
         "losses": progress.losses,
-        "provenance": provenance(
-            config=config,
-            parents=trainer.parents,
-            seed=config.seed,
-            device=trainer.processes.device,
-            started=started,
-        ),
+        "provenance": provenance(config, started, trainer.parents, device=trainer.processes.device),
     }

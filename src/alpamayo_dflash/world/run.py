@@ -52,7 +52,7 @@ def run(config: WorldConfig) -> dict[str, Any]:
         _write_chunks(config, snapshot)
         _write_tables(snapshot, records)
         write_text(repo_folder(config.out) / "refs" / "main", revision)
-        record = provenance(config=config, seed=config.seed, started=started)
+        record = provenance(config, started)
         write_json(config.out / MANIFEST, {"world": identity, "complete": True, "provenance": record})
     events = Counter(record.facts.event for record in records)
     return {
