@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alpamayo_dflash.common.options import check_at_least, check_positive, check_range, whole_numbers
+from alpamayo_dflash.common.options import (
+    check_at_least,
+    check_positive,
+    check_range,
+    check_whole,
+    whole_numbers,
+)
 from alpamayo_dflash.decode.config import MOST_BLOCK, Sampling
 
 
@@ -64,7 +70,9 @@ class BenchConfig:
         check_positive(context_len=self.context_len, draft_vocab=self.draft_vocab, row_width=self.row_width)
         check_at_least(2, coc_tokens=self.coc_tokens, repeats=self.repeats)
         check_at_least(3, texts=self.texts)
+        check_at_least(1, acceptance=self.acceptance)
         check_at_least(0, lossless_prompts=self.lossless_prompts)
+        check_whole(seed=self.seed)
         Sampling(self.temperature)
         _ = self.row_counts, self.layer_counts
 
@@ -105,6 +113,7 @@ class BenchKernelsConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_positive(prompt=self.prompt)
+        check_whole(seed=self.seed)
         check_at_least(2, repeats=self.repeats)
         _ = self.row_counts
 
@@ -141,3 +150,4 @@ class MeasureTargetConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_positive(max_tokens=self.max_tokens, prompt_capacity=self.prompt_capacity)
+        check_whole(seed=self.seed)

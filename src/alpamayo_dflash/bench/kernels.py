@@ -23,6 +23,7 @@ from alpamayo_dflash.bench.figures import medians
 from alpamayo_dflash.bench.run import gpu
 from alpamayo_dflash.common.artefacts import provenance, write_json
 from alpamayo_dflash.common.machine import check_device, current
+from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.sampling import Chooser
 from alpamayo_dflash.standins.blueprint import TargetShape
@@ -44,7 +45,7 @@ def run(config: BenchKernelsConfig) -> dict[str, Any]:
     started, device = time.time(), check_device(config.device)
     if device.type != "cuda":
         raise ValueError(f"device is {config.device!r}; the kernels are timed on a GPU (cuda)")
-    torch.manual_seed(config.seed)
+    torch.manual_seed(generator_seed(config.seed))
     with torch.inference_mode(), current(device):
         raw = {
             **ceilings(config.repeats, device, torch.bfloat16),

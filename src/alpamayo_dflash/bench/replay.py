@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.decode.steps import Chains, State
 
 
@@ -75,7 +76,7 @@ class Replay:
         Raises:
             ValueError: a text is longer than there is room for.
         """
-        random = np.random.default_rng(seed)
+        random = np.random.default_rng(generator_seed(seed))
         samples, length, count = self._proposals.shape
         longest = max(map(len, texts))
         if longest > length:

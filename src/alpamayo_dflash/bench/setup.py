@@ -15,6 +15,7 @@ from alpamayo_dflash.bench.config import BenchConfig
 from alpamayo_dflash.bench.figures import SIX
 from alpamayo_dflash.bench.replay import Replay, rate_for
 from alpamayo_dflash.common.machine import check_device
+from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.decode.observer import Observer
@@ -53,7 +54,7 @@ class Bench:
             torch.cuda.set_device(self.device)
         self.coc_lengths = coc_quantiles(Path(config.coc_counts)) if config.coc_counts else {}
         self.rate = rate_for(config.acceptance, config.coc_tokens - 1, config.block_size)
-        torch.manual_seed(config.seed)
+        torch.manual_seed(generator_seed(config.seed))
         self.target = load(config)
         self.prompt = self.target.prompt(noise_window(config.seed)).to(self.device)
         if config.target.startswith("random:"):
@@ -141,7 +142,8 @@ class Bench:
     def random_prompt(self, index: int) -> Prompt:
         """The prompt with other images and another last token; the same for the same seed and index."""
         prompt = self.prompt
-        generator = torch.Generator(self.device).manual_seed(self.config.seed * 1_000_003 + index)
+        seed = generator_seed(self.config.seed * 1_000_003 + index)
+        generator = torch.Generator(self.device).manual_seed(seed)
         ids, shape = prompt.input_ids.clone(), prompt.pixel_values.shape
         ids[-1] = torch.randint(0, 1000, (), generator=generator, device=self.device)
         pixels = torch.randn(shape, generator=generator, device=self.device)

@@ -68,7 +68,8 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         """Check that there is something to train on and enough to evaluate."""
-        check_positive(threads=self.threads)
+        check_positive(threads=self.threads, layers_clips=self.layers_clips)
+        check_positive(clips_per_chunk=self.clips_per_chunk)
         if not 1 <= self.held_out_chunks <= self.num_chunks - 2:
             raise ValueError(
                 f"held_out_chunks is {self.held_out_chunks}; it must be at least 1 and leave two of "
@@ -77,6 +78,7 @@ class DemoConfig:
         there = self.held_out_chunks * self.clips_per_chunk
         if not 1 <= self.num_samples <= there:
             raise ValueError(f"num_samples is {self.num_samples}; the held-out chunks have {there} clips")
+        stages(self)  # their configs check the rest
 
     @property
     def training(self) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import check_cameras
+from alpamayo_dflash.common.options import generator_seed
 
 
 def parse_chunks(text: str | None) -> list[int] | None:
@@ -171,5 +172,5 @@ def sample_clips(
     Returns:
         Clip ids in the order drawn; no clip twice, none on two ranks.
     """
-    order = np.random.default_rng(seed).permutation(len(clip_ids))[: per_rank * world_size]
+    order = np.random.default_rng(generator_seed(seed)).permutation(len(clip_ids))[: per_rank * world_size]
     return [clip_ids[index] for index in order[rank::world_size]]

@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import math
+import operator
+from typing import SupportsIndex
+
+_GENERATOR_SEEDS = 2**63
+"""Seeds below this, and not negative, are what torch and numpy take alike."""
+
+
+def check_whole(**values: SupportsIndex | None) -> None:
+    """Raise ValueError for the first value that is no whole number; None, an option left out, passes."""
+    for name, value in values.items():
+        try:
+            if value is not None:
+                operator.index(value)
+        except TypeError:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number") from None
 
 
 def check_at_least(least: float, /, **values: float | None) -> None:
-    """Raise ValueError for the first value that is below `least`; None, an option left out, passes."""
+    """Raise ValueError for the first value that is below `least` or not finite; None passes."""
     for name, value in values.items():
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be at least {least}, and finite")
 
 
 def check_positive(**values: int | None) -> None:
-    """Raise ValueError for the first count that is below 1; None passes."""
-    check_at_least(1, **values)
+    """Raise ValueError for the first count that is below 1 or no whole number; None passes."""
+    check_whole(**values)
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
 def check_above_zero(**values: float | None) -> None:
-    """Raise ValueError for the first value that is not above 0; None passes."""
+    """Raise ValueError for the first value that is not above 0 or not finite; None passes."""
     for name, value in values.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} is {value}; it must be above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be above 0, and finite")
 
 
-def check_range(least: float, most: float, /, **values: float) -> None:
-    """Raise ValueError for the first value that does not lie in [least, most]."""
+def check_range(least: float, most: float, /, **values: float | None) -> None:
+    """Raise ValueError for the first value that does not lie in [least, most]; None passes."""
     for name, value in values.items():
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             raise ValueError(f"{name} is {value}; it must be {least} to {most}")
 
 
@@ -36,6 +56,19 @@ def check_fraction(**values: float) -> None:
     for name, value in values.items():
         if not 0 < value < 1:
             raise ValueError(f"{name} is {value}; it must be above 0 and below 1")
+
+
+def generator_seed(seed: int) -> int:
+    """A user's seed, which may be any whole number, as one that torch's and numpy's generators take.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    check_whole(seed=seed)
+    if 0 <= seed < _GENERATOR_SEEDS:
+        return operator.index(seed)
+    digest = hashlib.blake2b(str(operator.index(seed)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % _GENERATOR_SEEDS
 
 
 def whole_numbers(text: str, name: str) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from alpamayo_dflash.common.options import check_positive
+from alpamayo_dflash.common.options import check_positive, check_whole
 
 LoopKind = Literal["auto", "host", "device"]
 SentenceEnd = Literal["hint", "force", "off"]
@@ -66,12 +66,20 @@ class Request:
         seed: with the prompt's key and a sample's index, fixes the noise.
         num_samples: S.
         max_new_tokens: the most tokens that a sample may emit.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     sampling: Sampling
     seed: int = 0
     num_samples: int = 1
     max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_whole(seed=self.seed)
+        check_positive(num_samples=self.num_samples, max_new_tokens=self.max_new_tokens)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from alpamayo_dflash.clips.config import DEFAULT_T0_US
-from alpamayo_dflash.common.options import check_positive, parse_layers
+from alpamayo_dflash.common.options import check_positive, check_whole, parse_layers
 from alpamayo_dflash.common.ranks import share_of
 from alpamayo_dflash.decode.config import Sampled
 
@@ -93,6 +93,7 @@ class DistillConfig(Sampled):
             shard_size=self.shard_size,
         )
         _ = self.sampling
+        check_whole(seed=self.seed, t0_us=self.t0_us)
         if self.samples_per_clip > 1 and self.temperature == 0:
             raise ValueError("temperature is 0 with samples_per_clip above 1: all would equal the greedy one")
         parse_layers(self.target_layers)

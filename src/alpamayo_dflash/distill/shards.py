@@ -106,6 +106,8 @@ def write_shard(path: Path, responses: Sequence[Mapping[str, Tensor]]) -> dict[s
 
 def write_table(path: Path, samples: Sequence[DistillSample]) -> None:
     """Write a rank's table of samples as Parquet, atomically."""
+    # A seed may be any whole number; those that Parquet's integers do not hold are kept as text.
+    long = any(not -(2**63) <= sample.seed < 2**63 for sample in samples)
     schema = pyarrow.schema(
         [
             ("clip_id", pyarrow.string()),
@@ -114,7 +116,7 @@ def write_table(path: Path, samples: Sequence[DistillSample]) -> None:
             ("sample", pyarrow.int32()),
             ("temperature", pyarrow.float64()),
             ("top_p", pyarrow.float64()),
-            ("seed", pyarrow.int64()),
+            ("seed", pyarrow.string() if long else pyarrow.int64()),
             ("token_ids", pyarrow.list_(pyarrow.int32())),
             ("text", pyarrow.string()),
             ("stop", pyarrow.string()),
@@ -122,7 +124,8 @@ def write_table(path: Path, samples: Sequence[DistillSample]) -> None:
             ("index", pyarrow.int32()),
         ]
     )
-    table = pyarrow.Table.from_pylist([asdict(sample) for sample in samples], schema=schema)
+    rows = [asdict(sample) | ({"seed": str(sample.seed)} if long else {}) for sample in samples]
+    table = pyarrow.Table.from_pylist(rows, schema=schema)
     with atomic_file(path) as temporary:
         pyarrow.parquet.write_table(table, temporary)
 
@@ -145,7 +148,7 @@ def read_table(path: Path, shards: Sequence[Mapping[str, Any]]) -> list[DistillS
     except (FileNotFoundError, pyarrow.ArrowInvalid) as error:
         raise ValueError(f"{path}: not a readable table of samples ({error})") from None
     samples = [
-        DistillSample(**{**row, "token_ids": tuple(row["token_ids"])})
+        DistillSample(**{**row, "seed": int(row["seed"]), "token_ids": tuple(row["token_ids"])})
         for row in rows
         if row["shard"] in expected
     ]

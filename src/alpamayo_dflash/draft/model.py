@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.draft.blocks import DraftLogits, attention_mask
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.draft.formats import read_draft, write_draft
@@ -186,7 +187,7 @@ class DFlashDraft(nn.Module):
     def random(cls, config: DraftConfig, seed: int = 0) -> DFlashDraft:
         """A new draft: normal weights of standard deviation 0.02, norms 1, the same for the same seed."""
         draft = cls(config)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(generator_seed(seed))
         with torch.no_grad():
             for name, parameter in draft.named_parameters():
                 if parameter.ndim == 2 or name == "mask_embedding":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from alpamayo_dflash.clips.config import DEFAULT_T0_US
-from alpamayo_dflash.common.options import check_at_least, check_fraction, check_positive
+from alpamayo_dflash.common.options import check_at_least, check_fraction, check_positive, check_whole
 from alpamayo_dflash.decode.config import DecodeConfig, Sampled, Sampling, SentenceEnd
 
 ARMS = ("transformers", "autoregressive", "dflash")
@@ -81,6 +81,7 @@ class EvaluateConfig(Sampled):
             num_samples=self.num_samples,
         )
         _ = self.sampling, self.decode
+        check_whole(seed=self.seed, t0_us=self.t0_us)
         check_at_least(0, warmup=self.warmup)
         named = [name for name in ("clip_id", "clip_ids", "chunks") if getattr(self, name) is not None]
         if len(named) > 1:
@@ -134,6 +135,7 @@ class LosslessConfig(Sampled):
         check_positive(num_samples=self.num_samples, max_tokens=self.max_tokens)
         if not self.draft_models:
             raise ValueError("draft_models is empty; give at least one draft's folder")
+        check_whole(seed=self.seed, t0_us=self.t0_us)
         if self.sampling.greedy:
             raise ValueError(f"temperature is {self.temperature}; the sampled check needs one above 0")
 
@@ -180,6 +182,7 @@ class DistributionConfig(Sampled):
                 f"sample_counts is {self.sample_counts}; give at least one count, each at least 1"
             )
         check_fraction(level=self.level)
+        check_whole(t0_us=self.t0_us)
         _ = self.sampling
 
 
@@ -217,5 +220,6 @@ class MeasureWorldConfig(Sampled):
         """Check the ranges."""
         check_positive(num_samples=self.num_samples, max_tokens=self.max_tokens)
         _ = self.sampling
+        check_whole(seed=self.seed, world_seed=self.world_seed)
         if self.chunks is not None and self.cache_dir is None:
             raise ValueError("chunks is given without cache_dir; chunks belong to a written world")

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from alpamayo_dflash.common.machine import Clock
+from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.decode.config import GREEDY_BELOW
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.expert import ActionPrefix
@@ -100,7 +101,7 @@ def generate(
     seed: int,
 ) -> Generated:
     """Run `target.vlm.generate` on a prompt; several samples are the prompt repeated as a batch."""
-    torch.manual_seed(seed)
+    torch.manual_seed(generator_seed(seed))
     clock = Clock(target.device)
     mask = MaskIds(target.traj_ids, target.device)
     stop = OneAfter(target.special.traj_future_start, len(prompt))

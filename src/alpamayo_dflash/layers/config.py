@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from alpamayo_dflash.clips.config import DEFAULT_T0_US
-from alpamayo_dflash.common.options import check_positive, parse_layers
+from alpamayo_dflash.common.options import check_positive, check_whole, parse_layers
 from alpamayo_dflash.common.ranks import share_of
 from alpamayo_dflash.decode.config import Sampled
 
@@ -67,6 +67,7 @@ class LayersConfig(Sampled):
             num_samples=self.num_samples, num_target_layers=self.num_target_layers, max_tokens=self.max_tokens
         )
         _ = self.sampling
+        check_whole(seed=self.seed, t0_us=self.t0_us)
         parse_layers(self.layers)
         if not self.aggregate or self.rank is not None:  # pooling takes a world_size alone
             share_of(self.rank, self.world_size, {})

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from tokenizers import Tokenizer
 
 from alpamayo_dflash.common.artefacts import atomic_file, write_json
+from alpamayo_dflash.common.options import check_whole
 from alpamayo_dflash.target.config import ActionSpaceConfig
 from alpamayo_dflash.target.tokenizer import R1_NAMES, ROLES
 
@@ -224,8 +225,7 @@ class RandomCheckpointConfig:
         """Check the ranges."""
         if self.size not in get_args(RandomSize):
             raise ValueError(f"size is {self.size!r}; known are {', '.join(get_args(RandomSize))}")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
+        check_whole(seed=self.seed)
         if not 1 <= self.shards <= 99_999:
             raise ValueError(f"shards is {self.shards}; it must be 1 to 99999")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from alpamayo_dflash.common.options import check_above_zero, check_at_least, check_positive
+from alpamayo_dflash.common.options import check_above_zero, check_at_least, check_positive, check_whole
 from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig, RandomSize
 
 
@@ -56,6 +56,9 @@ class TinyTrainConfig:
                 f"warmup_steps is {self.warmup_steps}; it must be at least 0 and below steps ({self.steps})"
             )
         check_above_zero(learning_rate=self.learning_rate)
+        check_at_least(0, weight_decay=self.weight_decay, trajectory_weight=self.trajectory_weight)
+        check_at_least(0, pixel_noise=self.pixel_noise, workers=self.workers, time_limit_s=self.time_limit_s)
+        check_whole(seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class MeasureTinyConfig:
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_at_least(2, scenes=self.scenes)  # to swap their images
+        check_whole(seed=self.seed)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from alpamayo_dflash.common.artefacts import atomic_folder, provenance, write_json
+from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.standins.config import MeasureTinyConfig, TinyTrainConfig
 from alpamayo_dflash.standins.scenes import SceneStream, loader
 from alpamayo_dflash.standins.tiny import write_blueprint
@@ -32,7 +33,7 @@ def run(config: TinyTrainConfig) -> dict[str, Any]:
     """
     started = time.time()
     console = Console(file=sys.stderr)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(generator_seed(config.seed))
     with atomic_folder(config.out) as folder:
         target = _start(config, folder)
         log = _train(target, _random(folder), config, console)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.world.events import sample_scene
 from alpamayo_dflash.world.language import coc
@@ -31,7 +32,8 @@ WORDING = 0x776F
 
 def stream_seed(seed: int, stream: int, *index: int) -> int:
     """The scene seed at a place of a stream."""
-    return int(np.random.SeedSequence([seed, stream, *index]).generate_state(2, np.uint64)[0] >> np.uint64(1))
+    sequence = np.random.SeedSequence([generator_seed(seed), stream, *index])
+    return int(sequence.generate_state(2, np.uint64)[0] >> np.uint64(1))
 
 
 @dataclass(frozen=True)

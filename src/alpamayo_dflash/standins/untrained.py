@@ -34,6 +34,7 @@ from alpamayo_dflash.clips.window import (
 )
 from alpamayo_dflash.common.artefacts import atomic_file, provenance, read_json, to_plain, write_json
 from alpamayo_dflash.common.machine import check_device
+from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.standins.blueprint import (
     QWEN_ORDINARY,
     QWEN_SPECIAL,
@@ -296,7 +297,7 @@ def noise_window(seed: int) -> Window:
         clip_id=f"noise{seed}",
         t0_us=DEFAULT_T0_US,
         cameras=DEFAULT_CAMERAS,
-        frames=np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8),
+        frames=np.random.default_rng(generator_seed(seed)).integers(0, 256, shape, dtype=np.uint8),
         ego_history_xyz=xyz,
         ego_history_rot=np.broadcast_to(np.eye(3, dtype=np.float32), (HISTORY_POINTS, 3, 3)).copy(),
     )

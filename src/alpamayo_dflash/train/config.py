@@ -12,8 +12,10 @@ from alpamayo_dflash.common.options import (
     check_fraction,
     check_positive,
     check_range,
+    check_whole,
     parse_layers,
 )
+from alpamayo_dflash.decode.config import MOST_BLOCK
 from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT
 
 DEFAULT_BLOCK_SIZE = 8
@@ -127,7 +129,8 @@ class TrainConfig:
         check_positive(**named("max_steps", "num_draft_layers", "context_len"))
         check_at_least(0, **named("warmup_steps", "weight_decay", "save_every", "num_workers", "cache_gib"))
         check_at_least(0, draft_vocab_size=self.draft_vocab_size)
-        check_at_least(2, block_size=self.block_size)
+        check_range(2, MOST_BLOCK, block_size=self.block_size)
+        check_whole(seed=self.seed)
         check_above_zero(**named("learning_rate", "embed_lr_scale", "kl_temperature", "prefix_weight_gamma"))
         check_range(0, 1, **named("ce_weight_start", "ce_weight_end", "dpace_alpha"))
         if self.held_out_chunks is None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import DistillSample, is_held_out
 from alpamayo_dflash.draft.blocks import anchors, context_slots, label_positions
@@ -200,7 +201,7 @@ class BlockData:
 
     def epoch(self, seed: int, epoch: int, stride: int = 1) -> Blocks:
         """All blocks, responses in the epoch's own random order (a function of seed and epoch alone)."""
-        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+        generator = torch.Generator().manual_seed(generator_seed(seed * 100_003 + epoch))
         return self.blocks(torch.randperm(len(self), generator=generator).tolist(), stride)
 
     def response(self, index: int) -> ResponseTensors:

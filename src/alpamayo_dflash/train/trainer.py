@@ -76,7 +76,7 @@ class Trainer:
             save_best: writes the draft's folder.
 
         Raises:
-            ValueError: there are fewer blocks than processes.
+            ValueError: there are fewer blocks than processes, or the warm-up is no shorter than the run.
         """
         self.config, self.draft, self.train, self.held_out = config, draft, train, held_out
         self.masked_ids, self.processes, self.save_best = masked_ids, processes, save_best
@@ -88,6 +88,8 @@ class Trainer:
             self.total_steps = min(self.total_steps, config.max_steps)
         warmup = config.warmup_steps
         self.warmup_steps = math.ceil(WARMUP_SHARE * self.total_steps) if warmup is None else warmup
+        if self.warmup_steps >= self.total_steps > 1:
+            raise ValueError(f"warmup_steps is {warmup}; it must be below the run's {self.total_steps} steps")
         self.optimizer = make_optimizer(draft, config, processes.world_size)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.loss: nn.Module = BlockLoss(draft, config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from alpamayo_dflash.common.options import check_at_least, check_positive, check_range
+from alpamayo_dflash.common.options import check_positive, check_range, check_whole
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class WorldConfig:
         workers: processes that write chunks side by side; they change nothing in what is written.
 
     Raises:
-        ValueError: a count below 1, more than 10000 chunks, or a negative seed.
+        ValueError: a count below 1, or more than 10000 chunks.
     """
 
     out: Path
@@ -33,4 +33,4 @@ class WorldConfig:
         """Check the counts."""
         check_range(1, 10_000, num_chunks=self.num_chunks)  # chunk numbers have four digits
         check_positive(clips_per_chunk=self.clips_per_chunk, workers=self.workers)
-        check_at_least(0, seed=self.seed)
+        check_whole(seed=self.seed)

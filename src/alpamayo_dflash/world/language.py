@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from alpamayo_dflash.common.options import check_positive
+from alpamayo_dflash.common.options import check_positive, generator_seed
 from alpamayo_dflash.world.facts import (
     EVENT_SHARES,
     OTHER_SIDE,
@@ -171,7 +171,7 @@ def vocabulary_texts(n: int, seed: int) -> list[str]:
         ValueError: n is below 1.
     """
     check_positive(n=n)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(generator_seed(seed))
     by_event: dict[Event, list[Facts]] = {event: [] for event in Event}
     for facts in all_facts():
         by_event[facts.event].append(facts)

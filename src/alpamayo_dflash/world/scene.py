@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alpamayo_dflash.clips.window import FUTURE_POINTS, HISTORY_POINTS, STEP_S
+from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.world.facts import Facts
 from alpamayo_dflash.world.kinematics import Track
 from alpamayo_dflash.world.road import Road
@@ -134,7 +135,8 @@ def yaw_rotations(yaw: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def scene_seed(world_seed: int, chunk: int, index: int) -> int:
     """The seed of clip number `index` of a chunk: a number below 2**63, spread by numpy's SeedSequence."""
-    return int(np.random.SeedSequence((world_seed, chunk, index)).generate_state(1, np.uint64)[0] >> 1)
+    sequence = np.random.SeedSequence((generator_seed(world_seed), chunk, index))
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
 
 
 def clip_id_of(seed: int) -> str:
