@@ -240,7 +240,7 @@ def test_loading_in_pieces_gives_the_same_weights(
     ("changes", "message"),
     [
         ({"size": "r1"}, "size is 'r1'"),
-        ({"seed": -1}, "seed is -1"),
+        ({"seed": 0.5}, "seed is 0.5"),
         ({"shards": 0}, "shards is 0"),
     ],
 )

@@ -215,7 +215,7 @@ def test_render_names_the_cameras_it_has():
         draw_picture(sample_scene(0), 3, 0.0)
 
 
-@pytest.mark.parametrize("wrong", [{"num_chunks": 0}, {"clips_per_chunk": 0}, {"workers": 0}, {"seed": -1}])
+@pytest.mark.parametrize("wrong", [{"num_chunks": 0}, {"clips_per_chunk": 0}, {"workers": 0}, {"seed": 0.5}])
 def test_the_config_checks_itself(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         WorldConfig(tmp_path, **{"num_chunks": 1, **wrong})

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from alpamayo_dflash.common.options import (
+    MOST_BLOCK,
     check_at_least,
     check_positive,
     check_range,
     check_whole,
     whole_numbers,
 )
-from alpamayo_dflash.decode.config import MOST_BLOCK, Sampling
+from alpamayo_dflash.decode.config import Sampling
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from alpamayo_dflash.common.artefacts import answer_of
 
 _GIB = 2**30
+_GROUP = Path("/sys/fs/cgroup")
 _SAMPLE_EVERY_S = 0.005
 _T = TypeVar("_T")
 
@@ -162,6 +163,42 @@ def describe_gpu(device: torch.device) -> dict[str, str | None]:
 def gib(size: int) -> float:
     """Bytes as GiB, to four decimals."""
     return round(size / _GIB, 4)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take: of a GPU, or of the host within its control group's limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    available = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        if line.startswith("MemAvailable:")
+    )
+    limit, used = (_GROUP / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
+        available = min(available, int(most) - int(used.read_text(encoding="ascii")))
+    return max(0, available)
+
+
+def check_memory(size: int, device: torch.device, what: str, remedy: str) -> None:
+    """Make sure that something fits before it is taken.
+
+    Args:
+        size: bytes.
+        device: where.
+        what: it is, for the message.
+        remedy: what to ask for instead.
+
+    Raises:
+        ValueError: it does not fit; the message has both sizes.
+    """
+    free = free_memory(device)
+    if size > free:
+        raise ValueError(
+            f"{what} takes {size / _GIB:.1f} GiB, and {free / _GIB:.1f} GiB are free on {device}; "
+            f"ask for {remedy}"
+        )
 
 
 def check_device(name: torch.device | str) -> torch.device:

@@ -8,6 +8,9 @@ import math
 import operator
 from typing import SupportsIndex
 
+MOST_BLOCK = 64
+"""The widest block that a draft may have."""
+
 _GENERATOR_SEEDS = 2**63
 """Seeds below this, and not negative, are what torch and numpy take alike."""
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from alpamayo_dflash.common.machine import check_memory
 from alpamayo_dflash.target.expert import ActionPrefix
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
@@ -57,8 +58,22 @@ class Cache:
         self.prompt_length = 0
         self.length_1 = torch.zeros(1, dtype=torch.int64, device=self._like.device)
         self.generation = 0
+        self._require(_FIRST_TAIL_SLOTS, "a smaller prompt_capacity")
         self._allocate(_FIRST_TAIL_SLOTS)
         self.tail = Tail(_FIRST_TAIL_SLOTS)
+
+    def _require(self, slots: int, remedy: str) -> None:
+        """Raise ValueError if storage for so many slots does not fit into the memory that is free."""
+        layers, heads, dim = self._heads
+        entries = self.prompt_capacity + slots + 1
+        values = 2 * layers * entries * heads * dim
+        values += (self.context_len + slots + 1) * self._features + 2 * slots * dim
+        check_memory(
+            values * self._like.element_size(),
+            self._like.device,
+            f"a cache for {self.prompt_capacity} prompt and {slots} generated tokens",
+            remedy,
+        )
 
     def _allocate(self, slots: int) -> None:
         layers, heads, dim = self._heads
@@ -78,16 +93,21 @@ class Cache:
             tensor.zero_()
 
     def grow(self, slots: int) -> None:
-        """Make room for so many slots; the prompt stays."""
+        """Make room for so many slots; the prompt stays.
+
+        Raises:
+            ValueError: they do not fit into the memory that is free.
+        """
         if slots <= self._slots:
             return
+        self._require(slots, "fewer max_new_tokens or samples")
         keys, values, taps, used = self.keys, self.values, self.taps, self.prompt_length
         self._allocate(slots)
         self.keys[:, :used], self.values[:, :used] = keys[:, :used], values[:, :used]
         self.taps[: self.context_len] = taps[: self.context_len]
 
     def reserve(self, slots: int) -> None:
-        """Empty the tail and give it this many slots; the prompt stays."""
+        """Empty the tail and give it this many slots; the prompt stays. Raises as `grow`."""
         self.grow(slots)
         self.tail = Tail(slots)
 
@@ -167,11 +187,11 @@ class Tail:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.tokens = [0] * capacity
-        self.positions = [0] * capacity
-        self._visible = np.zeros((capacity, capacity), dtype=bool)
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self._parents: list[int] = []
         self._used: set[int] = set()
-        self._free = list(range(capacity))
+        self._freed: list[int] = []  # a heap; slots beyond these lists' ends have never been used
 
     @property
     def high_water(self) -> int:
@@ -184,23 +204,41 @@ class Tail:
         Raises:
             ValueError: no slot is free.
         """
-        if not self._free:
+        if len(self._used) == self.capacity:
             raise ValueError(f"all {self.capacity} slots of the tail are in use; reserve more")
-        slot = heapq.heappop(self._free)
+        position = 0 if parent == ROOT else self.positions[parent] + 1
+        if self._freed:
+            slot = heapq.heappop(self._freed)
+            self.tokens[slot], self.positions[slot], self._parents[slot] = token, position, parent
+        else:
+            slot = len(self.tokens)
+            self.tokens.append(token)
+            self.positions.append(position)
+            self._parents.append(parent)
         self._used.add(slot)
-        self.tokens[slot] = token
-        self.positions[slot] = 0 if parent == ROOT else self.positions[parent] + 1
-        self._visible[slot] = False if parent == ROOT else self._visible[parent]
-        self._visible[slot, slot] = True
         return slot
 
     def keep(self, slots: Iterable[int]) -> None:
-        """Free every slot but these."""
+        """Free every slot but these; a slot's ancestors are kept with it."""
         kept = set(slots)
         for slot in self._used - kept:
-            heapq.heappush(self._free, slot)
+            heapq.heappush(self._freed, slot)
         self._used = kept
 
     def visible(self, slots: Sequence[int], columns: int) -> npt.NDArray[np.bool_]:
         """Return bool [R, columns]: whether slot c is the node in slots[r] itself or an ancestor of it."""
-        return self._visible[list(slots), :columns]
+        seen = np.zeros((len(slots), columns), dtype=bool)
+        rows: dict[int, int] = {}
+        for row, slot in enumerate(slots):
+            parent = self._parents[slot]
+            if parent in rows:
+                seen[row] = seen[rows[parent]]
+            else:
+                ancestors = []
+                while parent != ROOT:
+                    ancestors.append(parent)
+                    parent = self._parents[parent]
+                seen[row, ancestors] = True
+            seen[row, slot] = True
+            rows[slot] = row
+        return seen

@@ -10,9 +10,6 @@ from alpamayo_dflash.common.options import check_positive, check_whole
 LoopKind = Literal["auto", "host", "device"]
 SentenceEnd = Literal["hint", "force", "off"]
 
-MOST_BLOCK = 64
-"""The widest block that a draft may propose."""
-
 # Below this temperature a token is the arg max of its logits (design, invariant 2).
 GREEDY_BELOW = 1e-5
 

@@ -5,8 +5,10 @@ Shapes: S sample, N way-points, V vocabulary, C hidden.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +17,9 @@ from torch import Tensor
 
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.machine import Clock, current
-from alpamayo_dflash.common.options import check_positive
-from alpamayo_dflash.decode.config import MOST_BLOCK, DecodeConfig, Request, Sampling
+from alpamayo_dflash.common.options import MOST_BLOCK, check_positive
+from alpamayo_dflash.common.turn import Turn
+from alpamayo_dflash.decode.config import DecodeConfig, Request, Sampling
 from alpamayo_dflash.decode.handover import Handover, hand_over
 from alpamayo_dflash.decode.loop import Decoded, Round, Sample, decode
 from alpamayo_dflash.decode.noise import flow_noise
@@ -31,6 +34,11 @@ from alpamayo_dflash.target.borrow import borrow
 from alpamayo_dflash.target.expert import ActionPrefix
 from alpamayo_dflash.target.prompt import Prompt
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
+
+_DRAFT_FAILED = (  # one text for all, so that Python shows it once
+    "the draft failed in some rounds: its logits are not finite, or it raised an error. The target went on "
+    "alone there; Result.draft_failures counts them"
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,9 @@ class Result:
 class SpeculativeDecoder:
     """Decodes a target with proposers; without any, autoregressively. The text is the same either way.
 
+    It owns one prompt's cache, so calls from several threads wait for each other. Decoders that shall work at
+    the same time can share a target.
+
     Args:
         target: the model.
         draft: proposes blocks; None for none.
@@ -126,6 +137,7 @@ class SpeculativeDecoder:
         self.draft = draft
         self.config = config or DecodeConfig()
         self._clock = Clock(target.device)
+        self._turn = Turn("this decoder")
         if draft is not None:
             if not 2 <= draft.block_size <= MOST_BLOCK:
                 raise ValueError(
@@ -148,7 +160,7 @@ class SpeculativeDecoder:
         by_draft = None if draft is None else DraftProposer(draft, self.verifier.cache, self.rules)
         self._host_round = HostRound(self.verifier, self.rules, by_draft, listed)
         self.device_rounds = DeviceRounds(self.verifier, self.rules, Proposers(draft, listed, self._captured))
-        self._finished: tuple[Prefilled, Decoded] | None = None
+        self._finished: tuple[Prefilled, Decoded, int] | None = None  # and the thread that asked
 
     def prefill(self, window: Window | Prompt) -> Prefilled:
         """Read a prompt, so that `generate` can start from it any number of times.
@@ -156,9 +168,11 @@ class SpeculativeDecoder:
         It stays good until this decoder reads another.
 
         Raises:
-            ValueError: the prompt is longer than `prompt_capacity`.
+            ValueError: the prompt is longer than `prompt_capacity`, or what `Alpamayo.prompt` refuses.
+            RuntimeError: called from inside a call of this decoder.
         """
-        return self.verifier.prefill(self._prompt(window))
+        with self._alone():
+            return self.verifier.prefill(self._prompt(window))
 
     def generate(
         self,
@@ -188,34 +202,50 @@ class SpeculativeDecoder:
             action_noise: float32 [S, N, 2], where flow matching starts; None draws it from the seed.
 
         Raises:
-            ValueError: an option outside its range, a prompt longer than the cache, or a target whose logits
-                are not finite.
+            ValueError: an option outside its range, a window that does not fit the target, a prompt longer
+                than the cache, or a target whose logits or trajectory are not finite.
+            RuntimeError: called from inside a call of this decoder.
         """
-        request = Request(Sampling(temperature, top_p), seed, num_traj_samples, max_new_tokens)
         check_positive(num_traj_samples=num_traj_samples, max_new_tokens=max_new_tokens)
-        start = before = read = self._clock.now_ms()
-        self._finished = None
-        if isinstance(window, Prefilled):
-            prefilled = window
-        else:
-            prompt = self._prompt(window)
-            before = self._clock.now_ms()
-            prefilled = self.prefill(prompt)
-            read = self._clock.now_ms()
-        driver = self._driver(prefilled.prompt, trajectories)
-        with torch.inference_mode(), current(self.target.device):
-            round_ = self._round(request)
-            decoded = decode(
-                round_, self.verifier, prefilled, request, rules=self.rules, observer=observer or Observer()
-            )
-        written = self._clock.now_ms()
-        self._finished = (prefilled, decoded)
-        xyz = rot = None
-        if driver is not None:
-            xyz, rot = self._act(driver, prefilled, decoded, seed, action_noise)
-        end = self._clock.now_ms()
+        request = Request(Sampling(temperature, top_p), seed, num_traj_samples, max_new_tokens)
+        with self._alone():
+            start = before = read = self._clock.now_ms()
+            self._finished = None
+            prompt = window.prompt if isinstance(window, Prefilled) else self._prompt(window)
+            driver = self._driver(prompt, trajectories)
+            if driver is not None and action_noise is not None:
+                _check_noise(action_noise, (num_traj_samples, driver.n_waypoints, 2))
+            if isinstance(window, Prefilled):
+                prefilled = window
+            else:
+                before = self._clock.now_ms()
+                prefilled = self.verifier.prefill(prompt)
+                read = self._clock.now_ms()
+            with torch.inference_mode(), current(self.target.device):
+                decoded = decode(
+                    self._round(request),
+                    self.verifier,
+                    prefilled,
+                    request,
+                    rules=self.rules,
+                    observer=observer or Observer(),
+                )
+            written = self._clock.now_ms()
+            self._finished = (prefilled, decoded, threading.get_ident())
+            xyz = rot = None
+            if driver is not None:
+                xyz, rot = self._act(driver, prefilled, decoded, seed, action_noise)
+            end = self._clock.now_ms()
+        if decoded.draft_failures:
+            warnings.warn(_DRAFT_FAILED, stacklevel=2)
         timings = Timings(read - before, written - read, end - written, end - start)
         return self._result(decoded, xyz, rot, timings)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The buffers for this call alone, and arithmetic in the weights' own types without autocast."""
+        with self._turn.taken(), torch.autocast(self.target.device.type, enabled=False):
+            yield
 
     def _round(self, request: Request) -> Round:
         """The round that serves a request, on the device or the host."""
@@ -247,22 +277,23 @@ class SpeculativeDecoder:
             samples: which ones; None for all.
 
         Raises:
-            ValueError: nothing has been generated, or another prompt has been read since; or samples that
-                the reference cannot take together (see `hand_over`).
+            ValueError: nothing has been generated, another prompt has been read since, or another thread has
+                generated since; or samples that the reference cannot take together (see `hand_over`).
         """
-        if self._finished is None:
-            raise ValueError("handover() comes after generate()")
-        prefilled, decoded = self._finished
-        self.verifier.check(prefilled)
-        chosen = decoded.samples if samples is None else [decoded.samples[index] for index in samples]
-        return hand_over(
-            self._prefix(prefilled, chosen),
-            prefilled.prompt.input_ids,
-            [sample.tokens for sample in chosen],
-            rope_delta=prefilled.prompt.rope_delta,
-            pad=self.target.special.pad,
-            end=self.target.special.traj_future_start,
-        )
+        with self._alone():
+            if self._finished is None or self._finished[2] != threading.get_ident():
+                raise ValueError("handover() comes after generate(), before another thread's")
+            prefilled, decoded, _ = self._finished
+            self.verifier.check(prefilled)
+            chosen = decoded.samples if samples is None else [decoded.samples[index] for index in samples]
+            return hand_over(
+                self._prefix(prefilled, chosen),
+                prefilled.prompt.input_ids,
+                [sample.tokens for sample in chosen],
+                rope_delta=prefilled.prompt.rope_delta,
+                pad=self.target.special.pad,
+                end=self.target.special.traj_future_start,
+            )
 
     def _prompt(self, window: Window | Prompt) -> Prompt:
         if isinstance(window, Prompt):
@@ -295,14 +326,13 @@ class SpeculativeDecoder:
     ) -> tuple[Tensor, Tensor]:
         prompt = prefilled.prompt
         samples = range(len(decoded.samples))
-        shape = (len(samples), target.n_waypoints, 2)
         if noise is None:
             noise = flow_noise(seed, prompt.key, samples, target.n_waypoints, device=target.device)
-        elif noise.shape != shape:
-            raise ValueError(f"action_noise is {tuple(noise.shape)}; it must be {shape}")
         with torch.inference_mode():
             action = target.denoise(noise.to(target.device), self._prefix(prefilled, decoded.samples))
             xyz, rot = target.trajectory(action, prompt.ego_history_xyz, prompt.ego_history_rot)
+        if not bool(xyz.isfinite().all()):
+            raise ValueError("the trajectory is not finite: the expert's weights or dtype are at fault")
         return xyz.clone(), rot.clone()  # ordinary tensors, not inference mode's
 
     def _result(self, decoded: Decoded, xyz: Tensor | None, rot: Tensor | None, timings: Timings) -> Result:
@@ -322,6 +352,13 @@ class SpeculativeDecoder:
             lossless=self.config.lossless,
             timings=timings,
         )
+
+
+def _check_noise(noise: Tensor, shape: tuple[int, int, int]) -> None:
+    if noise.shape != shape:
+        raise ValueError(f"action_noise is {tuple(noise.shape)}; it must be {shape}")
+    if not bool(noise.isfinite().all()):
+        raise ValueError("action_noise is not finite; it must be standard normal values")
 
 
 def accelerate(

@@ -61,7 +61,7 @@ def hand_over(
 
     entries = prefix.keys.shape[2]
     prompt = prompt_ids.tolist()
-    sequences = torch.full((len(texts), entries + 1), pad, dtype=torch.int64)
+    sequences = torch.full((len(texts), entries + 1), pad, dtype=torch.int64, device="cpu")
     for index, (text, cached) in enumerate(zip(texts, prefix.lengths.tolist(), strict=True)):
         if text[-1] != end and cached != entries:
             raise ValueError(
@@ -69,7 +69,7 @@ def hand_over(
                 "sample is longer; hand it over alone (samples=[…])"
             )
         whole = [*prompt, *text]
-        sequences[index, : len(whole)] = torch.tensor(whole)
+        sequences[index, : len(whole)] = torch.tensor(whole, device="cpu")
     device = prefix.keys.device
     cache = DynamicCache()
     for layer, (keys_STKD, values_STKD) in enumerate(zip(prefix.keys, prefix.values, strict=True)):

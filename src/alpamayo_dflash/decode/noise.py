@@ -30,6 +30,7 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _TOKENS, _FLOW = 0, 1  # the third word of the counter keeps the two streams apart
 _CHUNK_POSITIONS = 16  # a CoC's median is 14 tokens, so one chunk mostly serves all of it
 _CHUNK_VALUES = 1 << 20
+_KEPT_VALUES = 1 << 26  # 256 MiB; those of a text that goes on are made again when they are asked for
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -181,22 +182,33 @@ class TokenNoise:
         self, seed: int, window: str, num_samples: int, vocab_size: int, device: torch.device | str = "cpu"
     ) -> None:
         self._stream = (seed, window)
-        self._num_samples = num_samples
+        self._num_samples, self._vocab_size = num_samples, vocab_size
         self.device = device
         self._chunk = max(1, min(_CHUNK_POSITIONS, _CHUNK_VALUES // (num_samples * vocab_size)))
-        self._rows = torch.empty(0, num_samples, vocab_size, device=device)
+        self._most = max(1, _KEPT_VALUES // (self._chunk * num_samples * vocab_size))
+        self._chunks: dict[int, Tensor] = {}
 
     def rows(self, samples: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Return float32 [R, V]: row r is the noise of samples[r] at positions[r]."""
-        while len(self._rows) <= max(positions):
-            start = len(self._rows)
-            chunk = token_noise(
-                *self._stream,
-                range(self._num_samples),
-                range(start, start + self._chunk),
-                self._rows.shape[-1],
-                device=self.device,
+        wanted = sorted({position // self._chunk for position in positions})
+        parts = [self._made(number) for number in wanted]
+        for number in [number for number in self._chunks if number not in wanted]:
+            if len(self._chunks) <= self._most:
+                break
+            del self._chunks[number]
+        start = {number: place * self._chunk for place, number in enumerate(wanted)}
+        places = [start[p // self._chunk] + p % self._chunk for p in positions]
+        index = [p * self._num_samples + s for s, p in zip(samples, places, strict=True)]
+        rows = (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(0, 1)
+        return rows.index_select(0, torch.tensor(index, device=self.device))
+
+    def _made(self, number: int) -> Tensor:
+        """A chunk [positions, S, V]."""
+        if number not in self._chunks:
+            start = number * self._chunk
+            places = range(start, start + self._chunk)
+            everyone = range(self._num_samples)
+            self._chunks[number] = token_noise(
+                *self._stream, everyone, places, self._vocab_size, device=self.device
             )
-            self._rows = torch.cat((self._rows, chunk))
-        index = [p * self._num_samples + s for s, p in zip(samples, positions, strict=True)]
-        return self._rows.flatten(0, 1).index_select(0, torch.tensor(index, device=self.device))
+        return self._chunks[number]

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alpamayo_dflash.common.options import MOST_BLOCK
 from alpamayo_dflash.decode import steps
 from alpamayo_dflash.decode.cache import Cache
-from alpamayo_dflash.decode.config import MOST_BLOCK, Request, Sampling
+from alpamayo_dflash.decode.config import Request, Sampling
 from alpamayo_dflash.decode.loop import NotFiniteError, Pass, Sample, Step
 from alpamayo_dflash.decode.noise import stream_keys
 from alpamayo_dflash.decode.observer import Observer, SampleTrace
@@ -223,7 +224,7 @@ class DeviceRound:
             chain = tree.first_chain()[: self.block - 1]
             self._sources[i] = [tree.sources[node] for node in chain]
             self._chain_lengths[i] = len(chain)
-            self._chains[i, : len(chain)] = torch.tensor([tree.tokens[node] for node in chain])
+            self._chains[i, : len(chain)] = torch.tensor([tree.tokens[node] for node in chain], device="cpu")
         for kept, written in zip(self.state.listed, (self._chains, self._chain_lengths), strict=True):
             kept.copy_(written, non_blocking=True)
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
+from alpamayo_dflash.common.options import MOST_BLOCK
 from alpamayo_dflash.decode.cache import ROOT
-from alpamayo_dflash.decode.config import MOST_BLOCK, Request
+from alpamayo_dflash.decode.config import Request
 from alpamayo_dflash.decode.loop import NotFiniteError, Pass, Sample, Step, same_texts
 from alpamayo_dflash.decode.noise import TokenNoise
 from alpamayo_dflash.decode.observer import Observer, SampleTrace

@@ -29,9 +29,9 @@ def mask_bias(masked: range, vocab_size: int, token_ids: Tensor | None = None) -
     Returns:
         float32 [V], 0 or minus infinity.
     """
-    ids = torch.arange(vocab_size) if token_ids is None else token_ids
+    ids = torch.arange(vocab_size, device="cpu") if token_ids is None else token_ids
     hidden = (ids >= masked.start) & (ids < masked.stop)
-    return torch.zeros(vocab_size, device=ids.device).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device).masked_fill_(hidden, float("-inf"))
 
 
 def nucleus(probabilities_RV: Tensor, top_p: float) -> Tensor:

@@ -22,7 +22,7 @@ from alpamayo_dflash.common.machine import current
 from alpamayo_dflash.decode.cache import ROOT, Cache
 from alpamayo_dflash.decode.forward import text_model
 from alpamayo_dflash.decode.tree import Tree
-from alpamayo_dflash.target.prompt import Prompt, PromptEmbeddings
+from alpamayo_dflash.target.prompt import Prompt, PromptEmbeddings, check_history
 from alpamayo_dflash.target.qwen3 import AfterLayer
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
@@ -106,13 +106,15 @@ class Verifier:
         """Read a prompt in one causal pass; only its last row gets logits.
 
         Raises:
-            ValueError: the prompt is longer than the cache.
+            ValueError: the prompt is longer than the cache, or its ego history is none (`check_history`).
         """
         length = len(prompt.input_ids)
         if length > self.cache.prompt_capacity:
             raise ValueError(
                 f"the prompt has {length} tokens, but the cache holds at most {self.cache.prompt_capacity}"
             )
+        if len(prompt.ego_history_xyz):
+            check_history(prompt.ego_history_xyz, prompt.ego_history_rot, f"prompt {prompt.key!r}")
         prompt = prompt.to(self.target.device)
         with torch.inference_mode(), current(self.target.device):
             return self.read(prompt, self.target.embed(prompt))
@@ -249,13 +251,14 @@ class Verifier:
                 [tail.positions[slot] for slot in slots] + [0] * padding,
                 [*slots, *([tail.capacity] * padding)],
             ],
+            device="cpu",
         ).to(target.device)
         columns = tail.capacity if self.row_width else tail.high_water
-        seen = torch.zeros(width, columns, dtype=torch.uint8)
+        seen = torch.zeros(width, columns, dtype=torch.uint8, device="cpu")
         seen[: len(slots)] = torch.from_numpy(tail.visible(slots, columns))
         out = self.run(index[0], index[1], index[2], seen.to(target.device), logits=logits)
         if out is None:
-            return torch.zeros(0, target.vocab_size, device=target.device)
+            return torch.zeros(0, target.vocab_size, dtype=torch.float32, device=target.device)
         return out[: len(slots), : target.vocab_size].float()
 
     def _keep(self, tapped: dict[int, Tensor]) -> AfterLayer:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alpamayo_dflash.common.options import check_above_zero, check_at_least, check_positive
+from alpamayo_dflash.common.options import (
+    MOST_BLOCK,
+    check_above_zero,
+    check_at_least,
+    check_positive,
+    check_range,
+)
 
 FULL_CONTEXT = 2**31 - 1
 """A `context_len` beyond any prompt: the draft sees every state before the anchor, as z-lab's drafts do."""
@@ -60,7 +66,7 @@ class DraftConfig:
         more = ("vocab_size", "context_len", "num_target_layers")
         check_positive(**{name: getattr(self, name) for name in (*counts, *more)})
         check_above_zero(rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta)
-        check_at_least(2, block_size=self.block_size)  # a known token and a mask
+        check_range(2, MOST_BLOCK, block_size=self.block_size)  # a known token and a mask at least
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:

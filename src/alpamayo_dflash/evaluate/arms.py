@@ -182,6 +182,7 @@ def acceptance_of(result: Result) -> AcceptanceRow:
         "passes": result.passes,
         "drafted": result.drafted,
         "accepted": result.accepted,
+        "draft_failures": result.draft_failures,
     }
 
 

@@ -192,6 +192,7 @@ def evaluation_summary(
         "acceptance_rate": acceptance["acceptance_rate"],
         "passes_per_coc": acceptance["passes_per_coc"],
         "acceptance_counts": acceptance["counts"],
+        "draft_failures": sum(row["acceptance"].get("draft_failures", 0) for row in rows),
         "arms": {arm: arm_summary(rows, arm) for arm in arms},
         "speedup": speedups(rows) if len(arms) == 3 else None,
         "trajectory": trajectory_summary(rows),

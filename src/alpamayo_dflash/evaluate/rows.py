@@ -30,13 +30,15 @@ class AcceptanceRow(TypedDict):
     """What the speculative loop did on one clip, over all samples.
 
     `tokens_after_first` counts through `<|traj_future_start|>`, `passes` the verify passes after the
-    prompt's, each sample's own; `drafted` and `accepted` count drafted tokens.
+    prompt's, each sample's own; `drafted` and `accepted` count drafted tokens; `draft_failures` the texts and
+    rounds that the draft failed on (rows of older runs lack it).
     """
 
     tokens_after_first: int
     passes: int
     drafted: int
     accepted: int
+    draft_failures: NotRequired[int]
 
 
 class Identity(TypedDict):

@@ -78,6 +78,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     failures = _evaluate_clips(arms, source, clip_ids, store, console)
     rows = store.rows()
     result = metrics.evaluation_summary(rows, failures, attempted=len(clip_ids)) | _settings(arms)
+    if result["draft_failures"]:
+        console.print(f"the draft failed {result['draft_failures']} times", style="red", highlight=False)
     made = provenance(config, started, parents)
     write_json(config.output_dir / RESULT, result | {"head": head, "provenance": made, "clip_rows": rows})
     if not failures:  # else a later run does these clips again, and only these

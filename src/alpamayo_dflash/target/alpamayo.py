@@ -322,7 +322,7 @@ def time_grid(steps: int) -> Tensor:
     """
     if steps < 1:
         raise ValueError(f"num_steps is {steps}; it must be at least 1")
-    return torch.linspace(0, 1, steps + 1, dtype=torch.float32)
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float32, device="cpu")
 
 
 def _dtype(dtype: torch.dtype | str | None, config: AlpamayoConfig, device: torch.device) -> torch.dtype:

@@ -399,7 +399,7 @@ def _inverse_frequencies(vlm: Any, path: str) -> Tensor:
     else:
         text = vlm.config.text_config
         size, theta = text.head_dim, rope_settings(text).theta
-    exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
     return torch.reciprocal(theta**exponents)
 
 

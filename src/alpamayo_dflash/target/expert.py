@@ -115,7 +115,7 @@ def log_spaced(count: int, max_freq: float) -> Tensor:
     torch's logspace gives the values that R1 stores, to the bit; a power of float32 exponents does not, and
     an error of 2e-6 in a frequency shows in the features (1.5 stores none).
     """
-    return torch.logspace(0, math.log10(max_freq), count, dtype=torch.float32).unsqueeze(0)
+    return torch.logspace(0, math.log10(max_freq), count, dtype=torch.float32, device="cpu").unsqueeze(0)
 
 
 class RMSNorm(nn.Module):

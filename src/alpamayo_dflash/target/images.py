@@ -69,5 +69,5 @@ def patches(images: Tensor, *, patch: int, merge: int, temporal: int) -> tuple[T
     ordered = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(n * grid_h * grid_w, channels, 1, patch, patch)
     scaled = (ordered.float() - 127.5) / 127.5
     pixel_values = scaled.expand(-1, -1, temporal, -1, -1).flatten(1)
-    grid = torch.tensor([[1, grid_h, grid_w]], dtype=torch.int64).expand(n, 3).contiguous()
+    grid = torch.tensor([[1, grid_h, grid_w]], dtype=torch.int64, device="cpu").expand(n, 3).contiguous()
     return pixel_values, grid

@@ -38,7 +38,7 @@ class ActionSpace(nn.Module):
     def reset(self, device: torch.device, *, rounded: bool) -> None:
         """Set the constants from the config, rounded to bfloat16 if asked (specification 1.5)."""
         for name in _CONSTANTS:
-            value = torch.tensor(getattr(self.config, name), dtype=torch.float32)
+            value = torch.tensor(getattr(self.config, name), dtype=torch.float32, device="cpu")
             setattr(self, name, (value.bfloat16().float() if rounded else value).to(device))
 
     def denormalise(self, action: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Shapes: P prompt tokens, T image tokens, C hidden.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,11 +125,14 @@ def render(
         question: 1.5's question; the prompt then asks for an answer instead of a trajectory.
 
     Raises:
-        ValueError: R1 was asked for something that only 1.5 knows, or a camera has no name.
+        ValueError: R1 was asked for something that only 1.5 knows, a question comes with a route, or a camera
+            has no name.
     """
     is_r1 = config.version == "r1"
     if is_r1 and (camera_text or route is not None or question is not None):
         raise ValueError("camera text, a route and questions belong to Alpamayo 1.5; this checkpoint is R1")
+    if question is not None and route is not None:
+        raise ValueError(f"route {route!r} is given with a question, whose prompt has no place for it")
     named = not is_r1 if camera_text is None else camera_text
     images = _named_images(cameras, frames) if named else _IMAGE * (len(cameras) * frames)
     if question is not None:
@@ -188,14 +192,15 @@ def mrope_positions(input_ids: Tensor, grid: Tensor, *, image_pad: int, merge: i
     for _, grid_h, grid_w in grid.tolist():
         rows, columns = grid_h // merge, grid_w // merge
         text = image_starts[used] - cursor
-        parts.append((position + torch.arange(text)).expand(3, -1))
+        parts.append((position + torch.arange(text, device="cpu")).expand(3, -1))
         position += text
-        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        sides = torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu")
+        row, column = torch.meshgrid(*sides, indexing="ij")
         parts.append(position + torch.stack((torch.zeros_like(row), row, column)).flatten(1))
         position += max(rows, columns)
         cursor = image_starts[used] + rows * columns
         used += rows * columns
-    parts.append((position + torch.arange(len(input_ids) - cursor)).expand(3, -1))
+    parts.append((position + torch.arange(len(input_ids) - cursor, device="cpu")).expand(3, -1))
     position_ids = torch.cat(parts, dim=1)
     return position_ids, int(position_ids.max()) + 1 - len(input_ids)
 
@@ -213,22 +218,29 @@ def build_prompt(
 ) -> Prompt:
     """Turn a window into a prompt, on the CPU; for the options see `render`.
 
+    A question's prompt has no ego history: an answer is asked for, and no trajectory.
+
     Raises:
-        ValueError: the window's arrays do not fit the checkpoint.
+        ValueError: the window's arrays do not fit the checkpoint, its history is not one of the moment t0, or
+            a route or question holds a control token.
     """
     frames, cameras = _ordered_frames(window)
     pixel_values, grid = _pixels(frames, config, shape)
+    for name, given in (("route", route), ("question", question)):
+        _check_plain_text(name, given, tokenizer)
     text = render(
         config, cameras, window.frames.shape[1], camera_text=camera_text, route=route, question=question
     )
-    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+    encoded = tokenizer.encode(text, add_special_tokens=False).ids
+    ids = torch.tensor(encoded, dtype=torch.int64, device="cpu")
     repeats = torch.ones_like(ids)
     repeats[ids == special.image_pad] = grid.prod(-1) // shape.merge**2
     ids = ids.repeat_interleave(repeats)
-    xyz = torch.from_numpy(np.asarray(window.ego_history_xyz, dtype=np.float32))
-    rot = torch.from_numpy(np.asarray(window.ego_history_rot, dtype=np.float32))
-    _check_history(xyz, rot)
+    xyz, rot = no_history()
     if question is None:
+        xyz = torch.from_numpy(np.asarray(window.ego_history_xyz, dtype=np.float32))
+        rot = torch.from_numpy(np.asarray(window.ego_history_rot, dtype=np.float32))
+        check_history(xyz, rot, f"window {window.key}")
         history = encode_history(xyz, rot, config.history_tokenizer) + config.history_token_start_idx
         ids = fuse_history(ids, history, special.traj_history)
     position_ids, delta = mrope_positions(ids, grid, image_pad=special.image_pad, merge=shape.merge)
@@ -261,11 +273,57 @@ def _pixels(frames: Tensor, config: AlpamayoConfig, shape: PatchShape) -> tuple[
     return patches(resized, patch=shape.patch, merge=shape.merge, temporal=shape.temporal)
 
 
-def _check_history(xyz: Tensor, rot: Tensor) -> None:
+def no_history() -> tuple[Tensor, Tensor]:
+    """The history of a prompt that asks for no trajectory."""
+    points = torch.zeros(0, 3, 3, dtype=torch.float32, device="cpu")
+    return points[:, 0], points
+
+
+def check_history(xyz: Tensor, rot: Tensor, where: str) -> None:
+    """Make sure that an ego history is one, in the frame of its own last point.
+
+    A history that is newest first, or in another frame, ends elsewhere. Its direction of travel is its own
+    affair: cars reverse, and a standing one's points are all zero.
+
+    Args:
+        xyz: [M, 3] metres, oldest first.
+        rot: [M, 3, 3].
+        where: whose it is, for the message.
+
+    Raises:
+        ValueError: other shapes, a value that is not finite, or a last point away from the origin.
+    """
     if xyz.dim() != 2 or xyz.shape[1] != 3 or rot.shape != (*xyz.shape, 3) or len(xyz) < 2:
         raise ValueError(
-            f"ego history xyz {tuple(xyz.shape)}, rot {tuple(rot.shape)}: must be [M, 3] and [M, 3, 3], M ≥ 2"
+            f"{where}: ego history xyz {tuple(xyz.shape)}, rot {tuple(rot.shape)}: must be [M, 3] and "
+            "[M, 3, 3], M ≥ 2"
         )
+    for name, values in (("ego_history_xyz", xyz), ("ego_history_rot", rot)):
+        sound = values.isfinite().flatten(1).all(1)
+        if not bool(sound.all()):
+            at = int(sound.logical_not().nonzero()[0])
+            raise ValueError(f"{where}: {name}[{at}] is {values[at].tolist()}; it must be finite")
+    away = float(xyz[-1].norm())
+    turned = float((rot[-1].double() - torch.eye(3, dtype=torch.float64, device=rot.device)).norm())
+    if away > _MOST_AWAY_M or turned > _MOST_TURNED:
+        raise ValueError(
+            f"{where}: the ego history's last point is {xyz[-1].tolist()} m, turned {rot[-1].tolist()}; it "
+            "must be the origin and the identity (the frame of t0, oldest point first)"
+        )
+
+
+_MOST_AWAY_M = 0.01
+_MOST_TURNED = math.radians(0.1) * 2**0.5  # the Frobenius norm of R − 1 is √2 times a small angle
+
+
+def _check_plain_text(option: str, text: str | None, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if a user's text would write control tokens."""
+    if text is None:
+        return
+    added = tokenizer.get_added_tokens_decoder()
+    found = [token for token in tokenizer.encode(text, add_special_tokens=False).ids if token in added]
+    if found:
+        raise ValueError(f"{option} {text!r} holds the control token {added[found[0]].content}; leave it out")
 
 
 _KNOWN = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
@@ -315,6 +373,8 @@ def read_inputs(
         raise ValueError(f"inputs: {found} image tokens, but image_grid_thw {grid.tolist()} makes {wanted}")
     positions, delta = mrope_positions(ids, grid, image_pad=image_pad, merge=merge)
     xyz, rot = _history(ego_history_xyz, ego_history_rot)
+    if len(xyz):
+        check_history(xyz, rot, "inputs")
     return Prompt(ids, pixels.cpu().float(), grid, positions, delta, key, xyz, rot)
 
 
@@ -322,7 +382,7 @@ def _history(xyz: Tensor | None, rot: Tensor | None) -> tuple[Tensor, Tensor]:
     if xyz is None or rot is None:
         if xyz is not None or rot is not None:
             raise ValueError("ego_history_xyz and ego_history_rot come together; one of them is missing")
-        return torch.zeros(0, 3), torch.zeros(0, 3, 3)
+        return no_history()
     points = xyz.shape[-2] if xyz.dim() > 1 else 0
     if xyz.numel() != points * 3 or rot.numel() != points * 9 or points < 2:
         raise ValueError(

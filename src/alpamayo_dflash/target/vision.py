@@ -34,8 +34,8 @@ class VisionFeatures:
 
 def merge_order(grid_h: int, grid_w: int, merge: int) -> tuple[Tensor, Tensor]:
     """Row and column of each patch, int64 [T], in merge-block order (blocks row by row, then inside them)."""
-    rows = torch.arange(grid_h).view(grid_h // merge, 1, merge, 1)
-    columns = torch.arange(grid_w).view(1, grid_w // merge, 1, merge)
+    rows = torch.arange(grid_h, device="cpu").view(grid_h // merge, 1, merge, 1)
+    columns = torch.arange(grid_w, device="cpu").view(1, grid_w // merge, 1, merge)
     shape = (grid_h // merge, grid_w // merge, merge, merge)
     return rows.expand(shape).flatten(), columns.expand(shape).flatten()
 
@@ -47,7 +47,7 @@ def interpolated_positions(table_VC: Tensor, grid_h: int, grid_w: int, merge: in
     device = table_VC.device
 
     def corners(index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        at = torch.linspace(0, side - 1, count, dtype=torch.float32)[index]
+        at = torch.linspace(0, side - 1, count, dtype=torch.float32, device="cpu")[index]
         low = at.long()
         return low.to(device), (low + 1).clamp(max=side - 1).to(device), (at - low).to(device)
 
@@ -69,7 +69,7 @@ def rotary_tables_2d(
     """Cosines and sines of the tower's axial rotary embedding, float32 [T, head_dim] (specification 6)."""
     row, column = merge_order(grid_h, grid_w, merge)
     half = head_dim // 2
-    inverse = 1.0 / 10000.0 ** (torch.arange(0, half, 2, dtype=torch.float32) / half)
+    inverse = 1.0 / 10000.0 ** (torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
     angles = torch.cat((row[:, None] * inverse, column[:, None] * inverse), dim=-1)
     angles = torch.cat((angles, angles), dim=-1).to(device)
     return angles.cos(), angles.sin()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alpamayo_dflash.common.options import (
+    MOST_BLOCK,
     check_above_zero,
     check_at_least,
     check_fraction,
@@ -15,7 +16,6 @@ from alpamayo_dflash.common.options import (
     check_whole,
     parse_layers,
 )
-from alpamayo_dflash.decode.config import MOST_BLOCK
 from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT
 
 DEFAULT_BLOCK_SIZE = 8
