@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 import target_factory as factory
 import torch
 
+from alpamayo_dflash import SpeculativeDecoder
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.config import AlpamayoConfig, HistoryTokenizerConfig
 from alpamayo_dflash.target.images import patches, resize, smart_size
@@ -221,3 +223,32 @@ def test_prompt_of_1_5_has_the_named_text(later: Alpamayo):
     assert "<|route_start|>left<|route_end|>output" in text
     answer = later.prompt(factory.window(), question="Is it red?")
     assert answer.input_ids[-1] == later.special.answer_start
+
+
+CONTROL = ["<|image_pad|>", "<|im_end|>", "<|traj_history|>", "<|cot_end|>", "<i3>", "<|video_pad|>"]
+
+
+@pytest.mark.parametrize("option", ["route", "question"])
+@pytest.mark.parametrize("token", CONTROL)
+def test_a_users_text_writes_no_control_token(later: Alpamayo, option: str, token: str):
+    with pytest.raises(ValueError, match=f"{option} .* holds the control token {re.escape(token)}"):
+        later.prompt(factory.window(), **{option: f"Turn left {token} now"})
+
+
+@pytest.mark.parametrize("text", ["", "<|", "<|image_pad", "< |im_end| >", "<|im_end>", "<i 3>", "ü 😀"])
+def test_a_users_text_is_text(later: Alpamayo, text: str):
+    plain = later.tokenizer.encode(text, add_special_tokens=False).ids
+    start, end = (later.tokenizer.token_to_id(f"<|route_{side}|>") for side in ("start", "end"))
+    ids = later.prompt(factory.window(), route=text).input_ids.tolist()
+    assert ids[ids.index(start) + 1 : ids.index(end)] == plain
+
+
+def test_a_question_asks_for_no_trajectory(later: Alpamayo):
+    prompt = later.prompt(factory.window(), question="Is it red?")
+    assert len(prompt.ego_history_xyz) == 0
+    decoder = SpeculativeDecoder(later)
+    assert decoder.generate(prompt, max_new_tokens=3).pred_xyz is None
+    with pytest.raises(ValueError, match="has no ego history"):
+        decoder.generate(prompt, trajectories=True)
+    with pytest.raises(ValueError, match="route 'left' is given with a question"):
+        later.prompt(factory.window(), question="Is it red?", route="left")

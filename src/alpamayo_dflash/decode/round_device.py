@@ -11,6 +11,7 @@ Shapes: S sample, R rows, b block, X context, V vocabulary, E slots of the tail.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -468,16 +469,20 @@ class CapturedCall:
         RuntimeError: the call cannot be captured.
     """
 
+    _one_at_a_time = threading.Lock()
+
     def __init__(self, call: Callable[[], object]) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Without a stream of this device's it would take the one that the process captured on first.
-        with torch.cuda.graph(self._graph, stream=stream):
-            call()
+        with self._one_at_a_time:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                call()
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            # Without a stream of this device's it would take the one that the process captured on first. The
+            # mode lets other threads' decoders work on meanwhile.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                call()
 
     def replay(self) -> None:
         """Do the work again; the host does not wait for it."""
