@@ -1,5 +1,7 @@
 """On a CUDA device: the same noise as on the CPU, and losslessness there (run by hand: `pytest -m gpu`)."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -284,6 +286,28 @@ def test_a_target_on_the_second_gpu(views):
         [captured] = decoder.device_rounds.kept.values()
         assert captured._graph is not None
         assert torch.cuda.current_device() == 0
+
+
+def test_threads(views):
+    """Decoders over one target capture and replay side by side; callers of one wait for each other."""
+    target = Alpamayo.from_pretrained("tiny", dtype=torch.bfloat16, device="cuda")
+    config = DecodeConfig(row_width=8)
+    options = [{"seed": seed, "max_new_tokens": 24 + 64 * (seed % 2)} for seed in range(4)]
+
+    def texts(decoder):
+        return [
+            decoder.generate(view, **each).token_ids
+            for view, each in zip(views[: len(options)], options, strict=True)
+        ]
+
+    def new():
+        return SpeculativeDecoder(target, random_draft(target, 8), config)
+
+    right = texts(SpeculativeDecoder(target, None, config))
+    one = new()
+    for decoders in ([new(), new(), new()], [one, one, one]):
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(texts, decoders)) == [right] * 3
 
 
 @torch.inference_mode()

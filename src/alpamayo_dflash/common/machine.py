@@ -29,7 +29,8 @@ class Clock:
     def now_ms(self) -> float:
         """Milliseconds from some moment on; only differences mean something."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            # Of the whole device it would end another thread's capture of a graph.
+            torch.cuda.current_stream(self._device).synchronize()
         return time.perf_counter() * 1e3
 
 
