@@ -22,7 +22,11 @@ def find_snapshot(cache_dir: Path | str, revision: str = "main", repo_id: str = 
     """
     folder = repo_folder(cache_dir, repo_id)
     if not folder.is_dir():
-        raise ValueError(f"{cache_dir} is no cache of the dataset {repo_id}: it has no folder {folder.name}")
+        plain = (Path(cache_dir) / "clip_index.parquet").is_file()
+        raise ValueError(
+            f"{cache_dir} is no cache of the dataset {repo_id}: it has no folder {folder.name}"
+            + " (it holds the dataset's files as they are; the hub's cache layout is what is read)" * plain
+        )
     commit = revision
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         reference = folder / "refs" / revision

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from alpamayo_dflash.common.options import check_positive
 
+FrameRule = Literal["strict", "warn"]
+MOTION_GAP_MS = 200
+"""The longest gap in the ego motion that is bridged; the real set has about a hundred poses a second."""
 DEFAULT_T0_US = 5_100_000
 """The default moment of a window, microseconds on its clip's clock."""
 

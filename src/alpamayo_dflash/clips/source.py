@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import threading
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,23 +19,23 @@ from rich.console import Console
 from rich.progress import track
 
 from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, chunk_file, find_snapshot
-from alpamayo_dflash.clips.config import DEFAULT_T0_US
+from alpamayo_dflash.clips.config import DEFAULT_T0_US, MOTION_GAP_MS, FrameRule
+from alpamayo_dflash.clips.motion import Poses, poses, stamps_of
+from alpamayo_dflash.clips.video import Times, UnsoundError, Video, frame_of_stamp
 from alpamayo_dflash.clips.window import (
     CAMERAS,
     DEFAULT_CAMERAS,
     FRAMES_PER_CAMERA,
-    FUTURE_POINTS,
-    HISTORY_POINTS,
     STEP_S,
     Window,
     check_cameras,
+    whole_us,
 )
 from alpamayo_dflash.common.ahead import read_ahead
 from alpamayo_dflash.common.options import check_positive
 
 _STEP_US = round(STEP_S * 1e6)
 Frames = npt.NDArray[np.uint8]
-Poses = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
 class ClipError(ValueError):
@@ -40,15 +44,17 @@ class ClipError(ValueError):
     Attributes:
         clip_id: the clip.
         reason: what is wrong.
+        kind: a word for it, to count by.
     """
 
-    def __init__(self, clip_id: str, reason: str) -> None:
+    def __init__(self, clip_id: str, reason: str, kind: str = "file") -> None:
         super().__init__(f"clip {clip_id}: {reason}")
         self.clip_id = clip_id
         self.reason = reason
+        self.kind = kind
 
-    def __reduce__(self) -> tuple[type[ClipError], tuple[str, str]]:
-        return type(self), (self.clip_id, self.reason)
+    def __reduce__(self) -> tuple[type[ClipError], tuple[str, str, str]]:
+        return type(self), (self.clip_id, self.reason, self.kind)
 
 
 class ClipSource:
@@ -60,6 +66,10 @@ class ClipSource:
     imported, and then for every model of the process too).
 
     A source may be used from several threads.
+
+    Attributes:
+        cameras: dataset indices, ascending.
+        noted: how often a camera was read although something about its frames is unusual, by kind.
     """
 
     def __init__(
@@ -70,6 +80,8 @@ class ClipSource:
         cameras: Sequence[int] = DEFAULT_CAMERAS,
         repo_id: str = REPO_ID,
         offline: bool = True,
+        frames: FrameRule = "strict",
+        motion_gap_ms: int = MOTION_GAP_MS,
     ) -> None:
         """Open a dataset.
 
@@ -79,12 +91,18 @@ class ClipSource:
             cameras: dataset indices of the cameras to read; they are read in ascending order.
             repo_id: the dataset's name on the hub.
             offline: read the cache only. Otherwise what the cache lacks is streamed from the hub.
+            frames: what happens to a clip whose frames may not be those of its stamps: `strict` refuses it,
+                `warn` reads them by their order and says so.
+            motion_gap_ms: the longest gap in the ego motion around a moment that is needed.
 
         Raises:
             ValueError: an unknown or repeated camera, or the cache does not hold the dataset.
         """
         self.cameras = check_cameras(cameras)
         self.offline = offline
+        self.noted: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._strict, self._gap_us = frames == "strict", motion_gap_ms * 1000
         if offline:
             if cache_dir is None:
                 raise ValueError("cache_dir is missing: offline reading needs the folder with the dataset")
@@ -110,11 +128,26 @@ class ClipSource:
         wanted = set(at_hand if chunks is None else chunks)
         missing = sorted(wanted - set(at_hand))
         if missing:
-            raise ValueError(f"chunks {missing} are not in the dataset's cache; it holds {_ranges(at_hand)}")
+            raise ValueError(
+                f"chunks {missing} are not in the dataset's cache; it holds {_ranges(at_hand)}"
+                + self._lacking(missing)
+            )
         clip_ids = sorted(clip_id for clip_id, chunk in self._chunk_of.items() if chunk in wanted)
         if not clip_ids:
-            raise ValueError("the list of clips is empty: no chunk was asked for, or the cache holds none")
+            reason = "no chunk was asked for" if chunks is not None else "the cache holds no whole chunk"
+            lacking = "" if chunks is not None else self._lacking(sorted(set(self._chunk_of.values())))
+            raise ValueError(f"the list of clips is empty: {reason}{lacking}")
         return clip_ids
+
+    def _lacking(self, chunks: Sequence[int]) -> str:
+        """For a message: which file keeps the first half-fetched one of these chunks from being read."""
+        for chunk in chunks:
+            files = [self._file(feature, chunk) for feature in self._features()]
+            lacking = [file for file in files if not self.dataset.is_file_cached(file)]
+            if lacking and len(lacking) < len(files):
+                more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+                return f"; chunk {chunk} lacks {lacking[0]}{more}"
+        return ""
 
     def chunk_of(self, clip_id: str) -> int:
         """The chunk that a clip belongs to.
@@ -145,6 +178,7 @@ class ClipSource:
             ClipError: the clip is unknown, one of its files is missing or damaged, or t0 lies outside it.
         """
         self.chunk_of(clip_id)
+        t0_us = whole_us(t0_us)
         frames = [self._frames(clip_id, CAMERAS[index], t0_us) for index in self.cameras]
         if len({frame.shape for frame in frames}) > 1:
             sizes = {CAMERAS[i]: frame.shape[1:3] for i, frame in zip(self.cameras, frames, strict=True)}
@@ -152,9 +186,11 @@ class ClipSource:
         history, future = self._poses(clip_id, t0_us)
         return Window(clip_id, t0_us, self.cameras, np.stack(frames), *history, *(future or (None, None)))
 
+    def _features(self) -> tuple[str, ...]:
+        return EGOMOTION, *(CAMERAS[index] for index in self.cameras)
+
     def _is_at_hand(self, chunk: int) -> bool:
-        features = (EGOMOTION, *(CAMERAS[index] for index in self.cameras))
-        return all(self.dataset.is_file_cached(self._file(feature, chunk)) for feature in features)
+        return all(self.dataset.is_file_cached(self._file(feature, chunk)) for feature in self._features())
 
     def _file(self, feature: str, chunk: int) -> str:
         if feature not in self.dataset.features.ALL:
@@ -165,47 +201,71 @@ class ClipSource:
     def _frames(self, clip_id: str, feature: str, t0_us: int) -> Frames:
         """The last frames [frames, height, width, 3] at or before t0 - 0.3 s ... t0 of one camera."""
         wanted = t0_us + np.arange(1 - FRAMES_PER_CAMERA, 1, dtype=np.int64) * _STEP_US
-        reader = self._read(clip_id, feature)
+        files = self._members(clip_id, feature)
         try:
-            images, stamps = reader.decode_images_from_timestamps(wanted)
+            stamps = stamps_of(_table(files["frame_timestamps"]))
+            if wanted[0] < stamps[0] or wanted[-1] > stamps[-1]:
+                raise UnsoundError(
+                    "moment",
+                    f"its timestamps cover {stamps[0]} to {stamps[-1]} us, but t0 = {t0_us} us needs "
+                    f"{wanted[0]} to {wanted[-1]}",
+                )
+            rows = np.searchsorted(stamps, wanted, side="right") - 1
+            late = int((wanted - stamps[rows]).max())
+            if late >= _STEP_US:
+                raise UnsoundError(
+                    "moment", f"it has no frame for {late / 1e3:.0f} ms before t0 = {t0_us} us"
+                )
+            with contextlib.closing(Video(files["video"])) as video:
+                numbers = self._numbers(clip_id, feature, stamps, video)
+                return np.stack(video.frames(numbers[rows].tolist(), damaged=not self._strict))
+        except UnsoundError as error:
+            raise ClipError(clip_id, f"{feature}: {error}", error.kind) from None
         except _damage() as error:
             raise self._explain(clip_id, feature, error) from error
-        finally:
-            reader.close()
-        late = int((wanted - stamps).max())
-        if late >= _STEP_US:
-            raise ClipError(clip_id, f"{feature} has no frame for {late / 1e3:.0f} ms before t0 = {t0_us} us")
-        frames: Frames = images
-        return frames
+
+    def _numbers(self, clip_id: str, feature: str, stamps: Times, video: Video) -> Times:
+        """The frame of each stamp."""
+        frames = len(video.times_us)
+        try:
+            numbers = frame_of_stamp(stamps, video.times_us)
+        except UnsoundError as error:
+            if self._strict or len(stamps) > frames:
+                raise
+            numbers = np.arange(len(stamps))
+            self._note(error.kind, f"clip {clip_id}, {feature}: {error}; read by their order")
+        else:
+            if len(stamps) < frames:
+                self._note(
+                    "fewer stamps", f"clip {clip_id}, {feature}: {len(stamps)} stamps, {frames} frames"
+                )
+        return numbers
+
+    def _note(self, kind: str, what: str) -> None:
+        with self._lock:
+            self.noted[kind] += 1
+        Console(stderr=True).print(what, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def _poses(self, clip_id: str, t0_us: int) -> tuple[Poses, Poses | None]:
         """History [16] and future [64] of the ego, as positions and rotations in the ego frame at t0."""
-        motion = self._read(clip_id, EGOMOTION)
-        first, last = motion.time_range
-        steps = np.arange(1 - HISTORY_POINTS, FUTURE_POINTS + 1, dtype=np.int64)
-        if t0_us + steps[0] * _STEP_US < first or t0_us > last:
-            raise ClipError(
-                clip_id,
-                f"its ego motion covers {first} to {last} us, but t0 = {t0_us} us needs 1.5 s of history",
-            )
-        if t0_us + steps[-1] * _STEP_US > last:
-            steps = steps[:HISTORY_POINTS]
-        pose = motion(t0_us + steps * _STEP_US).pose
-        rotation, place = pose.rotation.as_matrix(), pose.translation
-        zero = HISTORY_POINTS - 1
-        back = rotation[zero].T
-        xyz = ((place - place[zero]) @ back.T).astype(np.float32)
-        rot = (back @ rotation).astype(np.float32)
-        if not (np.isfinite(xyz).all() and np.isfinite(rot).all()):
-            raise ClipError(clip_id, f"its ego motion has entries that are not finite around t0 = {t0_us} us")
-        history = xyz[:HISTORY_POINTS], rot[:HISTORY_POINTS]
-        future = xyz[HISTORY_POINTS:], rot[HISTORY_POINTS:]
-        return history, future if len(steps) > HISTORY_POINTS else None
-
-    def _read(self, clip_id: str, feature: str) -> Any:
-        """The devkit's object for one feature of a clip."""
+        files = self._members(clip_id, EGOMOTION)
         try:
-            return self.dataset.get_clip_feature(clip_id, feature, maybe_stream=not self.offline)
+            return poses(_table(files[EGOMOTION]), t0_us, most_gap_us=self._gap_us)
+        except UnsoundError as error:
+            raise ClipError(clip_id, f"ego motion: {error}", error.kind) from None
+        except _damage() as error:
+            raise self._explain(clip_id, EGOMOTION, error) from error
+
+    def _members(self, clip_id: str, feature: str) -> dict[str, bytes]:
+        """The files of one feature of a clip, by the devkit's names for them."""
+        file = self._file(feature, self._chunk_of[clip_id])
+        try:
+            names = self.dataset.features.get_clip_files_in_zip(clip_id, feature)
+            with (
+                self.dataset.open_file(file, maybe_stream=not self.offline) as stream,
+                zipfile.ZipFile(stream) as archive,
+            ):
+                return {alias: archive.read(name) for alias, name in names.items()}
         except _damage() as error:
             raise self._explain(clip_id, feature, error) from error
 
@@ -213,6 +273,12 @@ class ClipSource:
         file = self._file(feature, self._chunk_of[clip_id])
         problem = str(error) or "damaged"
         return ClipError(clip_id, f"cannot read {feature} from {file} ({type(error).__name__}: {problem})")
+
+
+def _table(data: bytes) -> Any:
+    import pandas as pd
+
+    return pd.read_parquet(io.BytesIO(data))
 
 
 @functools.cache
@@ -263,6 +329,11 @@ def _offline_interface() -> Any:
     from physical_ai_av import PhysicalAIAVDatasetInterface
 
     class OfflineInterface(PhysicalAIAVDatasetInterface):
+        def _load_metadata(self) -> None:
+            """Whether the hub has a table that is not cached, as older revisions lack one, is not asked."""
+            self.api.file_exists = lambda *_, **__: False  # type: ignore[method-assign]
+            super()._load_metadata()
+
         @property
         def is_offline_mode(self) -> bool:
             return True

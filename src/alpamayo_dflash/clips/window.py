@@ -36,6 +36,21 @@ def check_cameras(cameras: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(cameras))
 
 
+def whole_us(t0_us: float) -> int:
+    """A moment as a whole number of microseconds; 5.1e6 is 5100000.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        whole = int(t0_us)
+    except (TypeError, ValueError, OverflowError):
+        whole = None
+    if whole is None or whole != t0_us:
+        raise ValueError(f"t0_us is {t0_us!r}; it must be a whole number of microseconds")
+    return whole
+
+
 @dataclass(frozen=True)
 class Window:
     """One moment of one clip. Poses are in the ego frame at t0: x forward, y left, z up; metres.
@@ -49,6 +64,9 @@ class Window:
         ego_history_rot: float32 [16, 3, 3].
         ego_future_xyz: float32 [64, 3], t0 + 0.1 s ... t0 + 6.4 s; None where the clip ends before.
         ego_future_rot: float32 [64, 3, 3], or None.
+
+    Raises:
+        ValueError: t0_us is no whole number of microseconds.
     """
 
     clip_id: str
@@ -59,6 +77,10 @@ class Window:
     ego_history_rot: npt.NDArray[np.float32]
     ego_future_xyz: npt.NDArray[np.float32] | None = None
     ego_future_rot: npt.NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        """Make the moment a whole number: it is part of the key, and so of the noise."""
+        object.__setattr__(self, "t0_us", whole_us(self.t0_us))
 
     @property
     def key(self) -> str:
