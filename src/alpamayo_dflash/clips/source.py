@@ -9,7 +9,7 @@ import threading
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,17 @@ class ClipError(ValueError):
 
     def __reduce__(self) -> tuple[type[ClipError], tuple[str, str, str]]:
         return type(self), (self.clip_id, self.reason, self.kind)
+
+
+def failure_of(clip_id: str, error: Exception) -> dict[str, str]:
+    """A failed clip as results list it."""
+    kind = error.kind if isinstance(error, ClipError) else "target"
+    return {"clip_id": clip_id, "reason": str(error), "kind": kind}
+
+
+def failure_kinds(failures: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many clips failed by kind of reason; older results did not record it."""
+    return dict(Counter(failure.get("kind", "not recorded") for failure in failures).most_common())
 
 
 class ClipSource:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alpamayo_dflash.clips.config import DEFAULT_T0_US
+from alpamayo_dflash.clips.config import DEFAULT_T0_US, MOTION_GAP_MS, FrameRule
 from alpamayo_dflash.common.options import check_positive, check_whole, parse_layers
 from alpamayo_dflash.common.ranks import share_of
 from alpamayo_dflash.decode.config import Sampled
@@ -48,6 +48,9 @@ class DistillConfig(Sampled):
         t0_us: the moment of each clip, microseconds on its clock.
         dtype: of the stored states; the target's own where it is left out. Logits are always float32.
         target_dtype: of the target's weights; if left out float32 on a CPU, the checkpoint's own elsewhere.
+        frames: what happens to a clip whose frames may not be those of its stamps: strict refuses it, warn
+            reads them by their order and says so.
+        motion_gap_ms: the longest gap in the ego motion that is bridged around a moment that is needed.
         device: torch device; plain "cuda" means this process's own under torchrun.
         local_files_only: never ask the hub for the checkpoint.
         keep_going: record a clip that fails and go on; else stop there (a later run continues).
@@ -79,6 +82,8 @@ class DistillConfig(Sampled):
     t0_us: int = DEFAULT_T0_US
     dtype: Literal["float32", "bfloat16"] | None = None
     target_dtype: Literal["float32", "bfloat16"] | None = None
+    frames: FrameRule = "strict"
+    motion_gap_ms: int = MOTION_GAP_MS
     device: str = "cpu"
     local_files_only: bool = False
     keep_going: bool = True
@@ -91,6 +96,7 @@ class DistillConfig(Sampled):
             samples_per_clip=self.samples_per_clip,
             max_tokens=self.max_tokens,
             shard_size=self.shard_size,
+            motion_gap_ms=self.motion_gap_ms,
         )
         _ = self.sampling
         check_whole(seed=self.seed, t0_us=self.t0_us)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from alpamayo_dflash.clips.lists import parse_chunks
-from alpamayo_dflash.clips.source import ClipError, ClipSource, progressing_windows
+from alpamayo_dflash.clips.source import ClipError, ClipSource, failure_of, progressing_windows
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import file_hash, list_hash, provenance
 from alpamayo_dflash.common.options import check_layers, parse_layers
@@ -39,7 +39,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
     """
     started = time.time()
     rank, world_size = share_of(config.rank, config.world_size)
-    source = ClipSource(config.cache_dir)
+    source = ClipSource(config.cache_dir, frames=config.frames, motion_gap_ms=config.motion_gap_ms)
     chunks = config.chunk_numbers(source.chunks()) if config.chunks is None else parse_chunks(config.chunks)
     clip_ids = source.clip_ids(chunks)
     device, local = own_device(config.device), config.local_files_only
@@ -72,6 +72,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
         "world_size": world_size,
         "target_layers": settings["taps"],
         **writer.summary(),
+        "frames_noted": dict(source.noted),
         "estimated_bytes": estimate,
         "nothing_to_do": nothing_to_do,
     }
@@ -194,7 +195,8 @@ def write_windows(
                 raise ValueError(
                     str(error) if isinstance(error, ClipError) else f"clip {clip_id}: {error}"
                 ) from error
-            results.append(ClipResult(clip_id, chunk, failure=str(error)))
+            kind = failure_of(clip_id, error)["kind"]
+            results.append(ClipResult(clip_id, chunk, failure=str(error), kind=kind))
         if len(results) == len(writer.remaining[0]):
             writer.write(results)
             results = []

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from alpamayo_dflash.clips.source import failure_kinds
 from alpamayo_dflash.common.artefacts import write_json
 from alpamayo_dflash.common.ranks import require_same
 from alpamayo_dflash.distill.shards import (
@@ -55,12 +56,13 @@ class Response:
 
 @dataclass(frozen=True)
 class ClipResult:
-    """What came of one clip: responses, or the reason why there are none."""
+    """What came of one clip: responses, or the reason why there are none, and its kind."""
 
     clip_id: str
     chunk: int
     responses: tuple[Response, ...] = ()
     failure: str | None = None
+    kind: str = ""
 
 
 class RankWriter:
@@ -159,7 +161,7 @@ class RankWriter:
                 "file": name if pairs else None,
                 "clips": [result.clip_id for result in results if result.failure is None],
                 "failures": [
-                    {"clip_id": result.clip_id, "reason": result.failure}
+                    {"clip_id": result.clip_id, "reason": result.failure, "kind": result.kind}
                     for result in results
                     if result.failure is not None
                 ],
@@ -175,7 +177,11 @@ class RankWriter:
         shards = self._manifest["shards"]
         done, failed = (sum(len(shard[key]) for shard in shards) for key in ("clips", "failures"))
         counts = {key: sum(shard[key] for shard in shards) for key in ("samples", "tokens", "bytes")}
-        return {"clips": {"attempted": done + failed, "done": done, "failed": failed}, **counts}
+        return {
+            "clips": {"attempted": done + failed, "done": done, "failed": failed},
+            "failure_kinds": failure_kinds(failure for shard in shards for failure in shard["failures"]),
+            **counts,
+        }
 
     def _write_manifest(self) -> None:
         """Write the rank's manifest and failures, and merge the ranks' manifests into `distill.json`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alpamayo_dflash.clips.config import DEFAULT_T0_US
+from alpamayo_dflash.clips.config import DEFAULT_T0_US, MOTION_GAP_MS, FrameRule
 from alpamayo_dflash.common.options import check_at_least, check_fraction, check_positive, check_whole
 from alpamayo_dflash.decode.config import DecodeConfig, Sampled, Sampling, SentenceEnd
 
@@ -43,6 +43,9 @@ class EvaluateConfig(Sampled):
         row_width: run both loops at this number of rows (bit-equal passes in bfloat16).
         prompt_capacity: the longest prompt that the loops' cache holds, tokens.
         warmup: untimed runs of every arm before the first clip.
+        frames: what happens to a clip whose frames may not be those of its stamps: strict refuses it, warn
+            reads them by their order and says so.
+        motion_gap_ms: the longest gap in the ego motion that is bridged around a moment that is needed.
         output_dir: folder of evaluation.json and of the rows kept while it runs.
         device: torch device.
         dtype: of the target's weights; the checkpoint's own where it is left out.
@@ -69,6 +72,8 @@ class EvaluateConfig(Sampled):
     row_width: int | None = None
     prompt_capacity: int = 4096
     warmup: int = 1
+    frames: FrameRule = "strict"
+    motion_gap_ms: int = MOTION_GAP_MS
     output_dir: Path = Path("runs/evaluation")
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -79,6 +84,7 @@ class EvaluateConfig(Sampled):
             max_tokens=self.max_tokens,
             num_traj_samples=self.num_traj_samples,
             num_samples=self.num_samples,
+            motion_gap_ms=self.motion_gap_ms,
         )
         _ = self.sampling, self.decode
         check_whole(seed=self.seed, t0_us=self.t0_us)

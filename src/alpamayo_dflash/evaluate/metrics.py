@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from alpamayo_dflash.clips.source import failure_kinds
 from alpamayo_dflash.decode.observer import SPANS
 from alpamayo_dflash.evaluate.config import ARMS
 from alpamayo_dflash.evaluate.rows import ClipRow, Failure
@@ -185,6 +186,7 @@ def evaluation_summary(
             "attempted": attempted,
             "done": len(rows),
             "failed": len(failures),
+            "kinds": failure_kinds(failures),
             "failures": list(failures),
         },
         "lossless": identity_counts(rows),

@@ -98,10 +98,11 @@ class ClipRow(TypedDict):
 
 
 class Failure(TypedDict):
-    """A clip that failed, and why."""
+    """A clip that failed, and why; older results lack the kind."""
 
     clip_id: str
     error: str
+    kind: NotRequired[str]
 
 
 class LosslessRow(TypedDict):

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from alpamayo_dflash.clips.cache import find_snapshot
 from alpamayo_dflash.clips.lists import chosen_clips
-from alpamayo_dflash.clips.source import ClipSource
+from alpamayo_dflash.clips.source import ClipSource, failure_of
 from alpamayo_dflash.clips.window import Window, constant_velocity, min_ade
 from alpamayo_dflash.common.artefacts import folder_hash, provenance, read_json, to_plain, write_json
 from alpamayo_dflash.common.machine import Clock
@@ -38,7 +38,7 @@ ROWS = "rows.jsonl"
 _CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
 
 # Options that change neither the numbers nor which clips they are of.
-_FREE = frozenset(("output_dir", "verbose", "local_files_only"))
+_FREE = frozenset(("output_dir", "verbose", "local_files_only", "frames", "motion_gap_ms"))
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     """
     started = time.time()
     console = Console(file=sys.stderr)
-    source = ClipSource(config.cache_dir)
+    source = ClipSource(config.cache_dir, frames=config.frames, motion_gap_ms=config.motion_gap_ms)
     clip_ids = chosen_clips(
         source,
         clip_id=config.clip_id,
@@ -78,6 +78,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     failures = _evaluate_clips(arms, source, clip_ids, store, console)
     rows = store.rows()
     result = metrics.evaluation_summary(rows, failures, attempted=len(clip_ids)) | _settings(arms)
+    result["frames_noted"] = dict(source.noted)
     if result["draft_failures"]:
         console.print(f"the draft failed {result['draft_failures']} times", style="red", highlight=False)
     made = provenance(config, started, parents)
@@ -148,7 +149,8 @@ def _evaluate_clips(
                     warm = True
                 store.add(evaluate_clip(arms, window, facts.get(clip_id), turn=number, console=console))
             except _CLIP_ERRORS as error:
-                failures.append({"clip_id": clip_id, "error": str(error)})
+                kind = failure_of(clip_id, error)["kind"]
+                failures.append({"clip_id": clip_id, "error": str(error), "kind": kind})
                 console.print(f"clip {clip_id} failed: {error}", style="red", highlight=False, markup=False)
             progress.advance(task)
     return failures

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from alpamayo_dflash.clips.config import DEFAULT_T0_US
+from alpamayo_dflash.clips.config import DEFAULT_T0_US, MOTION_GAP_MS, FrameRule
 from alpamayo_dflash.common.options import check_positive, check_whole, parse_layers
 from alpamayo_dflash.common.ranks import share_of
 from alpamayo_dflash.decode.config import Sampled
@@ -33,6 +33,9 @@ class LayersConfig(Sampled):
         temperature: of the rollouts; 0 is greedy.
         top_p: nucleus of the rollouts.
         max_tokens: limit of new tokens a rollout.
+        frames: what happens to a clip whose frames may not be those of its stamps: strict refuses it, warn
+            reads them by their order and says so.
+        motion_gap_ms: the longest gap in the ego motion that is bridged around a moment that is needed.
         device: torch device; plain "cuda" means this process's own under torchrun.
         dtype: of the target's weights; if left out float32 on a CPU, the checkpoint's own elsewhere.
         local_files_only: never ask the hub for the checkpoint.
@@ -57,6 +60,8 @@ class LayersConfig(Sampled):
     temperature: float = 0.0
     top_p: float = 0.98
     max_tokens: int = 128
+    frames: FrameRule = "strict"
+    motion_gap_ms: int = MOTION_GAP_MS
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] | None = None
     local_files_only: bool = False
@@ -66,6 +71,7 @@ class LayersConfig(Sampled):
         check_positive(
             num_samples=self.num_samples, num_target_layers=self.num_target_layers, max_tokens=self.max_tokens
         )
+        check_positive(motion_gap_ms=self.motion_gap_ms)
         _ = self.sampling
         check_whole(seed=self.seed, t0_us=self.t0_us)
         parse_layers(self.layers)

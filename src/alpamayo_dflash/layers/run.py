@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alpamayo_dflash.clips.lists import parse_chunks, sample_clips
-from alpamayo_dflash.clips.source import ClipError, ClipSource, progressing_windows
+from alpamayo_dflash.clips.source import (
+    ClipError,
+    ClipSource,
+    failure_kinds,
+    failure_of,
+    progressing_windows,
+)
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import list_hash, provenance, read_json, write_json
 from alpamayo_dflash.common.options import check_layers, parse_layers
@@ -57,7 +63,7 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
     started = time.time()
     assert config.model_path is not None
     assert config.cache_dir is not None
-    source = ClipSource(config.cache_dir)
+    source = ClipSource(config.cache_dir, frames=config.frames, motion_gap_ms=config.motion_gap_ms)
     clip_ids = source.clip_ids(parse_chunks(config.chunks))
     device, local = own_device(config.device), config.local_files_only
     target, target_hash = open_target(
@@ -83,6 +89,8 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
         "rank": rank,
         "world_size": world_size,
         "clips": content["clips"],
+        "failure_kinds": failure_kinds(content["failures"]),
+        "frames_noted": dict(source.noted),
         "tokens": content["scores"]["tokens"],
         "scores_file": str(path),
         "nothing_to_do": found,
@@ -160,7 +168,7 @@ def score_windows(
             token_ids = rollouts.write(config.sampling, seed=config.seed)[0].token_ids
             forced = rollouts.score([token_ids])[0]
         except ValueError as error:
-            scored.failures.append({"clip_id": clip_id, "reason": str(error)})
+            scored.failures.append(failure_of(clip_id, error))
             continue
         before_LC = forced.prompt_states[:, -1]
         scored.scores.add(score_response(target, forced.states, before_LC, token_ids, candidates))
