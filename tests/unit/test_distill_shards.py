@@ -107,7 +107,7 @@ def test_manifest_counts_and_says_where_it_came_from(tmp_path):
     assert manifest["tokens"] == sum(len(sample.token_ids) for sample in DistillData(tmp_path).samples)
     assert part.summary()["clips"] == manifest["clips"]
     failures = json.loads((tmp_path / "failures-rank0.json").read_text())
-    assert failures["failures"] == [{"clip_id": "clip-4", "reason": "broken video"}]
+    assert failures["failures"] == [{"clip_id": "clip-4", "reason": "broken video", "kind": "target"}]
 
 
 def test_estimate_matches_what_is_stored(tmp_path):

@@ -62,7 +62,7 @@ class ClipResult:
     chunk: int
     responses: tuple[Response, ...] = ()
     failure: str | None = None
-    kind: str = ""
+    kind: str = "target"
 
 
 class RankWriter:
