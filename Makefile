@@ -31,7 +31,7 @@ compat: $(COMPAT)/installed
 # A load, a text and lossless texts, with the oldest transformers laid over the first environment.
 compat-quick: $(LAID)/installed
 	PYTHONPATH=$(LAID) ALPAMAYO_TRANSFORMERS="$$(cat $(LAID)/installed)" \
-		$(BIN)/python -m pytest tests/integration/test_versions.py
+		$(BIN)/python -m pytest tests/integration/test_oldest_transformers.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""A load, a text and lossless texts, with whatever transformers there is: `make compat-quick` gives an old one."""
+"""A load, a text and lossless texts with the transformers there is; `make compat-quick` lays an old one over."""
 
 import json
 import os
