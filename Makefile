@@ -5,8 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 DEMO_OUT ?= runs/demo
+# torch of `make compat`: 2.13.0 has a build with no GPU; 2.8.0, which NVIDIA pins, brings 6 GB of CUDA with it.
+COMPAT_TORCH ?= 2.13.0
+COMPAT := .venv-compat-$(COMPAT_TORCH)
+# transformers 4.57.1, and what it needs that the first environment has newer or not at all.
+LAID := $(VENV)/oldest-transformers
+LAID_OVER := transformers|huggingface-hub|tokenizers|requests|urllib3|charset-normalizer|certifi
 
-.PHONY: demo test golden lint types check clean
+.PHONY: demo test golden compat compat-quick lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
@@ -17,6 +23,15 @@ test: $(STAMP)
 # The parity tests alone; ALPAMAYO_GOLDEN names the fixtures' folder (default: ../shared/golden).
 golden: $(STAMP)
 	ALPAMAYO_GOLDEN="$${ALPAMAYO_GOLDEN:-../shared/golden}" $(BIN)/python -m pytest tests/integration/test_golden.py
+
+# Every test again, golden ones too, in a second environment with the oldest versions that are promised.
+compat: $(COMPAT)/installed
+	ALPAMAYO_GOLDEN="$${ALPAMAYO_GOLDEN:-../shared/golden}" $(COMPAT)/bin/python -m pytest -n 2 --dist loadfile
+
+# A load, a text and lossless texts, with the oldest transformers laid over the first environment.
+compat-quick: $(LAID)/installed
+	PYTHONPATH=$(LAID) ALPAMAYO_TRANSFORMERS="$$(cat $(LAID)/installed)" \
+		$(BIN)/python -m pytest tests/integration/test_oldest_transformers.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -33,5 +48,20 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
 	touch $(STAMP)
 
+$(COMPAT)/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(COMPAT)
+	sed 's/^torch==.*/torch==$(COMPAT_TORCH)/' constraints-oldest.txt > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -c $(COMPAT)/constraints.txt \
+		torch pytest pytest-xdist setuptools -e .
+	touch $@
+
+$(LAID)/installed: $(STAMP) constraints-oldest.txt
+	rm -rf $(LAID)
+	mkdir $(LAID)
+	grep -E '^($(LAID_OVER))==' constraints-oldest.txt > $(LAID)/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
+		--target $(LAID) -r $(LAID)/requirements.txt
+	sed -n 's/^transformers==//p' $(LAID)/requirements.txt > $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-compat-* runs

@@ -30,6 +30,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers_versions import forward_inputs, rope_index
 
 Json = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -759,8 +760,7 @@ def text_pass(parts: Parts, case: Prepared, ids: Tensor) -> TextPass:
     finals: list[Tensor] = []
     hooks.append(model.language_model.norm.register_forward_hook(lambda _, args, out: finals.append(out[0])))
     cache: Any = DynamicCache()
-    kinds = inputs["mm_token_type_ids"]
-    positions, delta = model.get_rope_index(inputs["input_ids"], kinds, case.grid)
+    positions, delta = rope_index(model, inputs)
     out = parts.vlm(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
     for hook in hooks:
         hook.remove()
@@ -779,13 +779,14 @@ def text_pass(parts: Parts, case: Prepared, ids: Tensor) -> TextPass:
 
 
 def model_inputs(parts: Parts, case: Prepared, ids: Tensor) -> dict[str, Tensor]:
-    return {
+    inputs = {
         "input_ids": ids[None],
         "attention_mask": torch.ones_like(ids)[None],
         "pixel_values": case.pixel_values,
         "image_grid_thw": case.grid,
         "mm_token_type_ids": (ids == parts.token("image_pad"))[None].int(),
     }
+    return forward_inputs(parts.vlm, inputs)
 
 
 class OneTokenLater(StoppingCriteria):  # type: ignore[misc]

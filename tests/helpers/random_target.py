@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers_versions import drawn_in_order
 
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.config import AlpamayoConfig
@@ -137,7 +138,8 @@ def random_target(
         }
     )
     torch.manual_seed(seed)
-    target = Alpamayo.from_config(config, folder)
+    with drawn_in_order():
+        target = Alpamayo.from_config(config, folder)
     with torch.no_grad():
         head = target.head
         head.normal_()

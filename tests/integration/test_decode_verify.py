@@ -36,9 +36,9 @@ def full_forward(target, prompt, tokens):
     more = torch.tensor([list(tokens)], dtype=torch.int64)
     inputs["input_ids"] = torch.cat((inputs["input_ids"], more), dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["mm_token_type_ids"] = torch.cat(
-        (inputs["mm_token_type_ids"], torch.zeros_like(more).int()), dim=1
-    )
+    if "mm_token_type_ids" in inputs:  # of transformers 5
+        more_kinds = torch.zeros_like(more).int()
+        inputs["mm_token_type_ids"] = torch.cat((inputs["mm_token_type_ids"], more_kinds), dim=1)
     outputs = {}
     # A layer's output with the deepstack addition is what the next layer reads.
     hooks = [

@@ -97,6 +97,7 @@ def full_forward(target, prompt, token_ids):
         with torch.no_grad():
             answer = target.vlm(
                 input_ids=ids[None],
+                attention_mask=torch.ones_like(ids)[None],
                 pixel_values=prompt.pixel_values,
                 image_grid_thw=prompt.image_grid_thw,
                 position_ids=positions[:, None],

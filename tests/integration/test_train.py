@@ -65,7 +65,7 @@ def write_vlm(folder, layers):
     }
     (folder / "vlm").mkdir(exist_ok=True)
     path = folder / "vlm" / "config.json"
-    path.write_text(json.dumps({"model_type": "qwen3_vl", "text_config": shape}))
+    path.write_text(json.dumps({"model_type": "qwen3_vl", "text_config": shape | {"rope_theta": 1e6}}))
 
 
 def toy_response(embedding, clip, sample):

@@ -25,9 +25,9 @@ def _one_search_for_builtins(monkeypatch, _interpreted):
     """At every launch and call the interpreter looks through Triton's language, a fifth of the time here."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
 
-    def patch(part, builder, scope):
+    def patch(part, *rest):  # a builder and, of later Tritons, a scope
         for name, member in _builtins(part):
             if getattr(part, name) is member:  # else it is replaced already
-                interpreter._patch_attr(part, name, member, builder, scope)
+                interpreter._patch_attr(part, name, member, *rest)
 
     monkeypatch.setattr(interpreter, "_patch_builtin", patch)

@@ -19,6 +19,7 @@ from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.expert import log_spaced
 
 NAME = "vlm.model.language_model.layers.1.self_attn.k_proj.weight"
+THETA = {"rope_theta": 1e6}
 
 
 @pytest.fixture(scope="module")
@@ -214,8 +215,12 @@ def test_configs_that_cannot_be_used_are_refused(copy: Path, changes: dict[str, 
         ({"model_type": "qwen2_vl"}, "must be 'qwen3_vl'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is true"),
         ({"image_token_id": 3}, "image_token_id is 3"),
-        ({"text_config": {"rope_scaling": {"rope_type": "yarn"}}}, "rope_type is 'yarn'"),
-        ({"text_config": {"rope_scaling": {"mrope_interleaved": False}}}, "mrope_interleaved is false"),
+        ({"text_config": {"rope_scaling": {}}}, r"vlm/config\.json: text_config: no rope_theta"),
+        ({"text_config": THETA | {"rope_scaling": {"rope_type": "yarn"}}}, "rope_type is 'yarn'"),
+        (
+            {"text_config": THETA | {"rope_scaling": {"mrope_interleaved": False}}},
+            "mrope_interleaved is false",
+        ),
     ],
 )
 def test_vlm_configs_that_cannot_be_used_are_refused(copy: Path, changes: dict[str, object], message: str):

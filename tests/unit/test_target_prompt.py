@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import target_factory as factory
 import torch
+from transformers_versions import image_features, rope_index
 
 from alpamayo_dflash import SpeculativeDecoder
 from alpamayo_dflash.target.alpamayo import Alpamayo
@@ -73,10 +74,7 @@ def test_prompt_fits_transformers(r1: Alpamayo):
     """Positions, rope delta and image features equal what transformers makes of the same inputs."""
     prompt = r1.prompt(factory.window())
     inputs = r1.transformers_inputs(prompt)
-    index = {
-        key: inputs[key] for key in ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
-    }
-    positions, delta = r1.vlm.model.get_rope_index(**index)
+    positions, delta = rope_index(r1.vlm.model, inputs)
     assert torch.equal(prompt.position_ids, positions[:, 0])
     assert prompt.rope_delta == delta.item()
     assert prompt.key == "clip@5"
@@ -84,10 +82,12 @@ def test_prompt_fits_transformers(r1: Alpamayo):
     assert (prompt.input_ids == r1.special.image_pad).sum() == prompt.image_grid_thw.prod(-1).sum() // 4
     with torch.no_grad():
         embeddings = r1.embed(prompt)
-        features = r1.vlm.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        features, _ = image_features(
+            r1.vlm.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        )
     # Equal images go through the tower together, so rounding differs from transformers' loop over images.
     seen = embeddings.hidden[embeddings.image_positions]
-    torch.testing.assert_close(seen, torch.cat(features.pooler_output), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(seen, torch.cat(features), atol=2e-5, rtol=1e-5)
 
 
 def test_cameras_are_sorted(r1: Alpamayo):

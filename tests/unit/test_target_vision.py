@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers_versions import image_features
 
 from alpamayo_dflash.target.vision import encode_images
 
@@ -35,9 +36,9 @@ def test_equal_to_transformers(visual, grids):
     grid = torch.tensor(grids)
     with torch.no_grad():
         ours = encode_images(visual, pixels, grid)
-        theirs = visual(pixels, grid_thw=grid)
-    torch.testing.assert_close(ours.embeds, theirs.pooler_output, atol=2e-5, rtol=1e-5)
-    for level, expected in enumerate(theirs.deepstack_features):
+        embeds, deepstack = image_features(visual(pixels, grid_thw=grid))
+    torch.testing.assert_close(ours.embeds, embeds, atol=2e-5, rtol=1e-5)
+    for level, expected in enumerate(deepstack):
         torch.testing.assert_close(ours.deepstack[level], expected, atol=2e-5, rtol=1e-5)
 
 

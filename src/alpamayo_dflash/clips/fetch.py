@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError
 
 from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, find_snapshot, repo_folder
-from alpamayo_dflash.clips.source import ClipSource
+from alpamayo_dflash.clips.source import ClipSource, open_online
 from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, check_cameras
 from alpamayo_dflash.common.artefacts import write_text
 from alpamayo_dflash.common.options import check_positive
@@ -141,6 +142,8 @@ def _fetch_file(dataset: Any, name: str) -> str | None:
         return _reason(error)
     except ValueError as error:  # the devkit's, for a file that the hub does not have
         return _reason(error)
+    except IndexError:  # for the same, of physical_ai_av 0.2.0
+        return f"{name!r} not found in {dataset.repo_id}"
     return None
 
 
@@ -187,20 +190,14 @@ def _online(cache_dir: Path | str, revision: str, repo_id: str) -> Any:
 
 
 def _open(cache_dir: Path | str, revision: str, repo_id: str) -> Any:
-    from physical_ai_av import PhysicalAIAVDatasetInterface
-
+    unasked = {"confirm_download_threshold_gb": float("inf")}  # to ask is not a library's business
     try:
-        dataset = PhysicalAIAVDatasetInterface(
-            revision,
-            repo_id=repo_id,
-            cache_dir=cache_dir,
-            confirm_download_threshold_gb=float("inf"),  # to ask is not a library's business
-        )
+        dataset = open_online(cache_dir, revision, repo_id, **unasked)
     except _HUB_ERRORS as error:
         raise ValueError(
             f"{repo_id}: its tables cannot be had ({_reason(error)}); the dataset is gated: accept its terms "
             "on the hub and log in (hf auth login), and do not set HF_HUB_OFFLINE"
         ) from None
-    if dataset.is_offline_mode:
+    if HF_HUB_OFFLINE:
         raise ValueError("HF_HUB_OFFLINE is set, and the cache lacks some of these chunks; unset it to fetch")
     return dataset

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import io
 import threading
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ class ClipSource:
                 raise ValueError("cache_dir is missing: offline reading needs the folder with the dataset")
             self.dataset = _open_offline(Path(cache_dir), revision, repo_id)
         else:
-            self.dataset = _open_online(cache_dir, revision, repo_id)
+            self.dataset = open_online(cache_dir, revision, repo_id)
         self._chunk_of: dict[str, int] = {
             str(clip_id): int(chunk) for clip_id, chunk in self.dataset.clip_index["chunk"].items()
         }
@@ -314,10 +315,22 @@ def _damage() -> tuple[type[Exception], ...]:
     )
 
 
-def _open_online(cache_dir: Path | str | None, revision: str, repo_id: str) -> Any:
+def open_online(cache_dir: Path | str | None, revision: str, repo_id: str, **options: Any) -> Any:
+    """The devkit's own interface; `options` are its constructor's."""
     from physical_ai_av import PhysicalAIAVDatasetInterface
 
-    return PhysicalAIAVDatasetInterface(revision, repo_id=repo_id, cache_dir=cache_dir)
+    return PhysicalAIAVDatasetInterface(revision, cache_dir=cache_dir, **_named(repo_id), **options)
+
+
+def _named(repo_id: str) -> dict[str, Any]:
+    """The dataset's name as the devkit takes it; 0.2.0 knows the one dataset and takes none."""
+    from physical_ai_av import PhysicalAIAVDatasetInterface
+
+    if "repo_id" in inspect.signature(PhysicalAIAVDatasetInterface).parameters:
+        return {"repo_id": repo_id}
+    if repo_id != REPO_ID:
+        raise ValueError(f"this physical_ai_av reads {REPO_ID} alone, not {repo_id}; a later one reads both")
+    return {}
 
 
 def _open_offline(cache_dir: Path, revision: str, repo_id: str) -> Any:
@@ -325,7 +338,7 @@ def _open_offline(cache_dir: Path, revision: str, repo_id: str) -> Any:
     snapshot = find_snapshot(cache_dir, revision, repo_id)
     try:
         # With the hash for a revision the hub's library takes cached files without asking for newer ones.
-        return _offline_interface()(snapshot.name, repo_id=repo_id, cache_dir=cache_dir)
+        return _offline_interface()(snapshot.name, cache_dir=cache_dir, **_named(repo_id))
     except (OSError, LookupError, ValueError) as error:
         raise ValueError(f"{snapshot} does not hold the dataset's tables ({error})") from error
 
@@ -335,16 +348,24 @@ def _offline_interface() -> Any:
     """The devkit's interface as a class whose instances never ask the network.
 
     The devkit takes its offline flag from a constant of the hub's library, which is fixed when that is first
-    imported. Here the flag is the instance's own.
+    imported; 0.2.0 has none, and asks the hub which tables a revision has. Here the flag is the instance's
+    own, and the cache answers for the hub.
     """
+    from huggingface_hub import HfApi
     from physical_ai_av import PhysicalAIAVDatasetInterface
 
-    class OfflineInterface(PhysicalAIAVDatasetInterface):
-        def _load_metadata(self) -> None:
-            """Whether the hub has a table that is not cached, as older revisions lack one, is not asked."""
-            self.api.file_exists = lambda *_, **__: False  # type: ignore[method-assign]
-            super()._load_metadata()
+    class CachedHub(HfApi):
+        def __init__(self, is_file_cached: Callable[[str], bool]) -> None:
+            super().__init__()
+            self._is_file_cached = is_file_cached
 
+        def file_exists(self, repo_id: str, filename: str, **_: Any) -> bool:
+            return self._is_file_cached(filename)
+
+        def get_paths_info(self, repo_id: str, paths: list[str] | str, **_: Any) -> list[Any]:
+            raise FileNotFoundError(f"{paths} is not in the cache")
+
+    class OfflineInterface(PhysicalAIAVDatasetInterface):
         @property
         def is_offline_mode(self) -> bool:
             return True
@@ -352,6 +373,14 @@ def _offline_interface() -> Any:
         @is_offline_mode.setter
         def is_offline_mode(self, value: bool) -> None:
             """The constant that the constructor assigns does not matter here."""
+
+        @property
+        def api(self) -> CachedHub:
+            return CachedHub(self.is_file_cached)
+
+        @api.setter
+        def api(self, value: HfApi) -> None:
+            """Nor does its client."""
 
     return OfflineInterface
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
+from alpamayo_dflash.target.rotary import rope_settings
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -261,12 +262,13 @@ def _agreed(places: Mapping[str, Mapping[str, Any]], key: str, where: str) -> An
 
 def _rope_theta(values: Mapping[str, Any], where: str) -> float:
     """The rotary base, from `rope_theta` (transformers 4) or `rope_parameters` (transformers 5)."""
+    rope = rope_settings(values, where)
     parameters = values.get("rope_parameters") or {}
-    if parameters.get("rope_type", "default") != "default" or set(parameters) - {"rope_type", "rope_theta"}:
+    if rope.rope_type != "default" or set(parameters) - {"rope_type", "rope_theta"}:
         raise ValueError(
             f"{where}: rope_parameters is {parameters!r}; only the default type is computed here"
         )
-    return float(_agreed({"at top level": values, "in rope_parameters": parameters}, "rope_theta", where))
+    return rope.rope_theta
 
 
 def read_draft(

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from alpamayo_dflash.common.artefacts import atomic_file, write_json
 from alpamayo_dflash.common.options import check_whole
 from alpamayo_dflash.target.config import ActionSpaceConfig
+from alpamayo_dflash.target.rotary import Rope
 from alpamayo_dflash.target.tokenizer import R1_NAMES, ROLES
 
 RandomSize = Literal["r1-10b", "medium", "small"]
@@ -328,12 +329,7 @@ def vlm_config(shape: TargetShape) -> dict[str, Any]:
             "num_hidden_layers": shape.layers,
             "num_key_value_heads": shape.kv_heads,
             "rms_norm_eps": 1e-6,
-            "rope_theta": shape.rope_theta,
-            "rope_scaling": {
-                "mrope_interleaved": True,
-                "mrope_section": list(shape.mrope_section),
-                "rope_type": "default",
-            },
+            **Rope(shape.rope_theta, shape.mrope_section).to_json(),
             "use_cache": True,
             "vocab_size": shape.traj_start + shape.spare_rows,
         },

@@ -24,7 +24,7 @@ from transformers import Qwen3VLConfig
 
 from alpamayo_dflash.common.artefacts import atomic_file, read_json, write_json
 from alpamayo_dflash.target.config import AlpamayoConfig
-from alpamayo_dflash.target.qwen3 import rope_settings
+from alpamayo_dflash.target.rotary import rope_settings, with_rope
 from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from alpamayo_dflash.target.weights import allocate
 
@@ -165,7 +165,8 @@ def read_vlm_config(folder: Path, config: AlpamayoConfig) -> Qwen3VLConfig:
     """Read the Qwen3-VL configuration and put the checkpoint's vocabulary size in.
 
     Raises:
-        ValueError: it is not a Qwen3-VL, ties its embeddings, or asks for another rotary type.
+        ValueError: it is not a Qwen3-VL, ties its embeddings, has no `rope_theta`, or asks for another
+            rotary type.
     """
     path = folder / "config.json"
     raw = read_json(path)
@@ -176,12 +177,12 @@ def read_vlm_config(folder: Path, config: AlpamayoConfig) -> Qwen3VLConfig:
         raise ValueError(
             f"{path}: tie_word_embeddings is true; Alpamayo has a head of its own (vlm.lm_head.weight)"
         )
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-        raise ValueError(f"{path}: rope_type is {rope.get('rope_type')!r}; only 'default' is known")
-    if rope.get("mrope_interleaved", True) is not True:
+    rope = rope_settings(text, f"{path}: text_config")
+    if rope.rope_type != "default":
+        raise ValueError(f"{path}: rope_type is {rope.rope_type!r}; only 'default' is known")
+    if not rope.mrope_interleaved:
         raise ValueError(f"{path}: mrope_interleaved is false; only interleaved M-RoPE is known")
-    raw["text_config"] = text | {"vocab_size": config.vocab_size}
+    raw["text_config"] = with_rope(text, rope) | {"vocab_size": config.vocab_size}
     vlm_config: Qwen3VLConfig = Qwen3VLConfig.from_dict(raw)
     return vlm_config
 
@@ -398,7 +399,7 @@ def _inverse_frequencies(vlm: Any, path: str) -> Tensor:
         size, theta = vision.hidden_size // vision.num_heads // 2, _VISION_THETA
     else:
         text = vlm.config.text_config
-        size, theta = text.head_dim, rope_settings(text).theta
+        size, theta = text.head_dim, rope_settings(text).rope_theta
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
     return torch.reciprocal(theta**exponents)
 
@@ -412,3 +413,8 @@ def _copy_vlm(source: Path, target: Path) -> None:
             if not path.name.endswith(".index.json"):
                 with atomic_file(target / path.name) as temporary:
                     shutil.copyfile(path, temporary)
+    raw = read_json(source / "config.json")
+    text = raw["text_config"]
+    if "rope_parameters" in text:  # written by transformers 5, for it alone
+        where = f"{source / 'config.json'}: text_config"
+        write_json(target / "config.json", raw | {"text_config": with_rope(text, rope_settings(text, where))})

@@ -21,6 +21,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLay
 
 from alpamayo_dflash.target.config import ActionProjectionConfig
 from alpamayo_dflash.target.qwen3 import Attend, rms_norm
+from alpamayo_dflash.target.rotary import Rope, rope_settings, rope_values
 
 _MLP_NORM_EPS = 1e-5
 ACTION_CHANNELS = 2
@@ -193,20 +194,18 @@ def expert_text_config(vlm_config: Qwen3VLConfig, changes: dict[str, Any]) -> Qw
             raise ValueError(
                 f"expert_cfg.{key} is {values[key]}, but the target's is {shared[key]}; they share a cache"
             )
-    _check_rope(text.rope_parameters, changes)
+    _check_rope(rope_settings(text), changes)
     for name, act in (("text_config", shared["hidden_act"]), ("expert_cfg", values["hidden_act"])):
         if act != "silu":
             raise ValueError(f"{name}.hidden_act is {act!r}; only 'silu' is known")
     return config
 
 
-def _check_rope(shared: dict[str, Any], changes: dict[str, Any]) -> None:
+def _check_rope(shared: Rope, changes: dict[str, Any]) -> None:
     """Refuse an expert whose rotary embedding is not that of the cached keys."""
-    asked = {"rope_theta": changes["rope_theta"]} if "rope_theta" in changes else {}
-    for key in ("rope_scaling", "rope_parameters"):
-        asked |= changes.get(key) or {}
-    for key, value in asked.items():
-        if shared.get(key) != value:
+    for key, value in rope_values(changes, "expert_cfg").items():
+        theirs = getattr(shared, key)
+        if value != theirs:
             raise ValueError(
-                f"expert_cfg's {key} is {value}, but the target's is {shared.get(key)}; they share a cache"
+                f"expert_cfg's {key} is {value}, but the target's is {theirs}; they share a cache"
             )

@@ -9,7 +9,6 @@ Shapes: R rows, H query heads, K KV heads, D head dim, C hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,32 +20,6 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 AfterLayer = Callable[[int, Tensor], Tensor]
 """(layer, hidden [..., R, C]) -> hidden that the next layer reads: adds deepstack features, or taps."""
-
-
-_DEFAULT_SECTIONS = (24, 20, 20)
-
-
-@dataclass(frozen=True)
-class Rope:
-    """The rotary settings of a text model.
-
-    Attributes:
-        theta: the base.
-        sections: frequencies of the axes (t, h, w).
-    """
-
-    theta: float
-    sections: tuple[int, ...]
-
-
-def rope_settings(text_config: Any) -> Rope:
-    """Read them from a Qwen3-VL text config, as transformers 5 keeps them or as 4.57 does."""
-    if hasattr(text_config, "rope_parameters"):
-        parameters = text_config.rope_parameters
-        theta = parameters["rope_theta"]
-    else:
-        parameters, theta = text_config.rope_scaling or {}, text_config.rope_theta
-    return Rope(float(theta), tuple(parameters.get("mrope_section", _DEFAULT_SECTIONS)))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from alpamayo_dflash.target.prompt import PatchShape, Prompt, PromptEmbeddings, read_inputs
-from alpamayo_dflash.target.qwen3 import AfterLayer, rope_settings, rotary_tables
+from alpamayo_dflash.target.qwen3 import AfterLayer, rotary_tables
+from alpamayo_dflash.target.rotary import rope_settings
 from alpamayo_dflash.target.tokenizer import SpecialTokens
 from alpamayo_dflash.target.vision import encode_images
 
@@ -173,7 +174,7 @@ class Qwen3VLTarget:
         """Cosines and sines, each [..., R, D] in the model's dtype, of positions int64 [3, ..., R]."""
         rope = rope_settings(self.vlm.config.text_config)
         cos, sin = rotary_tables(
-            position_ids, head_dim=self.head_dim, theta=rope.theta, mrope_section=rope.sections
+            position_ids, head_dim=self.head_dim, theta=rope.rope_theta, mrope_section=rope.mrope_section
         )
         return cos.to(self.dtype), sin.to(self.dtype)
 
