@@ -1,4 +1,4 @@
-"""A load, a text and lossless texts with the transformers there is; `make compat-quick` lays an old one on."""
+"""A load, a text and lossless texts with the transformers there is; `make compat-quick` lays an old one."""
 
 import json
 import os

@@ -208,7 +208,8 @@ def load_weights(model: nn.Module, folder: Path, *, device: torch.device, dtype:
     _check_tensors(expected, shards, folder)
     allocate(model, device, dtype)
     targets = model.state_dict()
-    with torch.no_grad():
+    # safetensors puts what it reads on the caller's default device.
+    with torch.no_grad(), torch.device("cpu"):
         for shard in dict.fromkeys(shards.values()):
             for group in _groups(shard):
                 with _open(shard) as file:
