@@ -223,7 +223,7 @@ def test_a_proposal_that_is_no_tree_is_refused(tokens, parents, message):
 
 
 def test_equal_tokens_after_one_parent_are_one_node_of_the_first_source():
-    rules = StopRules(90, 91, 92, 13, "hint")
+    rules = StopRules(90, 91, (92,), 13, "hint")
     offers = [
         Proposed((1, 2, 3), source="last window"),
         Proposed((1, 2, 4), source="mine"),

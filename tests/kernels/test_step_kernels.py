@@ -10,13 +10,13 @@ from alpamayo_dflash.decode.proposer import Proposed, unite
 from alpamayo_dflash.decode.stops import StopRules
 
 steps_triton = pytest.importorskip("alpamayo_dflash.decode.steps_triton")
-E, T, EOS, PERIOD = 3, 4, 5, 6
+E, T, EOS, PERIOD, OTHER_EOS = 3, 4, 5, 6, 8
 CPU = torch.device("cpu")
 IDS = torch.tensor([0, 1, 2, E, T, EOS, PERIOD, 7, 8])
 
 
 def rules(mode="hint", marks=True):
-    return StopRules(E if marks else None, T if marks else None, EOS, PERIOD, mode)
+    return StopRules(E if marks else None, T if marks else None, (EOS, OTHER_EOS), PERIOD, mode)
 
 
 def state_of(seed, samples=3, block=5, limit=12):

@@ -3,11 +3,11 @@ import pytest
 from alpamayo_dflash.decode.proposer import Proposed, unite
 from alpamayo_dflash.decode.stops import StopReason, StopRules
 
-E, T, EOS, P = 90, 91, 92, 13
+E, T, EOS, P, OTHER_EOS = 90, 91, 92, 13, 93
 
 
 def rules(mode, period=P):
-    return StopRules(E, T, EOS, period, mode)
+    return StopRules(E, T, (EOS, OTHER_EOS), period, mode)
 
 
 def shape(rules, anchor, drafted):
@@ -24,6 +24,7 @@ def shape(rules, anchor, drafted):
         ("off", 1, [2, 3, E], [2, 3, E, T]),
         ("off", 1, [2, T, 4], [2, T]),
         ("off", 1, [2, EOS, 4], [2, EOS]),
+        ("off", 1, [2, OTHER_EOS, 4], [2, OTHER_EOS]),
         ("off", E, [5, 6], [T]),
         ("off", E, [], [T]),
         ("off", P, [5, 6], [5, 6]),

@@ -24,7 +24,14 @@ from alpamayo_dflash.decode.handover import Handover, hand_over
 from alpamayo_dflash.decode.loop import Decoded, Round, Sample, decode
 from alpamayo_dflash.decode.noise import flow_noise
 from alpamayo_dflash.decode.observer import Observer
-from alpamayo_dflash.decode.proposer import BlockDraft, Captured, DraftProposer, Listed, Proposers
+from alpamayo_dflash.decode.proposer import (
+    BlockDraft,
+    Captured,
+    DraftProposer,
+    Listed,
+    Proposers,
+    SharedDraft,
+)
 from alpamayo_dflash.decode.round_device import DeviceRounds
 from alpamayo_dflash.decode.round_host import HostRound
 from alpamayo_dflash.decode.stops import StopReason, stop_rules
@@ -134,7 +141,6 @@ class SpeculativeDecoder:
         proposers: Sequence[Listed | Captured] = (),
     ) -> None:
         self.target = target
-        self.draft = draft
         self.config = config or DecodeConfig()
         self._clock = Clock(target.device)
         self._turn = Turn("this decoder")
@@ -143,7 +149,10 @@ class SpeculativeDecoder:
                 raise ValueError(
                     f"the draft's block_size is {draft.block_size}; it must be 2 to {MOST_BLOCK}"
                 )
+            if isinstance(draft, SharedDraft):
+                draft = draft.apart(target.embedding)
             draft.bind(target.embedding, target.head, target.num_layers)
+        self.draft = draft
         self.verifier = Verifier(
             target,
             taps=draft.taps if draft is not None else (),
@@ -367,6 +376,7 @@ def accelerate(
     *,
     tokenizer: Any = None,
     fuse: bool = False,
+    ignore_hooks: bool = False,
     config: DecodeConfig | None = None,
 ) -> SpeculativeDecoder:
     """Make a decoder on a loaded model's weights, without changing a value of them.
@@ -382,9 +392,13 @@ def accelerate(
         tokenizer: needed with a bare Qwen3-VL.
         fuse: move weights that read one input into one storage (the same values); False leaves the model
             as it is.
+        ignore_hooks: go on, with a warning, although the model has forward hooks that change its output on
+            modules that decoding does not call.
         config: see DecodeConfig.
 
     Raises:
-        ValueError: the model is of another kind, a part is missing or does not fit.
+        ValueError: the model is of another kind or computes something else than is computed here, a part is
+            missing or does not fit.
     """
-    return SpeculativeDecoder(borrow(model, tokenizer, fuse=fuse), draft, config)
+    target = borrow(model, tokenizer, fuse=fuse, ignore_hooks=ignore_hooks)
+    return SpeculativeDecoder(target, draft, config)

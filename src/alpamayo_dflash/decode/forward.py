@@ -14,14 +14,14 @@ import warnings
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.target.qwen3 import AfterLayer, run_layers
 from alpamayo_dflash.target.qwen3_fused import FusedDecoder, FusedLayer, why_plain
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
-from alpamayo_dflash.target.weights import Linear, padded
+from alpamayo_dflash.target.weights import Linear, hooked, padded, why_module
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -66,7 +66,12 @@ class TextModel(Protocol):
 
 def text_model(target: Qwen3VLTarget, cache: Cache) -> TextModel:
     """The fused form where it runs, else the plain one; on a GPU a warning gives the reason."""
+    text = target.vlm.model.language_model
     reason = why_plain(target.text_layers, target.embedding, target.vlm.lm_head)
+    if reason is None and (found := why_module(text.embed_tokens, nn.Embedding)) is not None:
+        reason = f"the embedding is a {found}"
+    if reason is None and hooked(text.norm):
+        reason = "the final norm has hooks"
     if reason is None:
         return FusedModel(target, cache)
     cuda = target.device.type == "cuda"
@@ -124,7 +129,7 @@ class PlainModel:
             values[layer].index_copy_(0, entries_R, v_RKD)
             return _attention(q_RHD, keys[layer][:length], values[layer][:length], mask_RE)
 
-        hidden = functional.embedding(tokens_R, self._target.embedding)
+        hidden = self._target.embed_ids(tokens_R)
         hidden = run_layers(self._target.text_layers, hidden, rotary, attend, after_layer)
         return self._target.final_norm(hidden)
 

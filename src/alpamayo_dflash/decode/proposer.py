@@ -176,6 +176,15 @@ class StaticBlock(Protocol):
 
 
 @runtime_checkable
+class SharedDraft(BlockDraft, Protocol):
+    """A block draft that several targets may be given."""
+
+    def apart(self, embedding: Tensor) -> BlockDraft:
+        """This draft, or where it is bound to another embedding a copy to bind, of the same weights."""
+        ...
+
+
+@runtime_checkable
 class StaticDraft(BlockDraft, Protocol):
     """A block draft that has a fused form."""
 

@@ -375,6 +375,8 @@ class DeviceRounds:
         draft, context = self._proposers.draft, self._verifier.cache.context_len
         if self._rules.mode == "force":
             return "sentence_end=force is not the target's own text"
+        if len(self._rules.eos) > steps.MOST_EOS:
+            return f"{len(self._rules.eos)} ids end a turn; rounds on the device know {steps.MOST_EOS}"
         if draft is None or draft.context_len == context:
             return None
         if isinstance(draft, StaticDraft) and draft.has_static_block:

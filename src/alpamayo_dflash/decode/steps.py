@@ -17,6 +17,8 @@ from alpamayo_dflash.decode.stops import StopReason, StopRules
 
 NONE = -1
 """Stands for a token that there is not."""
+MOST_EOS = 2
+"""How many ids may end a turn here; Qwen3-VL's generation config has two."""
 REASONS = (None, StopReason.TRAJ_FUTURE_START, StopReason.EOS, StopReason.LIMIT)
 """What `State.done` means."""
 _COUNTS = ("emitted", "accepted", "drafted", "offered", "proposed")
@@ -31,18 +33,20 @@ class Marks:
     cot_end: int
     traj_future_start: int
     eos: int
+    other_eos: int
     period: int
 
     @classmethod
     def of(cls, rules: StopRules) -> Marks:
         """Those of the rules, which must be lossless ones."""
-        assert rules.mode != "force"
+        assert rules.mode != "force" and len(rules.eos) <= MOST_EOS
         marks = rules.cot_end is not None and rules.traj_future_start is not None
         hint = marks and rules.mode == "hint" and rules.period is not None
         return cls(
             cot_end=_id(rules.cot_end) if marks else NONE,
             traj_future_start=_id(rules.traj_future_start),
-            eos=rules.eos,
+            eos=rules.eos[0],
+            other_eos=rules.eos[1] if len(rules.eos) > 1 else NONE,
             period=_id(rules.period) if hint else NONE,
         )
 
@@ -141,10 +145,14 @@ class State:
         self.done.copy_(_reason(first, self.lengths, self.limit, marks))
 
 
+def _is_eos(token: Tensor, marks: Marks) -> Tensor:
+    return (token == marks.eos) | (token == marks.other_eos)
+
+
 def _reason(token: Tensor, length: Tensor, limit: Tensor, marks: Marks) -> Tensor:
     """Index into REASONS after `token`."""
     reason = (length >= limit).long() * REASONS.index(StopReason.LIMIT)
-    reason = torch.where(token == marks.eos, REASONS.index(StopReason.EOS), reason)
+    reason = torch.where(_is_eos(token, marks), REASONS.index(StopReason.EOS), reason)
     ended = token == marks.traj_future_start
     return torch.where(ended, REASONS.index(StopReason.TRAJ_FUTURE_START), reason)
 
@@ -182,7 +190,7 @@ def propose(state: State, marks: Marks, picks: Picks | None, offered: Chains) ->
     for step in range(block - 1):
         forced, chain, pick = _forced(previous, marks), chains[:, step], ids[:, step]
         listed = step < chain_lengths
-        stopped = (previous == marks.eos) | (previous == marks.traj_future_start)
+        stopped = _is_eos(previous, marks) | (previous == marks.traj_future_start)
         # With room for one token nothing is asked: the target's own fills it.
         known = (forced != NONE) | ((room > 1) & (listed | own))
         open_ = open_ & (step < room) & known & ~stopped

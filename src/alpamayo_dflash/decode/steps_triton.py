@@ -55,6 +55,7 @@ def propose_kernel(
     cot_end,
     traj_future_start,
     eos,
+    other_eos,
     period,
     DRAFT: tl.constexpr,
     REDUCED: tl.constexpr,
@@ -93,7 +94,7 @@ def propose_kernel(
             after_end = (previous == cot_end) & (cot_end != _NONE)
             after_period = (previous == period) & (period != _NONE)
             forced = after_end | after_period
-            stopped = (previous == eos) | (previous == traj_future_start)
+            stopped = (previous == eos) | (previous == other_eos) | (previous == traj_future_start)
             if step == 0:
                 own = live & ~forced & (room > 1)
                 tl.store(failed_ptr + sample, (own & (bad > 0)).to(tl.int64))
@@ -147,6 +148,7 @@ def accept_kernel(
     per_sample,
     traj_future_start,
     eos,
+    other_eos,
     BLOCK: tl.constexpr,
 ):
     """Program s: sample s's walk."""
@@ -170,7 +172,7 @@ def accept_kernel(
         broken = broken | (walking & (tl.load(finite_ptr + row + step).to(tl.int32) == 0))
         emitted += walking.to(tl.int32)
         after = tl.where(length + emitted >= limit, _AT_LIMIT, 0)
-        after = tl.where(token == eos, _AT_EOS, after)
+        after = tl.where((token == eos) | (token == other_eos), _AT_EOS, after)
         after = tl.where(token == traj_future_start, _AT_TRAJ, after)
         reason = tl.where(walking, after, reason)
         tl.store(report + _FIELDS + step, token)
@@ -232,6 +234,7 @@ def propose(state: State, marks: Marks, picks: Picks | None, offered: Chains) ->
         marks.cot_end,
         marks.traj_future_start,
         marks.eos,
+        marks.other_eos,
         marks.period,
         DRAFT=picks is not None,
         REDUCED=picks is not None and picks.token_ids is not None,
@@ -262,6 +265,7 @@ def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor, finite:
         state.per_sample,
         marks.traj_future_start,
         marks.eos,
+        marks.other_eos,
         BLOCK=state.block,
         num_warps=1,
     )

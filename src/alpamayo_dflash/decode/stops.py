@@ -42,7 +42,7 @@ class StopRules:
         cot_end: id of `<|cot_end|>`; None, like the next, in a bare Qwen3-VL's vocabulary without it. Then
             texts end at eos alone, and no end marks are proposed or forced.
         traj_future_start: id of `<|traj_future_start|>`.
-        eos: id of `<|im_end|>`.
+        eos: ids that end a turn, `<|im_end|>` above all.
         period: id of the sentence's period; None if the tokenizer has no single token for it, and then
             `hint` and `force` do nothing.
         mode: see the module's text.
@@ -50,7 +50,7 @@ class StopRules:
 
     cot_end: int | None
     traj_future_start: int | None
-    eos: int
+    eos: tuple[int, ...]
     period: int | None
     mode: SentenceEnd = "hint"
 
@@ -58,7 +58,7 @@ class StopRules:
         """Why decoding stops after `token`, or None if it goes on."""
         if token == self.traj_future_start:
             return StopReason.TRAJ_FUTURE_START
-        return StopReason.EOS if token == self.eos else None
+        return StopReason.EOS if token in self.eos else None
 
     def forced(self, previous: int) -> int | None:
         """The token that a proposal always goes on with after `previous`, or None."""
@@ -85,7 +85,7 @@ def stop_rules(target: Qwen3VLTarget, config: DecodeConfig) -> StopRules:
     return StopRules(
         cot_end=special.cot_end,
         traj_future_start=special.traj_future_start,
-        eos=special.eos,
+        eos=special.ends,
         period=special.period,
         mode=config.sentence_end,
     )

@@ -14,6 +14,7 @@ V vocabulary, Vd draft vocabulary (V where the head is whole).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -180,7 +181,7 @@ class DFlashDraft(nn.Module):
             self.register_buffer("draft_token_ids", torch.arange(config.draft_vocab_size))
         self._bound: tuple[Tensor, Tensor] | None = None
         # Whether the mask embedding is to be a copy of a row of the target's table, which `bind` takes.
-        self._mask_from_target = False
+        self._mask_from_target = self._mask_is_targets = False
         self._tables: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -217,7 +218,7 @@ class DFlashDraft(nn.Module):
         """
         config, tensors = read_draft(folder, context_len=context_len or FULL_CONTEXT, own_mask=False)
         draft = cls(config)
-        draft._mask_from_target = "mask_embedding" not in tensors
+        draft._mask_from_target = draft._mask_is_targets = "mask_embedding" not in tensors
         draft.load_state_dict(tensors, assign=True, strict=not draft._mask_from_target)
         return draft.to(device=device, dtype=dtype).eval()
 
@@ -268,6 +269,23 @@ class DFlashDraft(nn.Module):
         if self._bound is None:
             raise ValueError("the draft has no embedding and head yet; bind it to a target first")
         return self._bound
+
+    def apart(self, embedding: Tensor) -> DFlashDraft:
+        """This draft, or where it is bound to another embedding a copy that can be bound beside it.
+
+        The copy shares the weights where device and dtype are the same.
+        """
+        if self._bound is None or self._bound[0].data_ptr() == embedding.data_ptr():
+            return self
+        bound = self._bound[0]
+        if bound.device != embedding.device or bound.dtype != embedding.dtype:
+            other = copy.deepcopy(self)
+        else:
+            other = copy.copy(self)
+            other._parameters = self._parameters.copy()
+        other._bound, other._tables = None, None
+        other._mask_from_target = self._mask_is_targets
+        return other
 
     def bind(self, embedding: Tensor, head: Tensor, num_layers: int) -> None:
         """Take the target's embedding and head, and move the draft to their device and dtype.

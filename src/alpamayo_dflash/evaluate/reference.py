@@ -82,7 +82,7 @@ def generation_config(
     return GenerationConfig(
         **sampling,
         max_new_tokens=max_new_tokens,
-        eos_token_id=target.special.eos,
+        eos_token_id=list(target.special.ends),
         pad_token_id=target.special.pad,
         return_dict_in_generate=True,
         use_cache=True,

@@ -7,6 +7,7 @@ parameters that read one input are moved into one storage, with the same values.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.checkpoint import OPTIONAL_TENSORS, VLMFiles
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.expert import FourierFeatures
+from alpamayo_dflash.target.likeness import check_class, check_generation, check_hooks, end_ids
 from alpamayo_dflash.target.motion import ActionSpace
 from alpamayo_dflash.target.tokenizer import check_ids, found_tokens
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
@@ -51,7 +53,9 @@ class BareTarget(Qwen3VLTarget):
         return super().coc_text(token_ids)
 
 
-def borrow(model: Any, tokenizer: Any = None, *, fuse: bool = False) -> Alpamayo | BareTarget:
+def borrow(
+    model: Any, tokenizer: Any = None, *, fuse: bool = False, ignore_hooks: bool = False
+) -> Alpamayo | BareTarget:
     """A target on a loaded model's weights.
 
     Args:
@@ -61,9 +65,11 @@ def borrow(model: Any, tokenizer: Any = None, *, fuse: bool = False) -> Alpamayo
         tokenizer: a bare model's: of transformers (fast) or of `tokenizers`; an Alpamayo has its own.
         fuse: move q, k, v and gate, up of each text layer into one storage, and the head into storage of a
             multiple of 64 rows; layer by layer, values unchanged.
+        ignore_hooks: leave out forward hooks that decoding would not run, although they change the output.
 
     Raises:
-        ValueError: the object is neither, a part is missing, or weights are not all on one device.
+        ValueError: the object is neither, a part is missing, weights are not all on one device, or the model
+            computes something else than is computed here (see `likeness`).
     """
     vlm = getattr(model, "vlm", model)
     if not hasattr(getattr(vlm, "model", None), "language_model") or not hasattr(vlm, "lm_head"):
@@ -71,6 +77,7 @@ def borrow(model: Any, tokenizer: Any = None, *, fuse: bool = False) -> Alpamayo
             f"accelerate: a {type(model).__name__} is neither an Alpamayo (with .vlm) nor a Qwen3-VL for "
             "conditional generation (with .model.language_model and .lm_head)"
         )
+    check_class(vlm)
     _check_devices(vlm)
     if vlm is model:
         if tokenizer is None:
@@ -87,6 +94,12 @@ def borrow(model: Any, tokenizer: Any = None, *, fuse: bool = False) -> Alpamayo
         raise ValueError(
             f"accelerate: the tokenizer has {size} tokens, the model's embedding {target.vocab_size} rows"
         )
+    if isinstance(target, BareTarget):
+        check_generation(vlm.generation_config)
+    ends = end_ids(vlm)
+    if ends is not None:
+        target.special = replace(target.special, ends=ends)
+    check_hooks(target, ignore=ignore_hooks)
     if fuse:
         share_storage(vlm)
     return target

@@ -24,7 +24,7 @@ from transformers import Qwen3VLConfig
 
 from alpamayo_dflash.common.artefacts import atomic_file, read_json, write_json
 from alpamayo_dflash.target.config import AlpamayoConfig
-from alpamayo_dflash.target.rotary import rope_settings, with_rope
+from alpamayo_dflash.target.rotary import rope_settings, vision_rope_theta, with_rope
 from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from alpamayo_dflash.target.weights import allocate
 
@@ -47,7 +47,6 @@ OPTIONAL_TENSORS = frozenset(
     }
 )
 _TEXT = "vlm.model.language_model."
-_VISION_THETA = 10000.0
 _NAMES_SHOWN = 20
 # How much of a file is read through one mapping: enough to make opening it again cost nothing.
 _MAPPED_BYTES = 256 * 2**20
@@ -397,7 +396,7 @@ def _inverse_frequencies(vlm: Any, path: str) -> Tensor:
     """1 / theta^(2i / d), d the text model's head, or half a head for rows and columns of patches."""
     if path.startswith("model.visual"):
         vision = vlm.config.vision_config
-        size, theta = vision.hidden_size // vision.num_heads // 2, _VISION_THETA
+        size, theta = vision.hidden_size // vision.num_heads // 2, vision_rope_theta(vision)
     else:
         text = vlm.config.text_config
         size, theta = text.head_dim, rope_settings(text).rope_theta

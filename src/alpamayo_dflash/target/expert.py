@@ -20,7 +20,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig, Q
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer, Qwen3VLTextRMSNorm
 
 from alpamayo_dflash.target.config import ActionProjectionConfig
-from alpamayo_dflash.target.qwen3 import Attend, rms_norm
+from alpamayo_dflash.target.qwen3 import Attend, check_activation, rms_norm
 from alpamayo_dflash.target.rotary import Rope, rope_settings, rope_values
 
 _MLP_NORM_EPS = 1e-5
@@ -196,8 +196,7 @@ def expert_text_config(vlm_config: Qwen3VLConfig, changes: dict[str, Any]) -> Qw
             )
     _check_rope(rope_settings(text), changes)
     for name, act in (("text_config", shared["hidden_act"]), ("expert_cfg", values["hidden_act"])):
-        if act != "silu":
-            raise ValueError(f"{name}.hidden_act is {act!r}; only 'silu' is known")
+        check_activation(act, name)
     return config
 
 

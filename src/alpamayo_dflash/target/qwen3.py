@@ -22,6 +22,12 @@ AfterLayer = Callable[[int, Tensor], Tensor]
 """(layer, hidden [..., R, C]) -> hidden that the next layer reads: adds deepstack features, or taps."""
 
 
+def check_activation(name: str, where: str) -> None:
+    """Raise ValueError if the MLP's activation is not the one that `run_layers` has."""
+    if name not in ("silu", "swish"):
+        raise ValueError(f"{where}.hidden_act is {name!r}; only 'silu' is known")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm in float32, cast back, times weight (specification 6)."""
     if x.dtype == torch.float32 == weight.dtype:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _GROUPS = ("rope_scaling", "rope_parameters")
+_VISION_THETA = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,8 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     ),
     "mrope_interleaved": (lambda value: isinstance(value, bool), bool, "true or false"),
 }
+
+
+def vision_rope_theta(vision: Any) -> float:
+    """The base of the vision tower's axial rotary positions; 4.57 has no setting for it."""
+    return float((getattr(vision, "rope_parameters", None) or {}).get("rope_theta", _VISION_THETA))

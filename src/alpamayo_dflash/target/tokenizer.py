@@ -79,6 +79,7 @@ class SpecialTokens(Generic[Id_co]):
     Attributes:
         period: the sentence's end; None if no single token is it.
         traj_ids: ids of `<i0>`, `<i1>` ..., which generation never emits; empty where there are none.
+        ends: ids that end a turn; a borrowed model's are those of its generation config.
     """
 
     image_pad: int
@@ -103,11 +104,12 @@ class SpecialTokens(Generic[Id_co]):
     im_start: Id_co
     period: int | None
     traj_ids: range
+    ends: tuple[int, ...]
 
     @property
     def eos(self) -> int:
-        """The id that ends a turn."""
-        return self.im_end
+        """The id that ends a turn, the first of them."""
+        return self.ends[0]
 
     @property
     def pad(self) -> int:
@@ -116,11 +118,11 @@ class SpecialTokens(Generic[Id_co]):
 
     @property
     def stops(self) -> list[Id_co | int]:
-        """The ids after which a text has ended: the trajectory's start and the turn's end."""
-        return [self.traj_future_start, self.im_end]
+        """The ids after which a text has ended: the trajectory's start and the turn's ends."""
+        return [self.traj_future_start, *self.ends]
 
 
-_LOOKED_UP = [f.name for f in fields(SpecialTokens) if f.name not in ("period", "traj_ids")]
+_LOOKED_UP = [f.name for f in fields(SpecialTokens) if f.name not in ("period", "traj_ids", "ends")]
 
 
 def special_names(config: AlpamayoConfig) -> list[str]:
@@ -185,7 +187,10 @@ def found_tokens(tokenizer: Tokenizer, **known: int) -> SpecialTokens[int | None
     traj = sum(1 for _ in takewhile(lambda index: find(f"<i{index}>") == first + index, count()))
     period = tokenizer.encode(".", add_special_tokens=False).ids
     return SpecialTokens(
-        **ids, period=period[0] if len(period) == 1 else None, traj_ids=range(first, first + traj)
+        **ids,
+        period=period[0] if len(period) == 1 else None,
+        traj_ids=range(first, first + traj),
+        ends=(ids["im_end"],),
     )
 
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from alpamayo_dflash.target.qwen3 import rotate
+from alpamayo_dflash.target.rotary import vision_rope_theta
+from alpamayo_dflash.target.weights import hooked, why_module
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,12 @@ def interpolated_positions(table_VC: Tensor, grid_h: int, grid_w: int, merge: in
 
 
 def rotary_tables_2d(
-    grid_h: int, grid_w: int, merge: int, head_dim: int, device: torch.device
+    grid_h: int, grid_w: int, merge: int, head_dim: int, device: torch.device, *, theta: float = 10_000.0
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the tower's axial rotary embedding, float32 [T, head_dim] (specification 6)."""
     row, column = merge_order(grid_h, grid_w, merge)
     half = head_dim // 2
-    inverse = 1.0 / 10000.0 ** (torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
+    inverse = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
     angles = torch.cat((row[:, None] * inverse, column[:, None] * inverse), dim=-1)
     angles = torch.cat((angles, angles), dim=-1).to(device)
     return angles.cos(), angles.sin()
@@ -92,13 +94,11 @@ def encode_equal_images(
     config = visual.config
     merge, heads = config.spatial_merge_size, config.num_heads
     patches = grid_h * grid_w
-    projection = visual.patch_embed.proj
-    hidden_NTC = functional.linear(
-        pixel_values.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias
+    hidden_NTC = _embed_patches(visual.patch_embed, pixel_values).view(-1, patches, config.hidden_size)
+    hidden_NTC = hidden_NTC + interpolated_positions(_table(visual.pos_embed), grid_h, grid_w, merge)
+    cos, sin = rotary_tables_2d(
+        grid_h, grid_w, merge, config.hidden_size // heads, hidden_NTC.device, theta=vision_rope_theta(config)
     )
-    hidden_NTC = hidden_NTC.view(-1, patches, config.hidden_size)
-    hidden_NTC = hidden_NTC + interpolated_positions(visual.pos_embed.weight, grid_h, grid_w, merge)
-    cos, sin = rotary_tables_2d(grid_h, grid_w, merge, config.hidden_size // heads, hidden_NTC.device)
 
     deepstack: list[Tensor] = []
     for index, block in enumerate(visual.blocks):
@@ -112,6 +112,25 @@ def encode_equal_images(
             merger = visual.deepstack_merger_list[config.deepstack_visual_indexes.index(index)]
             deepstack.append(merger(hidden_NTC.flatten(0, 1)))
     return visual.merger(hidden_NTC.flatten(0, 1)), deepstack
+
+
+def _embed_patches(patch_embed: Any, pixel_values: Tensor) -> Tensor:
+    """[patches, C]. A convolution whose steps are its size is a product."""
+    projection = patch_embed.proj
+    if hooked(patch_embed) or why_module(projection, nn.Conv3d) is not None:
+        called: Tensor = patch_embed(pixel_values)
+        return called
+    pixels = pixel_values.to(projection.weight.dtype)
+    return functional.linear(pixels, projection.weight.flatten(1), projection.bias)
+
+
+def _table(pos_embed: nn.Module) -> Tensor:
+    """The rows [V, C] of the table of positions, or what an adapter on it makes of them."""
+    table: Tensor = pos_embed.weight  # type: ignore[assignment]
+    if why_module(pos_embed, nn.Embedding) is None:
+        return table
+    called: Tensor = pos_embed(torch.arange(len(table), device=table.device))
+    return called
 
 
 def encode_images(visual: Any, pixel_values: Tensor, image_grid_thw: Tensor) -> VisionFeatures:

@@ -21,6 +21,7 @@ from alpamayo_dflash.target.qwen3 import AfterLayer, rotary_tables
 from alpamayo_dflash.target.rotary import rope_settings
 from alpamayo_dflash.target.tokenizer import SpecialTokens
 from alpamayo_dflash.target.vision import encode_images
+from alpamayo_dflash.target.weights import why_module
 
 
 class Qwen3VLTarget:
@@ -62,6 +63,14 @@ class Qwen3VLTarget:
         """The token embedding, [V, C]."""
         weight: Tensor = self.vlm.model.language_model.embed_tokens.weight
         return weight
+
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., C] of int64 ids: the table's rows, or what an adapter on it makes of them."""
+        table: nn.Module = self.vlm.model.language_model.embed_tokens
+        if why_module(table, nn.Embedding) is None:
+            return nn.functional.embedding(ids, self.embedding)
+        embedded: Tensor = table(ids)
+        return embedded
 
     @property
     def head(self) -> Tensor:
@@ -150,7 +159,7 @@ class Qwen3VLTarget:
         """
         positions = (prompt.input_ids == self.special.image_pad).nonzero().flatten()
         seen = encode_images(self.vlm.model.visual, prompt.pixel_values.to(self.dtype), prompt.image_grid_thw)
-        hidden = nn.functional.embedding(prompt.input_ids, self.embedding)
+        hidden = self.embed_ids(prompt.input_ids)
         if len(positions) != len(seen.embeds):
             raise ValueError(
                 f"the prompt has {len(positions)} image tokens, but its images give {len(seen.embeds)}"

@@ -19,13 +19,31 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 HEAD_MULTIPLE = 64
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether something runs before or after the module's own forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def why_module(module: nn.Module, plain: type[nn.Module]) -> str | None:
+    """Why a module must be called, and its weight alone is not all of it; None where it is.
+
+    Args:
+        module: an adapter or a quantised layer has a weight too.
+        plain: the class whose forward the weight tells whole.
+    """
+    if type(module) is not plain:
+        return type(module).__name__
+    return f"{plain.__name__} with hooks" if hooked(module) else None
+
+
 def not_plain(linear: Any) -> str | None:
     """What a projection is, if it is more than a weight: an adapter and a quantised layer have one too."""
     name = type(linear).__name__
     if getattr(linear, "bias", None) is not None:
         return f"{name} with a bias"
-    if type(linear) is not nn.Linear:
-        return name
+    why = why_module(linear, nn.Linear)
+    if why is not None:
+        return why
     weight = linear.weight
     if type(weight.data) is not Tensor:
         return f"{name} of a {type(weight.data).__name__}"
