@@ -1,4 +1,4 @@
-"""A load, a text and lossless texts with the transformers there is; `make compat-quick` lays an old one."""
+"""A load, a text and lossless texts; `make compat-quick` runs them again, an old transformers laid over."""
 
 import json
 import os

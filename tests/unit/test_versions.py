@@ -13,7 +13,6 @@ from alpamayo_dflash.common.artefacts import read_json
 ROOT = Path(__file__).parents[2]
 # Of alpamayo_r1 and alpamayo1_5, which pin or need these.
 PINS = {"torch": "2.8.0", "transformers": "4.57.1", "physical-ai-av": "0.2.0", "pillow": "12.0.0"}
-MARKS = (">=", "==", "<")
 
 
 def promised() -> dict[str, Requirement]:

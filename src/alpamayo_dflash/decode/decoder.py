@@ -149,7 +149,8 @@ class SpeculativeDecoder:
                 raise ValueError(
                     f"the draft's block_size is {draft.block_size}; it must be 2 to {MOST_BLOCK}"
                 )
-            if isinstance(draft, SharedDraft):
+            # Its class is asked: a wrapper that hands attributes through is itself what proposes.
+            if issubclass(type(draft), SharedDraft) and isinstance(draft, SharedDraft):
                 draft = draft.apart(target.embedding)
             draft.bind(target.embedding, target.head, target.num_layers)
         self.draft = draft

@@ -176,8 +176,8 @@ class StaticBlock(Protocol):
 
 
 @runtime_checkable
-class SharedDraft(BlockDraft, Protocol):
-    """A block draft that several targets may be given."""
+class SharedDraft(Protocol):
+    """What a block draft also has that several targets may be given."""
 
     def apart(self, embedding: Tensor) -> BlockDraft:
         """This draft, or where it is bound to another embedding a copy to bind, of the same weights."""
