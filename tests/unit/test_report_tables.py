@@ -122,6 +122,9 @@ def test_report_is_whole(tmp_path: Path) -> None:
 def test_what_is_not_an_evaluation_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "other.json"
     source.write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"other\.json: holds a list, not an object"):
+        run(ReportConfig(source))
+    source.write_text("{}")
     with pytest.raises(ValueError, match=r"other\.json: not an evaluation"):
         run(ReportConfig(source))
     assert list(tmp_path.iterdir()) == [source]

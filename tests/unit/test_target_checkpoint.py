@@ -104,11 +104,11 @@ def test_a_failed_save_leaves_the_old_files(copy: Path, monkeypatch: pytest.Monk
     target = Alpamayo.from_pretrained(copy)
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
 
-    def fail(tensors: object, path: Path, metadata: object) -> None:
+    def fail(tensors: object, path: Path) -> None:
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(load, "save_file", fail)
+    monkeypatch.setattr(load, "save_tensors", fail)
     with pytest.raises(OSError, match="disk full"):
         target.save_pretrained(copy)
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
@@ -272,7 +272,10 @@ def test_a_local_folder_never_asks_the_hub(saved: Path, monkeypatch: pytest.Monk
 def test_a_hub_id_asks_for_weights_and_small_files_only(saved: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
 
-    def download(repo_id: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
+    def download(
+        repo_id: str, *, allow_patterns: list[str], local_files_only: bool, revision: str | None
+    ) -> str:
+        assert revision is None
         asked.append((repo_id, allow_patterns, local_files_only))
         return str(saved if repo_id == "owner/target" else saved / "vlm")
 

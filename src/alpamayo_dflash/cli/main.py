@@ -1,13 +1,15 @@
 """The entry point `alpamayo-dflash`: one subcommand a stage, made from the stage's config.
 
 Every subcommand prints one JSON object as its last line of standard output; tables, progress and errors go
-to standard error. Exit status: 0 done; 1 a measurement lies outside its bounds; 2 bad input; 130 interrupted.
+to standard error. Exit status: 0 done; 1 a measurement lies outside its bounds, or every clip failed; 2 bad
+input; 130 interrupted; 141 nobody reads the output.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,10 +93,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     _remark(name, result)
     tables = COMMANDS[name].tables
-    if tables is not None:
-        _show(_load(tables)(result))
-    print(json.dumps(to_plain(result), allow_nan=False), flush=True)
-    return 0 if result.get("passed", True) else 1
+    try:
+        if tables is not None:
+            _show(_load(tables)(result))
+        print(json.dumps(to_plain(result), allow_nan=False), flush=True)
+    except BrokenPipeError:
+        # Whoever read has gone; Python would write the rest once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    return 0 if result.get("passed", True) and not _nothing_done(result) else 1
+
+
+_BROKEN_PIPE = 128 + 13  # as a shell has it of a program that the signal ends
+
+
+def _nothing_done(result: dict[str, Any]) -> bool:
+    """Whether clips were tried and all failed."""
+    clips = result.get("clips")
+    return isinstance(clips, dict) and bool(clips.get("attempted")) and clips.get("done") == 0
 
 
 def _remark(name: str, result: dict[str, Any]) -> None:

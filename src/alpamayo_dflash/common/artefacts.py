@@ -77,19 +77,40 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text))
 
 
-def read_json(path: Path | str) -> Any:
-    """Read a JSON file.
+def read_json(path: Path | str, *keys: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: the file.
+        keys: that the object must have.
 
     Raises:
-        ValueError: the file is missing or is not JSON; the message names it.
+        ValueError: the file is missing, is not JSON, holds something else, or lacks a key; the message names
+            it.
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, not a file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds {_kind_of(value)}, not an object")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise ValueError(f"{path}: has no {missing[0]}")
+    return value
+
+
+def _kind_of(value: Any) -> str:
+    """What a JSON value is called."""
+    if value is None:
+        return "null"
+    names = {list: "a list", str: "a text", bool: "true or false"}
+    return names.get(type(value), "a number")
 
 
 def to_plain(value: Any) -> Any:

@@ -22,12 +22,22 @@ def share_of(
         (rank, world_size); (0, 1) for a process alone.
 
     Raises:
-        ValueError: only one of the two is given, or the rank is not below the world size.
+        ValueError: only one of the two is given, here or in the environment, one there is no number, or the
+            rank is not below the world size.
     """
     if (rank is None) != (world_size is None):
         raise ValueError(f"rank {rank} and world_size {world_size} must be given together")
     if rank is None or world_size is None:
-        rank, world_size = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+        given = {name: environment[name] for name in ("RANK", "WORLD_SIZE") if name in environment}
+        if not given:
+            return 0, 1
+        for name in ("RANK", "WORLD_SIZE"):
+            if not given.get(name, "").isdecimal():
+                raise ValueError(
+                    f"{name} is {given.get(name)!r} in the environment ({given}); torchrun sets RANK and "
+                    "WORLD_SIZE to whole numbers, and a process alone has neither"
+                )
+        rank, world_size = int(given["RANK"]), int(given["WORLD_SIZE"])
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is out of range: world size {world_size} has 0 to {world_size - 1}")
     return rank, world_size

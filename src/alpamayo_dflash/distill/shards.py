@@ -16,11 +16,12 @@ from typing import Any
 
 import pyarrow
 import pyarrow.parquet
-from safetensors.torch import save_file
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_file, file_hash, read_json, write_json
+from alpamayo_dflash.common.fields import value_of
 from alpamayo_dflash.common.ranks import require_same
+from alpamayo_dflash.common.tensors import save_tensors
 from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT
 
 FORMAT = 1
@@ -93,7 +94,7 @@ def write_shard(path: Path, responses: Sequence[Mapping[str, Tensor]]) -> dict[s
         `bytes` and `sha256` of the file.
     """
     with atomic_file(path) as temporary:
-        save_file(
+        save_tensors(
             {
                 f"{index}.{name}": tensors[name]
                 for index, tensors in enumerate(responses)
@@ -166,8 +167,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ValueError: missing, broken or of another format; the message names the file.
     """
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a manifest of distillation data of format {FORMAT}")
+    value_of(content, "settings", dict, where=str(path))
+    value_of(content, "shards", list, where=str(path))
     return content
 
 

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json
+from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.tensors import read_tensors, save_tensors
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.target.rotary import rope_settings
 
@@ -58,6 +58,11 @@ _SHAPE_KEYS = {
 # Keys of the draft itself: in `dflash_config`, at top level, or (equal) in both.
 _DRAFT_KEYS = ("target_layer_ids", "mask_token_id", "block_size")
 
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) and value else [value]
+
+
 # Keys that change the arithmetic, with the only values that this network computes.
 _FIXED: dict[str, Callable[[Any], bool]] = {
     "model_type": lambda value: value == "qwen3",
@@ -67,7 +72,7 @@ _FIXED: dict[str, Callable[[Any], bool]] = {
     "attention_dropout": lambda value: value == 0,
     "rope_scaling": lambda value: value is None,
     "use_sliding_window": lambda value: value is False,
-    "layer_types": lambda value: value is None or set(value) == {"full_attention"},
+    "layer_types": lambda value: value is None or all(kind == "full_attention" for kind in _listed(value)),
     "is_causal": lambda value: value in (None, False),
     "input_embedding_scale": lambda value: value in (None, 1, 1.0),
     "tap_convention": lambda value: value == TAP_CONVENTION,
@@ -198,9 +203,9 @@ def from_json(
             context_len=_number({"context_len": found}, "context_len", where),
             target_layer_ids=tuple(taps),
             mask_token_id=mask,
-            rms_norm_eps=float(_required(values, "rms_norm_eps", where)),
+            rms_norm_eps=value_of(values, "rms_norm_eps", float, where=where),
             rope_theta=_rope_theta(values, where),
-            trained_embeddings=bool(values.get("trained_embeddings", False)),
+            trained_embeddings=value_of(values, "trained_embeddings", bool, False, where=where),
             draft_vocab_size=None if values.get(_REDUCED) is None else _number(values, _REDUCED, where),
         )
     except ValueError as error:
@@ -286,9 +291,7 @@ def read_draft(
     Raises:
         ValueError: a file, key or tensor is missing, surplus, misshapen or corrupt; the message names it.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; a draft's folder holds {CONFIG} and {WEIGHTS}")
+    folder = draft_folder(folder)
     mask_file = (folder / MASK_FILE).exists()
     config = from_json(
         read_json(folder / CONFIG), str(folder / CONFIG), context_len=context_len, mask_file=mask_file
@@ -307,6 +310,19 @@ def read_draft(
     check_tensors(tensors, expected, str(folder))
     check_token_ids(tensors, config, str(folder))
     return config, tensors
+
+
+def draft_folder(folder: Path | str) -> Path:
+    """Where a draft lies: in the folder itself, or in the `draft` of what `train` wrote there, its best.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; a draft's folder holds {CONFIG} and {WEIGHTS}")
+    inner = folder / "draft"
+    return inner if not (folder / CONFIG).exists() and (inner / CONFIG).exists() else folder
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -348,27 +364,12 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     index = folder / INDEX
     files: Iterable[str] = (WEIGHTS,)
     if not (folder / WEIGHTS).exists() and index.exists():
-        files = sorted(set(_required(read_json(index), "weight_map", str(index)).values()))
+        weight_map = value_of(read_json(index), "weight_map", dict, where=str(index))
+        files = sorted({value_of(weight_map, name, str, where=str(index)) for name in weight_map})
     tensors: dict[str, Tensor] = {}
     for name in files:
         tensors |= read_tensors(folder / name)
     return tensors
-
-
-def read_tensors(path: Path | str) -> dict[str, Tensor]:
-    """Read a whole safetensors file onto the CPU.
-
-    Raises:
-        ValueError: the file is missing or corrupt.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def _read_mask(path: Path) -> Tensor:
@@ -413,7 +414,7 @@ def write_draft(
 def write_files(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write `config.json` and `model.safetensors` into a folder that the caller replaces atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(plain, folder / WEIGHTS)
     write_json(folder / CONFIG, to_json(config))
 
 

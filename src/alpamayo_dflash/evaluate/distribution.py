@@ -29,6 +29,7 @@ from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.noise import token_noise
 from alpamayo_dflash.decode.sampling import distribution, mask_bias
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
+from alpamayo_dflash.draft.formats import draft_folder
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.config import DistributionConfig
 from alpamayo_dflash.evaluate.reference import next_logits
@@ -112,7 +113,7 @@ def run(config: DistributionConfig) -> dict[str, Any]:
         "tests": [dataclasses.asdict(test) | {"passed": test.p_value >= bound} for test in tests],
         "passed": all(test.p_value >= bound for test in tests),
     }
-    parents = {"target": target_hash, "draft": folder_hash(config.draft_model)}
+    parents = {"target": target_hash, "draft": folder_hash(draft_folder(config.draft_model))}
     made = provenance(config, started, parents)
     write_json(config.out, result | {"provenance": made})
     return result | {"out": str(config.out)}

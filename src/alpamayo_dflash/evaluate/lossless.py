@@ -17,6 +17,7 @@ from alpamayo_dflash.clips.lists import chosen_clips
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.common.artefacts import folder_hash, provenance, to_plain, write_json
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
+from alpamayo_dflash.draft.formats import draft_folder
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.arms import acceptance_of
 from alpamayo_dflash.evaluate.config import LosslessConfig
@@ -53,8 +54,9 @@ def run(config: LosslessConfig) -> dict[str, Any]:
     drafts = named_drafts(config)
     target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
     checker = Checker(target, drafts, config)
+    folders = [draft_folder(folder) for folder in config.draft_models]
     parents = {"target": target_hash}
-    parents |= {f"draft-{number}": folder_hash(folder) for number, folder in enumerate(config.draft_models)}
+    parents |= {f"draft-{number}": folder_hash(folder) for number, folder in enumerate(folders)}
     head = {"config": to_plain(config), "parents": parents, "clips": clip_ids}
     store: RowStore[LosslessRow] = RowStore(config.out.with_suffix(".rows.jsonl"), head)
     for clip_id in track(clip_ids, "lossless", console=Console(file=sys.stderr)):

@@ -19,6 +19,7 @@ from alpamayo_dflash.common.artefacts import folder_hash, provenance, read_json,
 from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.observer import StageTimer
+from alpamayo_dflash.draft.formats import draft_folder
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate import metrics
 from alpamayo_dflash.evaluate.arms import Arms, Run, acceptance_of, rounds_of
@@ -68,7 +69,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         local_files_only=config.local_files_only,
     )
     arms = Arms(target, draft, config)
-    parents = {"target": target_hash, "draft": folder_hash(config.draft_model)}
+    parents = {"target": target_hash, "draft": folder_hash(draft_folder(config.draft_model))}
     head = _head(config, parents, clip_ids)
     earlier = _earlier(config, head)
     if earlier is not None:

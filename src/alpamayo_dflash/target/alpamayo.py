@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -29,7 +30,7 @@ from alpamayo_dflash.target.checkpoint import (
     save_checkpoint,
     vlm_files,
 )
-from alpamayo_dflash.target.config import AlpamayoConfig
+from alpamayo_dflash.target.config import CONFIG, AlpamayoConfig
 from alpamayo_dflash.target.expert import (
     ACTION_CHANNELS,
     ActionPrefix,
@@ -115,8 +116,15 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         folder = checkpoint_folder(name_or_folder, local_files_only=local_files_only)
         config = AlpamayoConfig.from_file(folder / "config.json")
         files = vlm_files(config, folder, override=vlm, local_files_only=local_files_only)
-        with torch.device("meta"):
-            model = cls._build(config, files)
+        try:
+            with torch.device("meta"):
+                model = cls._build(config, files)
+        except (RuntimeError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
+            reason = str(error).splitlines()[0] if str(error) else ""
+            raise ValueError(
+                f"{folder / CONFIG} and {files.folder / CONFIG} ask for what cannot be built "
+                f"({type(error).__name__}: {reason})"
+            ) from error
         wanted = _dtype(dtype, config, device)
         model._fill_buffers(device, rounded=wanted == torch.bfloat16)
         load_weights(model, folder, device=device, dtype=wanted)

@@ -8,8 +8,7 @@ counts as the process's memory until it is closed, so a file is opened anew afte
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,12 +16,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import Qwen3VLConfig
 
 from alpamayo_dflash.common.artefacts import atomic_file, read_json, write_json
+from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.tensors import opened, save_tensors
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.rotary import rope_settings, vision_rope_theta, with_rope
 from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
@@ -121,7 +122,8 @@ def checkpoint_folder(name: str | Path, *, local_files_only: bool = False) -> Pa
         return SHIPPED
     if Path(name).is_dir():
         return Path(name)
-    if not _is_hub_id(str(name)):
+    # A hub's owner is no folder here.
+    if not _is_hub_id(str(name)) or Path(name).parent.is_dir():
         raise ValueError(f"{name}: no such folder; else give a hub id of the form owner/name, or tiny")
     return _download(str(name), ("*.json", "*.safetensors"), local_files_only=local_files_only)
 
@@ -171,8 +173,14 @@ def read_vlm_config(folder: Path, config: AlpamayoConfig) -> Qwen3VLConfig:
     raw = read_json(path)
     if raw.get("model_type") != "qwen3_vl":
         raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}; it must be 'qwen3_vl'")
-    text = raw.get("text_config") or {}
-    if raw.get("tie_word_embeddings") or text.get("tie_word_embeddings"):
+    text, vision = (
+        value_of(raw, part, dict, {}, where=str(path)) for part in ("text_config", "vision_config")
+    )
+    # How transformers would attend is no part of the model: both forms here are our own.
+    for part in (raw, text, vision):
+        for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+            part.pop(key, None)
+    if raw.get("tie_word_embeddings"):  # of the nested one transformers takes no notice
         raise ValueError(
             f"{path}: tie_word_embeddings is true; Alpamayo has a head of its own (vlm.lm_head.weight)"
         )
@@ -182,7 +190,11 @@ def read_vlm_config(folder: Path, config: AlpamayoConfig) -> Qwen3VLConfig:
     if not rope.mrope_interleaved:
         raise ValueError(f"{path}: mrope_interleaved is false; only interleaved M-RoPE is known")
     raw["text_config"] = with_rope(text, rope) | {"vocab_size": config.vocab_size}
-    vlm_config: Qwen3VLConfig = Qwen3VLConfig.from_dict(raw)
+    raw["text_config"]["tie_word_embeddings"] = False
+    try:
+        vlm_config: Qwen3VLConfig = Qwen3VLConfig.from_dict(raw)
+    except (TypeError, AttributeError, LookupError, StrictDataclassError) as error:
+        raise ValueError(f"{path}: transformers cannot read it ({type(error).__name__}: {error})") from None
     return vlm_config
 
 
@@ -211,7 +223,7 @@ def load_weights(model: nn.Module, folder: Path, *, device: torch.device, dtype:
     with torch.no_grad(), torch.device("cpu"):
         for shard in dict.fromkeys(shards.values()):
             for group in _groups(shard):
-                with _open(shard) as file:
+                with opened(shard) as file:
                     for name, start, stop in group:
                         values = file.get_tensor(name).view(-1)[start:stop]
                         targets[name].view(-1)[start:stop].copy_(values)
@@ -278,7 +290,7 @@ def save_checkpoint(
     # Cloned, because views of one storage cannot be written as they are.
     plain = {key: value.detach().to("cpu", dtype, copy=True).contiguous() for key, value in tensors.items()}
     with atomic_file(folder / _WEIGHTS) as temporary:
-        save_file(plain, temporary, metadata={"format": "pt"})
+        save_tensors(plain, temporary)
     write_json(folder / "config.json", config)
 
 
@@ -290,7 +302,12 @@ def _is_hub_id(name: str) -> bool:
 def _download(repo_id: str, patterns: tuple[str, ...], *, local_files_only: bool) -> Path:
     try:
         return Path(
-            snapshot_download(repo_id, allow_patterns=list(patterns), local_files_only=local_files_only)
+            snapshot_download(
+                repo_id,
+                allow_patterns=list(patterns),
+                local_files_only=local_files_only,
+                revision=_blank_ended_ref(repo_id),
+            )
         )
     except OSError as error:
         where = "in the local cache" if local_files_only else "on the hub or in the local cache"
@@ -298,6 +315,13 @@ def _download(repo_id: str, patterns: tuple[str, ...], *, local_files_only: bool
             f"{repo_id}: not found {where} ({type(error).__name__}: {error}). "
             "A gated repository needs its terms accepted and a login; a local folder works without the hub."
         ) from None
+
+
+def _blank_ended_ref(repo_id: str) -> str | None:
+    """The cached `main`, where its file ends in a line end, which the hub's library would take along."""
+    reference = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "refs" / "main"
+    text = reference.read_text(encoding="utf-8") if reference.is_file() else ""
+    return text.strip() if text.strip() != text else None
 
 
 def _shards(folder: Path) -> dict[str, Path]:
@@ -311,10 +335,11 @@ def _shards(folder: Path) -> dict[str, Path]:
         files = [single]
         named: dict[str, Path] = {}
     elif index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: has no weight_map")
-        named = {name: folder / shard for name, shard in weight_map.items()}
+        weight_map = value_of(read_json(index), "weight_map", dict, where=str(index))
+        named = {name: folder / value_of(weight_map, name, str, where=str(index)) for name in weight_map}
+        outside = [str(path) for path in named.values() if path.parent != folder]
+        if outside:
+            raise ValueError(f"{index}: names {outside[0]}, which lies in another folder")
         files = sorted(set(named.values()))
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -323,7 +348,7 @@ def _shards(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{folder}: holds neither {_WEIGHTS} nor {_INDEX}")
     found: dict[str, Path] = {}
     for path in files:
-        with _open(path) as file:
+        with opened(path) as file:
             found.update(dict.fromkeys(file.keys(), path))
     misplaced = [name for name, path in named.items() if name in found and found[name] != path]
     if misplaced:
@@ -337,7 +362,7 @@ def _check_tensors(expected: Mapping[str, tuple[int, ...]], shards: Mapping[str,
     surplus = [name for name in shards if name not in expected]
     misshapen = []
     for path in dict.fromkeys(shards.values()):
-        with _open(path) as file:
+        with opened(path) as file:
             for name in file.keys():  # noqa: SIM118
                 shape = tuple(file.get_slice(name).get_shape())
                 if name in expected and shape != expected[name]:
@@ -358,7 +383,7 @@ def _groups(path: Path) -> list[list[tuple[str, int, int]]]:
     """A file's tensors, or parts of them, in groups of at most `_MAPPED_BYTES`: (name, start, stop)."""
     groups: list[list[tuple[str, int, int]]] = []
     room = 0
-    with _open(path) as file:
+    with opened(path) as file:
         for name in file.keys():  # noqa: SIM118
             tensor = file.get_tensor(name)  # mapped, not read
             start, count, size = 0, tensor.numel(), tensor.element_size()
@@ -375,21 +400,11 @@ def _groups(path: Path) -> list[list[tuple[str, int, int]]]:
 
 def _read(path: Path, name: str) -> Tensor:
     """A tensor of a file, in float32."""
-    with _open(path) as file:
+    with opened(path) as file:
         tensor: Tensor = file.get_tensor(name)
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{path}: {name} holds values that are not finite")
     return tensor.float()
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; a broken one is a ValueError that names it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def _inverse_frequencies(vlm: Any, path: str) -> Tensor:

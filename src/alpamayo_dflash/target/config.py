@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from alpamayo_dflash.common.artefacts import read_json
+from alpamayo_dflash.common.fields import build, value_of
 
 Version = Literal["r1", "1.5"]
 
@@ -23,6 +24,8 @@ _VERSIONS: dict[str, Version] = {
     "Alpamayo1_5": "1.5",
 }
 _Part = TypeVar("_Part")
+CONFIG = "config.json"
+_NEEDED = ("vlm_name_or_path", "vocab_size", "traj_token_start_idx", "traj_vocab_size", "expert_cfg")
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -226,8 +229,6 @@ class AlpamayoConfig:
             ValueError: the file is missing, is not JSON, lacks a key, or holds a value that cannot be used.
         """
         raw = read_json(path)
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}: holds a {type(raw).__name__}, not an object")
         try:
             return cls.from_dict(raw)
         except ValueError as error:
@@ -240,60 +241,55 @@ class AlpamayoConfig:
         Raises:
             ValueError: a key is missing or a value cannot be used; the message names it.
         """
-        missing = [
-            key
-            for key in (
-                "vlm_name_or_path",
-                "vocab_size",
-                "traj_token_start_idx",
-                "traj_vocab_size",
-                "expert_cfg",
-            )
-            if raw.get(key) is None
-        ]
+        missing = [key for key in _NEEDED if raw.get(key) is None]
         if missing:
             raise ValueError(f"these keys are missing: {', '.join(missing)}")
         _check_targets(raw)
+
+        def value(key: str, kind: type[_Part], default: Any = ...) -> _Part:
+            return value_of(raw, key, kind, default, where=CONFIG)
+
+        def part(kind: type[_Part], key: str) -> _Part:
+            return build(kind, raw.get(key), f"{CONFIG}: {key}")
+
         history, future = raw.get("hist_traj_tokenizer_cfg"), raw.get("traj_tokenizer_cfg")
-        future_tokenizer = _parse(FutureTokenizerConfig, future)
-        start = int(raw["traj_token_start_idx"])
+        future_tokenizer = part(FutureTokenizerConfig, "traj_tokenizer_cfg")
+        start = value("traj_token_start_idx", int)
         shift = future_tokenizer.num_bins if history is not None and future is not None else 0
+        ids = value("traj_token_ids", dict, {})
+        diffusion = value("diffusion_cfg", dict, {})
+        dtypes = [value(key, str) for key in ("dtype", "torch_dtype", "model_dtype") if raw.get(key)]
         return cls(
             version=_version(raw),
-            vlm_name_or_path=str(raw["vlm_name_or_path"]),
-            vocab_size=int(raw["vocab_size"]),
+            vlm_name_or_path=value("vlm_name_or_path", str),
+            vocab_size=value("vocab_size", int),
             traj_token_start_idx=start,
-            traj_vocab_size=int(raw["traj_vocab_size"]),
-            traj_token_ids=dict(raw.get("traj_token_ids") or {}),
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or raw.get("model_dtype") or "bfloat16"),
-            add_special_tokens=bool(raw.get("add_special_tokens", True)),
-            tokens_per_history_traj=int(raw.get("tokens_per_history_traj") or 48),
-            tokens_per_future_traj=int(raw.get("tokens_per_future_traj") or 128),
-            min_pixels=int(raw.get("min_pixels") or 163840),
-            max_pixels=int(raw.get("max_pixels") or 196608),
-            expert_cfg=dict(raw["expert_cfg"]),
-            action_in_proj=_parse(ActionProjectionConfig, raw.get("action_in_proj_cfg")),
-            action_space=_parse(ActionSpaceConfig, raw.get("action_space_cfg")),
-            history_tokenizer=_parse(HistoryTokenizerConfig, history),
+            traj_vocab_size=value("traj_vocab_size", int),
+            traj_token_ids={key: value_of(ids, key, int, where=f"{CONFIG}: traj_token_ids") for key in ids},
+            dtype=dtypes[0] if dtypes else "bfloat16",
+            add_special_tokens=value("add_special_tokens", bool, True),
+            tokens_per_history_traj=value("tokens_per_history_traj", int, 48),
+            tokens_per_future_traj=value("tokens_per_future_traj", int, 128),
+            min_pixels=value("min_pixels", int, 163840),
+            max_pixels=value("max_pixels", int, 196608),
+            expert_cfg=value("expert_cfg", dict),
+            action_in_proj=part(ActionProjectionConfig, "action_in_proj_cfg"),
+            action_space=part(ActionSpaceConfig, "action_space_cfg"),
+            history_tokenizer=part(HistoryTokenizerConfig, "hist_traj_tokenizer_cfg"),
             history_token_start_idx=start + shift,
             future_tokenizer=future_tokenizer,
-            num_inference_steps=int((raw.get("diffusion_cfg") or {}).get("num_inference_steps") or 10),
+            num_inference_steps=value_of(
+                diffusion, "num_inference_steps", int, 10, where=f"{CONFIG}: diffusion_cfg"
+            ),
             raw=dict(raw),
         )
 
 
-def _parse(kind: type[_Part], raw: Mapping[str, Any] | None) -> _Part:
-    """Build a dataclass from the keys that it knows; lists become tuples."""
-    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
-    values = {key: value for key, value in (raw or {}).items() if key in known and value is not None}
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-
 def _version(raw: Mapping[str, Any]) -> Version:
     """Tell R1 from 1.5 by `model_type`, or by `architectures`."""
-    names = [raw.get("model_type"), *(raw.get("architectures") or [])]
+    names = [raw.get("model_type"), *value_of(raw, "architectures", list, [], where=CONFIG)]
     for name in names:
-        if name in _VERSIONS:
+        if isinstance(name, str) and name in _VERSIONS:
             return _VERSIONS[name]
     raise ValueError(f"model_type and architectures are {names}; known are {', '.join(sorted(_VERSIONS))}")
 
@@ -309,10 +305,11 @@ def _check_targets(raw: Mapping[str, Any]) -> None:
         "traj_tokenizer_cfg": ("DiscreteTrajectoryTokenizer", "DeltaTrajectoryTokenizer"),
     }
     for key, allowed in known.items():
-        target = (raw.get(key) or {}).get("_target_")
-        if target is not None and target.rsplit(".", 1)[-1] not in allowed:
+        part = value_of(raw, key, dict, {}, where=CONFIG)
+        target = value_of(part, "_target_", str, "", where=f"{CONFIG}: {key}")
+        if target and target.rsplit(".", 1)[-1] not in allowed:
             raise ValueError(f"{key}._target_ is {target!r}; known are {', '.join(allowed)}")
-    method = (raw.get("diffusion_cfg") or {}).get("int_method", "euler")
+    method = value_of(raw, "diffusion_cfg", dict, {}, where=CONFIG).get("int_method", "euler")
     if method != "euler":
         raise ValueError(f"diffusion_cfg.int_method is {method!r}; only 'euler' is known")
     if raw.get("expert_non_causal_attention", True) is not True:

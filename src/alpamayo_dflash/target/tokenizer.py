@@ -147,7 +147,7 @@ def load_tokenizer(folder: Path, config: AlpamayoConfig) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the tokenizer comes from vlm_name_or_path")
-    tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = read_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # transformers leaves `normalized` on for ordinary added tokens and off for special ones; so do we.
@@ -158,6 +158,19 @@ def load_tokenizer(folder: Path, config: AlpamayoConfig) -> Tokenizer:
         [AddedToken(f"<|{name}|>", normalized=False) for name in special_names(config)]
     )
     check_ids(tokenizer, config)
+    return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer.json.
+
+    Raises:
+        ValueError: it is none; the library raises bare exceptions, and only here are they caught.
+    """
+    try:
+        tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise ValueError(f"{path}: not a tokenizer ({error})") from None
     return tokenizer
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json
-from alpamayo_dflash.draft.formats import KEPT_IDS, read_draft, read_tensors, write_files
+from alpamayo_dflash.common.tensors import read_tensors, save_tensors
+from alpamayo_dflash.draft.formats import KEPT_IDS, read_draft, write_files
 from alpamayo_dflash.draft.model import DFlashDraft
 
 STATE = "trainer.json"
@@ -39,7 +39,7 @@ def save_training(
             tensors[f"{name}:{key}"] = value.detach().cpu().contiguous()
     with atomic_folder(folder) as temporary:
         write_files(temporary, draft.config, draft.state_dict())
-        save_file(tensors, temporary / OPTIMIZER)
+        save_tensors(tensors, temporary / OPTIMIZER)
         write_json(temporary / STATE, state)
 
 
@@ -51,8 +51,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     """
     if not (folder / STATE).exists():
         return None
-    state: dict[str, Any] = read_json(folder / STATE)
-    return state
+    return read_json(folder / STATE, "config", "world_size", "parents", "progress", "total_steps")
 
 
 def load_training(folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optimizer) -> None:
