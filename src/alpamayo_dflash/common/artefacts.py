@@ -23,13 +23,14 @@ from typing import Any
 _LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "numpy", "physical_ai_av", "av")
 _RECORDED = ("alpamayo-dflash", *_LIBRARIES)
 
+_ASIDE = ".old"
 _NUMBERS = re.compile(r"\[\n\s*([-+.0-9eE,\s]+?)\n\s*\]")
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes `path`'s place on success and is removed on error."""
-    path = Path(path)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)
@@ -44,21 +45,39 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it takes `path`'s place, whole, on success."""
-    path = Path(path)
+    """Yield a temporary folder beside `path`; it takes `path`'s place, whole, on success.
+
+    Killed between its two renames, it leaves the old folder aside; `recover_folder` puts it back.
+    """
+    path = Path(path).resolve()  # a link to another disk stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
         temporary.chmod(0o755)
         # A folder cannot be replaced in one step: the old one goes aside, so that a whole one always exists.
-        aside = temporary.with_name(f"{temporary.name}.old")
+        aside = temporary.with_name(f"{temporary.name}{_ASIDE}")
         if path.exists():
             path.replace(aside)
         temporary.replace(path)
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_folder(path: Path | str) -> None:
+    """Undo what a killed `atomic_folder` left: put the old folder back if none is there, and clear the rest.
+
+    Nobody else may be writing the folder.
+    """
+    path = Path(path).resolve()
+    for aside in sorted(path.parent.glob(f".{path.name}.*{_ASIDE}")):
+        if path.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.replace(path)
+    for temporary in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(temporary)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -15,6 +15,7 @@ from alpamayo_dflash.clips.lists import parse_chunks
 from alpamayo_dflash.clips.source import ClipError, ClipSource, failure_of, progressing_windows
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import file_hash, list_hash, provenance
+from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import own_device, share_of
 from alpamayo_dflash.decode.config import Sampling
@@ -47,35 +48,36 @@ def run(config: DistillConfig) -> dict[str, Any]:
         config.model_path, dtype=config.target_dtype, device=device, local_files_only=local
     )
     settings = data_settings(config, target, target_hash, clip_ids, world_size)
-    parents = {"target": target_hash, **_layers_parent(config)}
-    writer = RankWriter(
-        config.output_dir,
-        rank,
-        settings,
-        clip_ids[rank::world_size],
-        clips_per_shard=max(1, config.shard_size // config.samples_per_clip),
-        provenance=provenance(config, started, parents, device=str(target.device)),
-    )
-    nothing_to_do = writer.complete
-    remaining = [clip_id for clips in writer.remaining for clip_id in clips]
-    estimate = estimated_bytes(settings, len(remaining))
-    if nothing_to_do:
-        write_merged(config.output_dir)
-    else:
-        require_disk(config.output_dir, estimate, ranks=world_size)
-        writer.begin()
-        windows = progressing_windows(source, remaining, config.t0_us, "writing responses")
-        write_windows(target, source, windows, writer, config)
-    return {
-        "output_dir": str(config.output_dir),
-        "rank": rank,
-        "world_size": world_size,
-        "target_layers": settings["taps"],
-        **writer.summary(),
-        "frames_noted": dict(source.noted),
-        "estimated_bytes": estimate,
-        "nothing_to_do": nothing_to_do,
-    }
+    with owned(config.output_dir, mark_of(settings), rank, take_over=config.take_over):
+        parents = {"target": target_hash, **_layers_parent(config)}
+        writer = RankWriter(
+            config.output_dir,
+            rank,
+            settings,
+            clip_ids[rank::world_size],
+            clips_per_shard=max(1, config.shard_size // config.samples_per_clip),
+            provenance=provenance(config, started, parents, device=str(target.device)),
+        )
+        nothing_to_do = writer.complete
+        remaining = [clip_id for clips in writer.remaining for clip_id in clips]
+        estimate = estimated_bytes(settings, len(remaining))
+        if nothing_to_do:
+            write_merged(config.output_dir)
+        else:
+            require_disk(config.output_dir, estimate, ranks=world_size)
+            writer.begin()
+            windows = progressing_windows(source, remaining, config.t0_us, "writing responses")
+            write_windows(target, source, windows, writer, config)
+        return {
+            "output_dir": str(config.output_dir),
+            "rank": rank,
+            "world_size": world_size,
+            "target_layers": settings["taps"],
+            **writer.summary(),
+            "frames_noted": dict(source.noted),
+            "estimated_bytes": estimate,
+            "nothing_to_do": nothing_to_do,
+        }
 
 
 def _layers_parent(config: DistillConfig) -> dict[str, str]:

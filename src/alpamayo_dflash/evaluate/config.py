@@ -38,6 +38,7 @@ class EvaluateConfig(Sampled):
         compare: run all three arms, check losslessness, print and store the comparison; else dflash alone.
         verbose: print each round's block with accepted, rejected and target tokens marked.
         detailed_timing: split decode into draft, verify, sampling, cache and other.
+        take_over: remove the lock of a run that is known to be over, where the disk cannot tell.
         local_files_only: never ask the hub for the target's files.
         sentence_end: rules at sentence ends; hint and off are lossless, force is not.
         row_width: run both loops at this number of rows (bit-equal passes in bfloat16).
@@ -68,6 +69,7 @@ class EvaluateConfig(Sampled):
     verbose: bool = False
     detailed_timing: bool = False
     local_files_only: bool = False
+    take_over: bool = False
     sentence_end: SentenceEnd = "hint"
     row_width: int | None = None
     prompt_capacity: int = 4096

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, NotRequired, TypedDict, TypeVar, cast
 
 from alpamayo_dflash.common.artefacts import to_plain, write_text
+from alpamayo_dflash.common.locks import mark_of
 
 
 class ArmRow(TypedDict):
@@ -124,8 +126,8 @@ FORMAT = 2
 class RowStore(Generic[Row]):
     """A JSON-lines file of results: a head line that names the run, then one line a clip.
 
-    A store with another head (other options, another draft) is begun anew. A last line that was cut short
-    by an interruption is dropped. Nothing is written before the first result.
+    A store with another head (other options, another draft) is begun anew, and its rows are moved aside. A
+    last line that was cut short by an interruption is dropped. Nothing is written before the first result.
 
     Raises:
         ValueError: the file holds rows of another format, of a run that another version has not finished.
@@ -169,7 +171,15 @@ class RowStore(Generic[Row]):
         self._rows[row["clip_id"]] = row
 
     def _begin(self) -> None:
-        """Write the head and the rows that are continued, without whatever else the file held."""
+        """Write the head and the rows that are continued; rows of another run are moved aside."""
+        if not self._rows and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            if len(lines) > 1:
+                aside = self.path.with_name(f"{self.path.stem}.of-{mark_of(lines[0])}{self.path.suffix}")
+                self.path.replace(aside)
+                print(
+                    f"{self.path}: held rows of another run, which are in {aside.name} now", file=sys.stderr
+                )
         lines = [self._head, *self._rows.values()]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._begun = True

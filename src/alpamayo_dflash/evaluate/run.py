@@ -16,6 +16,7 @@ from alpamayo_dflash.clips.lists import chosen_clips
 from alpamayo_dflash.clips.source import ClipSource, failure_of
 from alpamayo_dflash.clips.window import Window, constant_velocity, min_ade
 from alpamayo_dflash.common.artefacts import folder_hash, provenance, read_json, to_plain, write_json
+from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.observer import StageTimer
@@ -39,7 +40,7 @@ ROWS = "rows.jsonl"
 _CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
 
 # Options that change neither the numbers nor which clips they are of.
-_FREE = frozenset(("output_dir", "verbose", "local_files_only", "frames", "motion_gap_ms"))
+_FREE = frozenset(("output_dir", "verbose", "local_files_only", "frames", "motion_gap_ms", "take_over"))
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -71,22 +72,23 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     arms = Arms(target, draft, config)
     parents = {"target": target_hash, "draft": folder_hash(draft_folder(config.draft_model))}
     head = _head(config, parents, clip_ids)
-    earlier = _earlier(config, head)
-    if earlier is not None:
-        console.print(f"nothing to do: {config.output_dir / RESULT} is this evaluation", highlight=False)
-        return _shown(earlier, config) | {"nothing_to_do": True}
-    store: RowStore[ClipRow] = RowStore(config.output_dir / ROWS, head)
-    failures = _evaluate_clips(arms, source, clip_ids, store, console)
-    rows = store.rows()
-    result = metrics.evaluation_summary(rows, failures, attempted=len(clip_ids)) | _settings(arms)
-    result["frames_noted"] = dict(source.noted)
-    if result["draft_failures"]:
-        console.print(f"the draft failed {result['draft_failures']} times", style="red", highlight=False)
-    made = provenance(config, started, parents)
-    write_json(config.output_dir / RESULT, result | {"head": head, "provenance": made, "clip_rows": rows})
-    if not failures:  # else a later run does these clips again, and only these
-        store.remove()
-    return _shown(result, config)
+    with owned(config.output_dir, mark_of(head), take_over=config.take_over):
+        earlier = _earlier(config, head)
+        if earlier is not None:
+            console.print(f"nothing to do: {config.output_dir / RESULT} is this evaluation", highlight=False)
+            return _shown(earlier, config) | {"nothing_to_do": True}
+        store: RowStore[ClipRow] = RowStore(config.output_dir / ROWS, head)
+        failures = _evaluate_clips(arms, source, clip_ids, store, console)
+        rows = store.rows()
+        result = metrics.evaluation_summary(rows, failures, attempted=len(clip_ids)) | _settings(arms)
+        result["frames_noted"] = dict(source.noted)
+        if result["draft_failures"]:
+            console.print(f"the draft failed {result['draft_failures']} times", style="red", highlight=False)
+        made = provenance(config, started, parents)
+        write_json(config.output_dir / RESULT, result | {"head": head, "provenance": made, "clip_rows": rows})
+        if not failures:  # else a later run does these clips again, and only these
+            store.remove()
+        return _shown(result, config)
 
 
 def _head(config: EvaluateConfig, parents: Mapping[str, str], clip_ids: Sequence[str]) -> dict[str, Any]:

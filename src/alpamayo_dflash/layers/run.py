@@ -17,6 +17,7 @@ from alpamayo_dflash.clips.source import (
 )
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import list_hash, provenance, read_json, write_json
+from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import own_device, require_same, share_of
 from alpamayo_dflash.decode.rollouts import Rollouts
@@ -71,20 +72,23 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
     )
     settings = scoring_settings(config, target, target_hash, clip_ids, world_size)
     path = scores_path(config.output_dir, rank, world_size)
-    found = path.exists()
-    if found:
-        content = read_json(path)
-        require_same(content["settings"], settings, path)
-    else:
-        own = sample_clips(clip_ids, config.num_samples, seed=config.seed, rank=rank, world_size=world_size)
-        windows = progressing_windows(source, own, config.t0_us, "scoring layers")
-        scored = score_windows(target, windows, settings["layers"], config)
-        content = {
-            "settings": settings,
-            **scored.to_plain(),
-            "provenance": provenance(config, started, {"target": target_hash}, device=str(target.device)),
-        }
-        write_json(path, content)
+    with owned(config.output_dir, mark_of(settings), rank, take_over=config.take_over):
+        found = path.exists()
+        if found:
+            content = read_json(path)
+            require_same(content["settings"], settings, path)
+        else:
+            own = sample_clips(
+                clip_ids, config.num_samples, seed=config.seed, rank=rank, world_size=world_size
+            )
+            windows = progressing_windows(source, own, config.t0_us, "scoring layers")
+            scored = score_windows(target, windows, settings["layers"], config)
+            content = {
+                "settings": settings,
+                **scored.to_plain(),
+                "provenance": provenance(config, started, {"target": target_hash}, device=str(target.device)),
+            }
+            write_json(path, content)
     return {
         "rank": rank,
         "world_size": world_size,

@@ -75,6 +75,7 @@ class TrainConfig:
         resume: auto continues from output_dir's checkpoint if there is one; must requires one; never starts
             over.
         other_target: go on although the data was made with another target of the same shape.
+        take_over: remove the lock of a run that is known to be over, where the disk cannot tell.
         local_files_only: never ask the hub for the target's files.
     """
 
@@ -118,6 +119,7 @@ class TrainConfig:
     resume: Literal["auto", "must", "never"] = "auto"
     other_target: bool = False
     local_files_only: bool = False
+    take_over: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges, and that options which need each other are given together."""

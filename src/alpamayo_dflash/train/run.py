@@ -17,9 +17,11 @@ from alpamayo_dflash.common.artefacts import (
     folder_hash,
     provenance,
     read_json,
+    recover_folder,
     to_plain,
     write_json,
 )
+from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.processes import Processes, join
 from alpamayo_dflash.common.progress import Live, Monitor
 from alpamayo_dflash.distill.data import DistillData
@@ -36,7 +38,10 @@ SUMMARY = "train.json"
 
 # Options that a continued run may change: they do not move its numbers. The target counts by its hash.
 _FREE = frozenset(
-    ("output_dir", "num_workers", "cache_gib", "resume", "other_target", "local_files_only", "target_model")
+    (
+        *("output_dir", "num_workers", "cache_gib", "resume", "other_target", "local_files_only"),
+        *("target_model", "take_over"),
+    )
 )
 
 
@@ -52,7 +57,6 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     started = time.time()
     with join(config.device) as processes:
-        state = _earlier(config, processes.world_size)
         summary, checkpoint = config.output_dir / SUMMARY, config.output_dir / "checkpoint"
         target = read_target(config.target_model, local_files_only=config.local_files_only)
         data = DistillData(config.data_dir)
@@ -62,24 +66,32 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if processes.first:
             data.verify()  # before anything is written
         processes.wait()
-        parents = _parents(config, data, target_hash)
-        if state is not None:
-            _check_parents(checkpoint, state["parents"], parents)
-            if state["progress"]["step"] == state["total_steps"] and summary.exists():
-                return {**read_json(summary), "nothing_to_do": True}
-        trainer, counts = _trainer(config, data, target, processes, parents=parents, started=started)
-        if state is not None:
-            trainer.resume(checkpoint, Progress(**state["progress"]), state["total_steps"])
-        elif processes.first:
-            # What an earlier run left must not be taken for this one's after an interruption.
-            summary.unlink(missing_ok=True)
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        processes.wait()
-        _fit(trainer, processes)
-        result = _result(trainer, counts, started)
-        if processes.first:
-            write_json(summary, result)
-        processes.wait()
+        compared = {key: value for key, value in to_plain(config).items() if key not in _FREE}
+        mark = mark_of(compared | {"number of processes": processes.world_size})
+        with owned(config.output_dir, mark, processes.rank, take_over=config.take_over):
+            if processes.first:
+                for folder in (checkpoint, config.output_dir / "draft"):
+                    recover_folder(folder)
+            processes.wait()
+            state = _earlier(config, processes.world_size)
+            parents = _parents(config, data, target_hash)
+            if state is not None:
+                _check_parents(checkpoint, state["parents"], parents)
+                if state["progress"]["step"] == state["total_steps"] and summary.exists():
+                    return {**read_json(summary), "nothing_to_do": True}
+            trainer, counts = _trainer(config, data, target, processes, parents=parents, started=started)
+            if state is not None:
+                trainer.resume(checkpoint, Progress(**state["progress"]), state["total_steps"])
+            elif processes.first:
+                # What an earlier run left must not be taken for this one's after an interruption.
+                summary.unlink(missing_ok=True)
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            processes.wait()
+            _fit(trainer, processes)
+            result = _result(trainer, counts, started)
+            if processes.first:
+                write_json(summary, result)
+            processes.wait()
     return result
 
 
