@@ -1,7 +1,6 @@
 """A folder has one run at a time, and what a killed run left is put right."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -44,9 +43,9 @@ def other(tmp_path):
 def test_strangers_are_refused_and_ranks_of_one_run_are_none(tmp_path, other):
     folder = tmp_path / "out"
     for mark, rank in (("b", 0), ("b", 1), ("a", 1)):
-        with pytest.raises(ValueError, match=rf"out: process {other.pid} on .* is at work there since"):
-            with owned(folder, mark, rank):
-                pytest.fail("it was let in")
+        refused = pytest.raises(ValueError, match=rf"out: process {other.pid} on .* is at work there since")
+        with refused, owned(folder, mark, rank):
+            pytest.fail("it was let in")
     with owned(folder, "a", 0):
         pass
     other.send_signal(signal.SIGKILL)
@@ -61,9 +60,9 @@ def test_a_lock_that_cannot_be_tested_is_refused_by_path(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(locks.fcntl, "flock", flock)
-    with pytest.raises(ValueError, match=r"\.run-rank0\.lock: whether .* --take-over"):
-        with owned(tmp_path, "a"):
-            pytest.fail("it was let in")
+    refused = pytest.raises(ValueError, match=r"\.run-rank0\.lock: whether .* --take-over")
+    with refused, owned(tmp_path, "a"):
+        pytest.fail("it was let in")
 
 
 def test_a_mark_is_of_the_settings_alone():
@@ -105,7 +104,7 @@ def test_a_kill_between_any_two_renames_leaves_a_whole_folder(tmp_path):
         assert done.returncode == -signal.SIGKILL
         recover_folder(folder)
         assert (folder / "file").read_text() == ("new" if kill_at == 4 else "old")
-        assert os.listdir(folder.parent) == ["checkpoint"]
+        assert [each.name for each in folder.parent.iterdir()] == ["checkpoint"]
 
 
 def test_a_link_stays_a_link(tmp_path):
@@ -132,7 +131,7 @@ def test_rows_of_another_run_are_moved_aside(tmp_path, capsys):
     second = RowStore(path, {"run": 2})
     assert len(second) == 0
     second.add({"clip_id": "b"})
-    assert "held rows of another run" in capsys.readouterr().err
+    assert "held another run's rows" in capsys.readouterr().err
     [aside] = tmp_path.glob("rows.of-*.jsonl")
     assert [json.loads(line).get("clip_id") for line in aside.read_text().splitlines()] == [None, "a"]
     assert len(RowStore(path, {"run": 2})) == 1

@@ -77,7 +77,8 @@ def recover_folder(path: Path | str) -> None:
         else:
             aside.replace(path)
     for temporary in path.parent.glob(f".{path.name}.*"):
-        shutil.rmtree(temporary)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -173,13 +173,11 @@ class RowStore(Generic[Row]):
     def _begin(self) -> None:
         """Write the head and the rows that are continued; rows of another run are moved aside."""
         if not self._rows and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            if len(lines) > 1:
-                aside = self.path.with_name(f"{self.path.stem}.of-{mark_of(lines[0])}{self.path.suffix}")
+            head, *rows = self.path.read_text(encoding="utf-8").splitlines() or [""]
+            if rows:
+                aside = self.path.with_name(f"{self.path.stem}.of-{mark_of(head)}{self.path.suffix}")
                 self.path.replace(aside)
-                print(
-                    f"{self.path}: held rows of another run, which are in {aside.name} now", file=sys.stderr
-                )
+                print(f"{self.path}: held another run's rows, which are in {aside.name} now", file=sys.stderr)
         lines = [self._head, *self._rows.values()]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._begun = True

@@ -78,9 +78,8 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
             content = read_json(path)
             require_same(content["settings"], settings, path)
         else:
-            own = sample_clips(
-                clip_ids, config.num_samples, seed=config.seed, rank=rank, world_size=world_size
-            )
+            share = {"rank": rank, "world_size": world_size}
+            own = sample_clips(clip_ids, config.num_samples, seed=config.seed, **share)
             windows = progressing_windows(source, own, config.t0_us, "scoring layers")
             scored = score_windows(target, windows, settings["layers"], config)
             content = {

@@ -232,7 +232,7 @@ class AlpamayoConfig:
         try:
             return cls.from_dict(raw)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {str(error).removeprefix(f'{CONFIG}: ')}") from None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> AlpamayoConfig:
