@@ -133,3 +133,10 @@ def test_what_is_not_an_evaluation_is_refused(tmp_path: Path) -> None:
 def test_report_imports_no_torch() -> None:
     code = "import sys, alpamayo_dflash.report.run; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_brackets_in_cells_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    Console(width=80).print(Table("T", ("clip", "reason"), (("a", "o[/x]: [red]no[/red] file"),)).rich())
+    assert "o[/x]: [red]no[/red] file" in capsys.readouterr().out

@@ -75,7 +75,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     with owned(config.output_dir, mark_of(head), take_over=config.take_over):
         earlier = _earlier(config, head)
         if earlier is not None:
-            console.print(f"nothing to do: {config.output_dir / RESULT} is this evaluation", highlight=False)
+            console.print(
+                f"nothing to do: {config.output_dir / RESULT} is this evaluation",
+                highlight=False,
+                markup=False,
+            )
             return _shown(earlier, config) | {"nothing_to_do": True}
         store: RowStore[ClipRow] = RowStore(config.output_dir / ROWS, head)
         failures = _evaluate_clips(arms, source, clip_ids, store, console)
@@ -204,7 +208,7 @@ def evaluate_clip(arms: Arms, window: Window, facts: Facts | None, *, turn: int,
     if config.detailed_timing:
         row["parts_ms"] = _parts(arms, prompt)
     if config.verbose:
-        console.print(f"\n{window.key}", style="bold", highlight=False)
+        console.print(f"\n{window.key}", style="bold", highlight=False, markup=False)
         arms.again("dflash", prompt, config.sampling, RoundPrinter(console, piece_of(arms.target.tokenizer)))
     if window.ego_future_xyz is not None:
         row["trajectory"] = _trajectory(window, dflash)

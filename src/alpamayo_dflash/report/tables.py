@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
+from rich.text import Text
 
 ARM_NAMES = {
     "transformers": "transformers",
@@ -61,7 +62,7 @@ class Table:
         for number, name in enumerate(self.header):
             table.add_column(name, justify="right" if number else "left")
         for cells in self.rows:
-            table.add_row(*cells)
+            table.add_row(*map(Text, cells))  # brackets in a path are text
         return table
 
 

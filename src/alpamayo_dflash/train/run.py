@@ -26,6 +26,7 @@ from alpamayo_dflash.common.processes import Processes, join
 from alpamayo_dflash.common.progress import Live, Monitor
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import MANIFEST_FILE, DistillSample, training_counts
+from alpamayo_dflash.draft.formats import draft_folder
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import FrozenTarget, read_target
 from alpamayo_dflash.train.checkpoint import read_state
@@ -37,10 +38,11 @@ from alpamayo_dflash.train.trainer import Progress, Trainer
 SUMMARY = "train.json"
 
 # Options that a continued run may change: they do not move its numbers. The target counts by its hash.
+# Where files lie is free: of the target, the data and the first draft the hashes are compared.
 _FREE = frozenset(
     (
         *("output_dir", "num_workers", "cache_gib", "resume", "other_target", "local_files_only"),
-        *("target_model", "take_over"),
+        *("target_model", "data_dir", "init_from", "take_over"),
     )
 )
 
@@ -233,7 +235,7 @@ def _parents(config: TrainConfig, data: DistillData, target_hash: str) -> dict[s
         "distill_target": data.manifest["settings"]["target"],
     }
     if config.init_from is not None:
-        parents["init_from"] = folder_hash(config.init_from)
+        parents["init_from"] = folder_hash(draft_folder(config.init_from))
     return parents
 
 
