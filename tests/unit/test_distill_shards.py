@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,8 +62,8 @@ def result(clip_id):
     return ClipResult(clip_id, int(clip_id[-1]) // 4, tuple(respond(clip_id, sample) for sample in range(2)))
 
 
-def writer(folder, *, rank=0, clips=CLIPS, settings=SETTINGS):
-    return RankWriter(folder, rank, settings, clips, clips_per_shard=2, provenance={"seed": 0})
+def writer(folder, *, rank=0, clips=CLIPS, settings=SETTINGS, again=lambda _: False):
+    return RankWriter(folder, rank, settings, clips, clips_per_shard=2, provenance={"seed": 0}, again=again)
 
 
 def write(folder, *, shards=None, **options):
@@ -107,7 +108,9 @@ def test_manifest_counts_and_says_where_it_came_from(tmp_path):
     assert manifest["tokens"] == sum(len(sample.token_ids) for sample in DistillData(tmp_path).samples)
     assert part.summary()["clips"] == manifest["clips"]
     failures = json.loads((tmp_path / "failures-rank0.json").read_text())
-    assert failures["failures"] == [{"clip_id": "clip-4", "reason": "broken video", "kind": "target"}]
+    assert failures["failures"] == [
+        {"clip_id": "clip-4", "reason": "broken video", "kind": "target", "files": {}}
+    ]
 
 
 def test_estimate_matches_what_is_stored(tmp_path):
@@ -299,3 +302,36 @@ def test_an_older_set_without_counts_is_read_and_counted(tmp_path):
     assert "token_counts" not in data.manifest
     counts = training_counts(data.manifest, data.samples, held_out=DEFAULT_HELD_OUT)
     assert counts == naive_counts(data.samples)
+
+
+def test_failed_clips_are_tried_again_in_a_shard_of_their_own(tmp_path):
+    """And the shards that are there, which a draft may have been trained on, stay as they are."""
+    first = writer(tmp_path)
+    first.begin()
+    while first.remaining:
+        first.write([result(clip_id) for clip_id in first.remaining[0]])
+    assert first.summary()["clips"] == {"attempted": 7, "done": 6, "failed": 1}
+    shards = {path.name: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    assert writer(tmp_path).complete
+
+    again = writer(tmp_path, again=lambda failure: failure["clip_id"] == "clip-4")
+    assert again.remaining == [["clip-4"]]
+    again.begin()
+    again.write([replace(result("clip-4"), failure="still broken", responses=())])
+    assert again.complete
+    assert again.summary()["clips"] == {"attempted": 7, "done": 6, "failed": 1}
+    [failure] = json.loads((tmp_path / "manifest-rank0.json").read_text())["shards"][-1]["failures"]
+    assert failure["reason"] == "still broken"
+
+    mended = writer(tmp_path, again=lambda failure: failure["reason"] == "still broken")
+    mended.begin()
+    mended.write([replace(result("clip-3"), clip_id="clip-4")])
+    assert mended.summary()["clips"] == {"attempted": 7, "done": 7, "failed": 0}
+    assert mended.summary()["failure_kinds"] == {}
+    assert writer(tmp_path, again=lambda _: True).complete
+    assert {
+        path.name: path.read_bytes() for path in tmp_path.rglob("*.safetensors") if path.name in shards
+    } == shards
+    data = DistillData(tmp_path)
+    data.verify()
+    assert {sample.clip_id for sample in data.samples} == set(CLIPS)

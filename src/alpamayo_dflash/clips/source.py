@@ -118,8 +118,10 @@ class ClipSource:
         if offline:
             if cache_dir is None:
                 raise ValueError("cache_dir is missing: offline reading needs the folder with the dataset")
-            self.dataset = _open_offline(Path(cache_dir), revision, repo_id)
+            self._snapshot: Path | None = find_snapshot(cache_dir, revision, repo_id)
+            self.dataset = _open_offline(self._snapshot, Path(cache_dir), repo_id)
         else:
+            self._snapshot = None
             self.dataset = open_online(cache_dir, revision, repo_id)
         self._chunk_of: dict[str, int] = {
             str(clip_id): int(chunk) for clip_id, chunk in self.dataset.clip_index["chunk"].items()
@@ -172,6 +174,19 @@ class ClipSource:
                 clip_id, f"unknown; the dataset has {len(self._chunk_of)} clips, but not this one"
             )
         return self._chunk_of[clip_id]
+
+    def files(self, clip_id: str) -> dict[str, list[int] | None]:
+        """Size and time of change (ns) of each file that a clip is read from; None for one that is not there.
+
+        Nothing where the dataset is not a cache's.
+        """
+        found: dict[str, list[int] | None] = {}
+        for feature in self._features() if self._snapshot is not None else ():
+            name = self._file(feature, self.chunk_of(clip_id))
+            path = (self._snapshot or Path()) / name
+            state = path.stat() if path.exists() else None
+            found[name] = None if state is None else [state.st_size, state.st_mtime_ns]
+        return found
 
     def window(self, clip_id: str, t0_us: int = DEFAULT_T0_US) -> Window:
         """Read what the target sees of a clip at a moment, and what the ego did around it.
@@ -333,9 +348,8 @@ def _named(repo_id: str) -> dict[str, Any]:
     return {}
 
 
-def _open_offline(cache_dir: Path, revision: str, repo_id: str) -> Any:
+def _open_offline(snapshot: Path, cache_dir: Path, repo_id: str) -> Any:
     """The devkit's interface on the cache alone."""
-    snapshot = find_snapshot(cache_dir, revision, repo_id)
     try:
         # With the hash for a revision the hub's library takes cached files without asking for newer ones.
         return _offline_interface()(snapshot.name, cache_dir=cache_dir, **_named(repo_id))

@@ -52,6 +52,7 @@ class DistillConfig(Sampled):
             reads them by their order and says so.
         motion_gap_ms: the longest gap in the ego motion that is bridged around a moment that is needed.
         device: torch device; plain "cuda" means this process's own under torchrun.
+        retry_failed: try every clip that failed before again; without it those of which a file has changed.
         take_over: remove the lock of a run that is known to be over, where the disk cannot tell.
         local_files_only: never ask the hub for the checkpoint.
         keep_going: record a clip that fails and go on; else stop there (a later run continues).
@@ -87,6 +88,7 @@ class DistillConfig(Sampled):
     motion_gap_ms: int = MOTION_GAP_MS
     device: str = "cpu"
     local_files_only: bool = False
+    retry_failed: bool = False
     take_over: bool = False
     keep_going: bool = True
 

@@ -201,7 +201,7 @@ def merge(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     world = range(settings["world_size"])
     complete = {str(rank): rank in begun and begun[rank]["complete"] for rank in world}
     shards = [shard for content in manifests for shard in content["shards"]]
-    failures = [failure for shard in shards for failure in shard["failures"]]
+    failures = open_failures(shards)
     done = sum(len(shard["clips"]) for shard in shards)
     counts = merged_record(manifests)
     return {
@@ -224,6 +224,13 @@ def merge(manifests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "shards": shards,
         "provenance": {str(content["rank"]): content["provenance"] for content in manifests},
     }
+
+
+def open_failures(shards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The clips that failed and have not been done since, each by its last failure."""
+    done = {clip_id for shard in shards for clip_id in shard["clips"]}
+    last = {failure["clip_id"]: failure for shard in shards for failure in shard["failures"]}
+    return [failure for clip_id, failure in last.items() if clip_id not in done]
 
 
 def write_merged(folder: Path) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from alpamayo_dflash.distill.shards import (
     FORMAT,
     DistillSample,
     manifest_path,
+    open_failures,
     read_manifest,
     read_manifests,
     read_table,
@@ -63,6 +64,7 @@ class ClipResult:
     responses: tuple[Response, ...] = ()
     failure: str | None = None
     kind: str = "target"
+    files: Mapping[str, Any] = field(default_factory=dict)  # of one that failed, see `ClipSource.files`
 
 
 class RankWriter:
@@ -81,6 +83,7 @@ class RankWriter:
         *,
         clips_per_shard: int,
         provenance: Mapping[str, Any],
+        again: Callable[[Mapping[str, Any]], bool] = lambda _: False,
     ) -> None:
         """Look at what is there of a rank's part; nothing is written yet.
 
@@ -91,6 +94,8 @@ class RankWriter:
             clip_ids: this rank's clips, in the order to be written.
             clips_per_shard: clips whose responses make a shard.
             provenance: the record of this run.
+            again: whether a clip that failed, by the manifest's entry of it, is to be tried again; its
+                responses then go into a shard of their own, behind all others.
 
         Raises:
             ValueError: the folder holds data made with other settings, or has lost finished files; the
@@ -108,6 +113,12 @@ class RankWriter:
         self._begun = manifest_path(folder, rank).exists()
         if self._begun:
             self._manifest["shards"] = read_manifest(manifest_path(folder, rank))["shards"]
+        shards = self._manifest["shards"]
+        self._groups += [_clips_of(shard) for shard in shards[len(self._groups) :]]
+        retried = [failure["clip_id"] for failure in open_failures(shards) if again(failure)]
+        self._groups += [
+            retried[start : start + clips_per_shard] for start in range(0, len(retried), clips_per_shard)
+        ]
         self._samples = read_table(table_path(folder, rank), self._manifest["shards"])
         self._require_shards()
         self._manifest["provenance"] = dict(provenance)
@@ -161,7 +172,12 @@ class RankWriter:
                 "file": name if pairs else None,
                 "clips": [result.clip_id for result in results if result.failure is None],
                 "failures": [
-                    {"clip_id": result.clip_id, "reason": result.failure, "kind": result.kind}
+                    {
+                        "clip_id": result.clip_id,
+                        "reason": result.failure,
+                        "kind": result.kind,
+                        "files": dict(result.files),
+                    }
                     for result in results
                     if result.failure is not None
                 ],
@@ -175,11 +191,12 @@ class RankWriter:
     def summary(self) -> dict[str, Any]:
         """Clips attempted, done and failed by this rank so far, and its responses, tokens and bytes."""
         shards = self._manifest["shards"]
-        done, failed = (sum(len(shard[key]) for shard in shards) for key in ("clips", "failures"))
+        failures = open_failures(shards)
+        done, failed = sum(len(shard["clips"]) for shard in shards), len(failures)
         counts = {key: sum(shard[key] for shard in shards) for key in ("samples", "tokens", "bytes")}
         return {
             "clips": {"attempted": done + failed, "done": done, "failed": failed},
-            "failure_kinds": failure_kinds(failure for shard in shards for failure in shard["failures"]),
+            "failure_kinds": failure_kinds(failures),
             **counts,
         }
 
@@ -188,7 +205,7 @@ class RankWriter:
         self._manifest["complete"] = self.complete
         self._manifest["token_counts"] = record(self._samples)
         self._manifest["provenance"]["wall_s"] = round(time.time() - self._started, 3)
-        failures = [failure for shard in self._manifest["shards"] for failure in shard["failures"]]
+        failures = open_failures(self._manifest["shards"])
         write_json(
             self.folder / f"failures-rank{self.rank}.json", {**self.summary()["clips"], "failures": failures}
         )
@@ -226,3 +243,7 @@ class RankWriter:
             shard=shard,
             index=index,
         )
+
+
+def _clips_of(shard: Mapping[str, Any]) -> list[str]:
+    return [*shard["clips"], *(failure["clip_id"] for failure in shard["failures"])]
