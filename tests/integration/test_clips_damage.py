@@ -301,3 +301,49 @@ def test_errors_survive_a_process(world):
     error = pickle.loads(pickle.dumps(ClipError("a", "b", "stamps")))
     assert (error.clip_id, error.reason, error.kind) == ("a", "b", "stamps")
     assert json.dumps(error.reason) == '"b"'
+
+
+@pytest.mark.parametrize("stage", ["distill", "layers"])
+def test_failed_clips_are_tried_again_after_repair(damaged, tmp_path, capsys, stage):
+    """Once a file of theirs has changed, and not before; all failed is no success."""
+    from alpamayo_dflash.cli.main import main
+
+    kept = {}
+
+    def cut(members):
+        kept.update(members)
+        members.update({name: data[:200] for name, data in members.items() if name.endswith("mp4")})
+
+    more = {
+        "distill": ["--target-layers", "1,3", "--samples-per-clip", "1"],
+        "layers": ["--num-target-layers", "2"],
+    }
+    words = [
+        stage,
+        "--model-path",
+        "tiny",
+        "--cache-dir",
+        str(damaged),
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+
+    def run_stage(*flags):
+        status = main([*words, *more[stage], "--max-tokens", "4", *flags])
+        out = capsys.readouterr().out
+        return status, json.loads(out.splitlines()[-1]) if out else {}
+
+    rezip(damaged, FRONT, cut)
+    status, said = run_stage()
+    assert status == (1 if stage == "distill" else 2)
+    if stage == "distill":
+        assert said["clips"] == {"attempted": 2, "done": 0, "failed": 2}
+        assert said["failure_kinds"] == {"file": 2}
+        status, said = run_stage()
+        assert status == 1 and said["nothing_to_do"]
+        assert run_stage("--retry-failed")[1]["nothing_to_do"] is False
+    rezip(damaged, FRONT, lambda members: members.update(kept))
+    status, said = run_stage()
+    assert status == 0
+    assert said["clips"] == {"attempted": 2, "done": 2, "failed": 0}
+    assert run_stage()[1]["nothing_to_do"]

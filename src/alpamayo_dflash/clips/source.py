@@ -188,6 +188,10 @@ class ClipSource:
             found[name] = None if state is None else [state.st_size, state.st_mtime_ns]
         return found
 
+    def changed(self, failure: Mapping[str, Any]) -> bool:
+        """Whether a file that a failed clip needs is another now; older results did not record them."""
+        return "files" in failure and failure["files"] != self.files(failure["clip_id"])
+
     def window(self, clip_id: str, t0_us: int = DEFAULT_T0_US) -> Window:
         """Read what the target sees of a clip at a moment, and what the ego did around it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
             clip_ids[rank::world_size],
             clips_per_shard=max(1, config.shard_size // config.samples_per_clip),
             provenance=provenance(config, started, parents, device=str(target.device)),
-            again=lambda failure: config.retry_failed or _changed(source, failure),
+            again=lambda failure: config.retry_failed or source.changed(failure),
         )
         nothing_to_do = writer.complete
         remaining = [clip_id for clips in writer.remaining for clip_id in clips]
@@ -87,11 +87,6 @@ def _layers_parent(config: DistillConfig) -> dict[str, str]:
         return {}
     path = Path(config.layers_file)
     return {"layers": file_hash(path / CHOICE_FILE if path.is_dir() else path)}
-
-
-def _changed(source: ClipSource, failure: Mapping[str, Any]) -> bool:
-    """Whether a file that a failed clip needs is another now; older manifests do not know."""
-    return "files" in failure and failure["files"] != source.files(failure["clip_id"])
 
 
 def data_settings(

@@ -38,6 +38,7 @@ class LayersConfig(Sampled):
         motion_gap_ms: the longest gap in the ego motion that is bridged around a moment that is needed.
         device: torch device; plain "cuda" means this process's own under torchrun.
         dtype: of the target's weights; if left out float32 on a CPU, the checkpoint's own elsewhere.
+        retry_failed: score again if a clip failed before; without it if a file of such a clip has changed.
         take_over: remove the lock of a run that is known to be over, where the disk cannot tell.
         local_files_only: never ask the hub for the checkpoint.
 
@@ -66,6 +67,7 @@ class LayersConfig(Sampled):
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] | None = None
     local_files_only: bool = False
+    retry_failed: bool = False
     take_over: bool = False
 
     def __post_init__(self) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from alpamayo_dflash.clips.lists import parse_chunks, sample_clips
@@ -73,15 +74,15 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
     settings = scoring_settings(config, target, target_hash, clip_ids, world_size)
     path = scores_path(config.output_dir, rank, world_size)
     with owned(config.output_dir, mark_of(settings), rank, take_over=config.take_over):
-        found = path.exists()
-        if found:
-            content = read_json(path)
-            require_same(content["settings"], settings, path)
-        else:
+        content = _scored(path, settings, source, retry=config.retry_failed)
+        found = content is not None
+        if content is None:
             share = {"rank": rank, "world_size": world_size}
             own = sample_clips(clip_ids, config.num_samples, seed=config.seed, **share)
             windows = progressing_windows(source, own, config.t0_us, "scoring layers")
             scored = score_windows(target, windows, settings["layers"], config)
+            for failure in scored.failures:
+                failure["files"] = source.files(failure["clip_id"])
             content = {
                 "settings": settings,
                 **scored.to_plain(),
@@ -98,6 +99,18 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
         "scores_file": str(path),
         "nothing_to_do": found,
     }
+
+
+def _scored(
+    path: Path, settings: Mapping[str, Any], source: ClipSource, *, retry: bool
+) -> dict[str, Any] | None:
+    """A rank's scores of before; None if there are none, or a clip that failed is to be tried again."""
+    if not path.exists():
+        return None
+    content = read_json(path, "settings", "scores", "clips", "failures")
+    require_same(content["settings"], settings, path)
+    again = any(retry or source.changed(failure) for failure in content["failures"])
+    return None if again else content
 
 
 def scoring_settings(
@@ -130,7 +143,7 @@ class ScoredClips:
 
     scores: Scores
     done: list[str] = field(default_factory=list)
-    failures: list[dict[str, str]] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
 
     def to_plain(self) -> dict[str, Any]:
         """What the scores' file holds of it."""
