@@ -60,8 +60,17 @@ def test_a_lock_that_cannot_be_tested_is_refused_by_path(tmp_path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(locks.fcntl, "flock", flock)
-    refused = pytest.raises(ValueError, match=r"\.run-rank0\.lock: whether .* --take-over")
+    refused = pytest.raises(ValueError, match=r"whether another run .* cannot be told .* --take-over")
     with refused, owned(tmp_path, "a"):
+        pytest.fail("it was let in")
+    with owned(tmp_path, "a", take_over=True):
+        assert (tmp_path / ".run-rank0.lock").exists()
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    refused = pytest.raises(ValueError, match="out: a file, not a folder")
+    with refused, owned(tmp_path / "out", "a"):
         pytest.fail("it was let in")
 
 
@@ -137,3 +146,19 @@ def test_rows_of_another_run_are_moved_aside(tmp_path, capsys):
     assert len(RowStore(path, {"run": 2})) == 1
     aside.replace(path)
     assert len(RowStore(path, {"run": 1})) == 1
+
+
+def test_many_ranks_of_one_run_start_at_once(tmp_path):
+    """Each looks at the others' locks while they are being taken."""
+    code = textwrap.dedent(
+        f"""
+        import sys, time
+        from pathlib import Path
+        from alpamayo_dflash.common.locks import owned
+        for turn in range(40):
+            with owned(Path({str(tmp_path)!r}) / "out", "a", int(sys.argv[1])):
+                pass
+        """
+    )
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(6)]
+    assert [rank.wait(60) for rank in ranks] == [0] * 6

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from alpamayo_dflash.common.artefacts import to_plain
 
@@ -35,27 +35,83 @@ def owned(folder: Path, mark: str, rank: int = 0, *, take_over: bool = False) ->
         folder: the run's output.
         mark: see `mark_of`.
         rank: of this process; ranks of one mark share the folder.
-        take_over: remove a lock that cannot be tested: only where its run is known to be over.
+        take_over: go on where locks cannot be tested: only if no other run is known to be at work.
 
     Raises:
         ValueError: another run has the folder, or this rank of this run has; the message says who and since
-            when. Or a lock cannot be tested there, and names its file.
+            when. Or locks cannot be tested there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / _NAME.format(rank)
-    with _held(path, folder, take_over) as handle:
-        handle.seek(0)
-        handle.truncate()
-        about = {"mark": mark, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
-        json.dump(about, handle)
-        handle.flush()
+    about = {"mark": mark, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    with _registry(folder, take_over):
+        handle = path.open("a+", encoding="utf-8")
         try:
-            _refuse_strangers(folder, mark, path)
-            yield
-        finally:
+            if not take_over:
+                _lock(handle, folder)
+                _refuse_strangers(folder, mark, path)
+            handle.seek(0)
+            handle.truncate()
+            json.dump(about, handle)
+            handle.flush()
+        except ValueError:
+            handle.close()
+            raise
+    try:
+        yield
+    finally:
+        with _registry(folder, take_over):
             path.unlink(missing_ok=True)
+            handle.close()
             with contextlib.suppress(OSError):
                 folder.rmdir()  # if nothing came of it
+
+
+@contextlib.contextmanager
+def _registry(folder: Path, take_over: bool) -> Iterator[None]:
+    """Be the only one to look at a folder's locks or change them: by a lock on the folder, for a moment."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError):
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{folder}: a file, not a folder") from None
+            continue  # its last owner has just removed it
+        try:
+            if not take_over:
+                _wait(handle, folder)
+            if _is_still(folder, handle):
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _is_still(folder: Path, handle: int) -> bool:
+    """Whether a folder is the one that was opened, and no new one in its place."""
+    try:
+        return folder.stat().st_ino == os.fstat(handle).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _wait(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: whether another run is at work there cannot be told on this disk ({error}); use "
+            "another output folder, or --take-over if none is"
+        ) from None
+
+
+def _lock(handle: TextIO, folder: Path) -> None:
+    """Take a rank's lock, or say who has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        raise ValueError(_message(folder, _about(handle.read()))) from None
 
 
 def _refuse_strangers(folder: Path, mark: str, own: Path) -> None:
@@ -63,41 +119,17 @@ def _refuse_strangers(folder: Path, mark: str, own: Path) -> None:
     for other in folder.glob(_NAME.format("*")):
         if other == own:
             continue
-        with contextlib.suppress(FileNotFoundError), other.open("r", encoding="utf-8") as handle:
+        with other.open("r", encoding="utf-8") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                handle.seek(0)
                 about = _about(handle.read())
                 if about.get("mark") != mark:
                     raise ValueError(_message(folder, about)) from None
 
 
-@contextlib.contextmanager
-def _held(path: Path, folder: Path, take_over: bool) -> Iterator[Any]:
-    """Hold a lock file's lock."""
-    if take_over:
-        path.unlink(missing_ok=True)
-    while True:
-        with path.open("a+", encoding="utf-8") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                raise ValueError(_message(folder, _about(handle.read()))) from None
-            except OSError as error:
-                raise ValueError(
-                    f"{path}: whether another run has this folder cannot be told here ({error}); use another "
-                    "output folder, or --take-over if no other run is at work there"
-                ) from None
-            # Its last holder may have removed the file between our opening and locking it.
-            if path.exists() and path.stat().st_ino == os.fstat(handle.fileno()).st_ino:
-                yield handle
-                return
-
-
 def _about(text: str) -> dict[str, Any]:
-    """What a lock's file says; one that is just being written says nothing."""
+    """What a lock's file says."""
     try:
         about = json.loads(text)
     except json.JSONDecodeError:

@@ -53,7 +53,7 @@ class DistillConfig(Sampled):
         motion_gap_ms: the longest gap in the ego motion that is bridged around a moment that is needed.
         device: torch device; plain "cuda" means this process's own under torchrun.
         retry_failed: try every clip that failed before again; without it those of which a file has changed.
-        take_over: remove the lock of a run that is known to be over, where the disk cannot tell.
+        take_over: go on where the disk cannot tell whether another run has the folder.
         local_files_only: never ask the hub for the checkpoint.
         keep_going: record a clip that fails and go on; else stop there (a later run continues).
 

@@ -38,7 +38,7 @@ class EvaluateConfig(Sampled):
         compare: run all three arms, check losslessness, print and store the comparison; else dflash alone.
         verbose: print each round's block with accepted, rejected and target tokens marked.
         detailed_timing: split decode into draft, verify, sampling, cache and other.
-        take_over: remove the lock of a run that is known to be over, where the disk cannot tell.
+        take_over: go on where the disk cannot tell whether another run has the folder.
         local_files_only: never ask the hub for the target's files.
         sentence_end: rules at sentence ends; hint and off are lossless, force is not.
         row_width: run both loops at this number of rows (bit-equal passes in bfloat16).

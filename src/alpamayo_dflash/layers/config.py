@@ -39,7 +39,7 @@ class LayersConfig(Sampled):
         device: torch device; plain "cuda" means this process's own under torchrun.
         dtype: of the target's weights; if left out float32 on a CPU, the checkpoint's own elsewhere.
         retry_failed: score again if a clip failed before; without it if a file of such a clip has changed.
-        take_over: remove the lock of a run that is known to be over, where the disk cannot tell.
+        take_over: go on where the disk cannot tell whether another run has the folder.
         local_files_only: never ask the hub for the checkpoint.
 
     Raises:

@@ -75,7 +75,7 @@ class TrainConfig:
         resume: auto continues from output_dir's checkpoint if there is one; must requires one; never starts
             over.
         other_target: go on although the data was made with another target of the same shape.
-        take_over: remove the lock of a run that is known to be over, where the disk cannot tell.
+        take_over: go on where the disk cannot tell whether another run has the folder.
         local_files_only: never ask the hub for the target's files.
     """
 
