@@ -152,6 +152,11 @@ def test_a_key_is_computed(tokenizer, part, key, value):
     model = model_of(changed(part, key, value))
     decoder = accelerate(model, tokenizer=tokenizer)
     assert difference(model, decoder) < 1e-4
+    try:
+        model.generate(**inputs_of(model), max_new_tokens=1)
+    except TypeError:  # 4.57's own, for outputs that its config asks for
+        assert key.startswith("output_")
+        return
     theirs, ours = texts(model, decoder, 3)
     assert theirs == ours
 
