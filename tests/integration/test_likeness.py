@@ -79,7 +79,8 @@ def difference(model, decoder):
 def texts(model, decoder, limit=8):
     """The greedy texts of transformers and of the decoder."""
     inputs = inputs_of(model)
-    out = model.generate(**inputs, max_new_tokens=limit, do_sample=False, suppress_tokens=hidden(decoder))
+    options = {"max_new_tokens": limit, "do_sample": False, "suppress_tokens": hidden(decoder)}
+    out = model.generate(**inputs, **options, return_dict_in_generate=True).sequences
     prompt = decoder.target.prompt_from_inputs(inputs)
     ours = decoder.generate(prompt, temperature=0, max_new_tokens=limit).token_ids[0]
     return out[0, inputs["input_ids"].shape[1] :].tolist(), ours
@@ -152,11 +153,6 @@ def test_a_key_is_computed(tokenizer, part, key, value):
     model = model_of(changed(part, key, value))
     decoder = accelerate(model, tokenizer=tokenizer)
     assert difference(model, decoder) < 1e-4
-    try:
-        model.generate(**inputs_of(model), max_new_tokens=1)
-    except TypeError:  # 4.57's own, for outputs that its config asks for
-        assert key.startswith("output_")
-        return
     theirs, ours = texts(model, decoder, 3)
     assert theirs == ours
 
