@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers_versions import drawn_in_order
 
+from alpamayo_dflash.draft.config import DraftConfig
+from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.prompt import Prompt, mrope_positions
@@ -175,3 +177,22 @@ def random_prompt(target: Alpamayo, *, seed: int = 0, length: int = 20, images: 
     return Prompt(
         ids, pixels, grid, position_ids, delta, f"random{seed}@0", xyz, torch.eye(3).repeat(16, 1, 1)
     )
+
+
+def random_draft(target: Alpamayo) -> DFlashDraft:
+    """A draft of one layer with random weights, for a target of five layers or more."""
+    config = DraftConfig(
+        hidden_size=target.hidden_size,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=64,
+        vocab_size=target.vocab_size,
+        block_size=4,
+        context_len=8,
+        target_layer_ids=(1, 4),
+        num_target_layers=target.num_layers,
+        mask_token_id=target.vocab_size,
+    )
+    return DFlashDraft.random(config, 3).eval()

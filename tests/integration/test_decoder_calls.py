@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from proposers import NotANumber, Random
-from random_target import random_prompt, random_target
+from random_target import random_draft, random_prompt, random_target
 
-from alpamayo_dflash import Alpamayo, Observer, SpeculativeDecoder
+from alpamayo_dflash import Alpamayo, DecodeConfig, Observer, SpeculativeDecoder
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.decode.cache import Cache, Tail
 from alpamayo_dflash.decode.noise import TokenNoise, token_noise
@@ -157,25 +157,7 @@ SETTINGS = {
 @pytest.mark.parametrize("loop", ["host", "device"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_callers_torch_settings_do_not_reach_the_maths(tiny, setting, loop):
-    from alpamayo_dflash import DecodeConfig, DFlashDraft
-    from alpamayo_dflash.draft.config import DraftConfig
-
-    shape = DraftConfig(
-        hidden_size=tiny.hidden_size,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=64,
-        vocab_size=tiny.vocab_size,
-        block_size=4,
-        context_len=8,
-        target_layer_ids=(1, 4),
-        num_target_layers=tiny.num_layers,
-        mask_token_id=tiny.vocab_size,
-    )
-
-    draft = DFlashDraft.random(shape, 3).eval()
+    draft = random_draft(tiny)
 
     def decoded():
         decoder = SpeculativeDecoder(tiny, draft, DecodeConfig(loop=loop))

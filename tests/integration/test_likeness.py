@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 import transformers
+from random_target import random_draft
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from alpamayo_dflash import Alpamayo, DecodeConfig, DFlashDraft, SpeculativeDecoder, accelerate
-from alpamayo_dflash.draft.config import DraftConfig
+from alpamayo_dflash import Alpamayo, DecodeConfig, SpeculativeDecoder, accelerate
 from alpamayo_dflash.target.checkpoint import checkpoint_folder
 
 CONFIG = json.loads((checkpoint_folder("tiny") / "vlm" / "config.json").read_text())
@@ -416,21 +416,7 @@ def test_one_draft_on_two_targets_serves_both():
     with torch.no_grad():
         second.vlm.model.language_model.embed_tokens.weight.mul_(-3)
         second.vlm.lm_head.weight.mul_(0.5)
-    shape = DraftConfig(
-        hidden_size=first.hidden_size,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=64,
-        vocab_size=first.vocab_size,
-        block_size=4,
-        context_len=8,
-        target_layer_ids=(1, 4),
-        num_target_layers=first.num_layers,
-        mask_token_id=first.vocab_size,
-    )
-    draft = DFlashDraft.random(shape, 3).eval()
+    draft = random_draft(first)
     one = SpeculativeDecoder(first, draft)
     embedding = one.draft.embedding
     two = SpeculativeDecoder(second, draft)

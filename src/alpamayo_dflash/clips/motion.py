@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from alpamayo_dflash.clips.video import Times, UnsoundError
-from alpamayo_dflash.clips.window import FUTURE_POINTS, HISTORY_POINTS, STEP_S
+from alpamayo_dflash.clips.window import FUTURE_POINTS, HISTORY_POINTS, STEP_US
 
-_STEP_US = round(STEP_S * 1e6)
 Poses = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
@@ -33,13 +32,13 @@ def poses(table: Any, t0_us: int, *, most_gap_us: int) -> tuple[Poses, Poses | N
     stamps = stamps_of(table)
     first, last = int(stamps[0]), int(stamps[-1])
     steps = np.arange(1 - HISTORY_POINTS, FUTURE_POINTS + 1, dtype=np.int64)
-    if t0_us + steps[0] * _STEP_US < first or t0_us > last:
+    if t0_us + steps[0] * STEP_US < first or t0_us > last:
         raise UnsoundError(
             "moment", f"it covers {first} to {last} us, but t0 = {t0_us} us needs 1.5 s of history"
         )
-    if t0_us + steps[-1] * _STEP_US > last:
+    if t0_us + steps[-1] * STEP_US > last:
         steps = steps[:HISTORY_POINTS]
-    moments = t0_us + steps * _STEP_US
+    moments = t0_us + steps * STEP_US
     check_gaps(stamps, moments, most_gap_us)
     pose = EgomotionState.from_egomotion_df(table).create_interpolator(stamps)(moments).pose
     rotation, place = pose.rotation.as_matrix(), pose.translation

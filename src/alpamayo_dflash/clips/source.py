@@ -27,7 +27,7 @@ from alpamayo_dflash.clips.window import (
     CAMERAS,
     DEFAULT_CAMERAS,
     FRAMES_PER_CAMERA,
-    STEP_S,
+    STEP_US,
     Window,
     check_cameras,
     whole_us,
@@ -35,7 +35,6 @@ from alpamayo_dflash.clips.window import (
 from alpamayo_dflash.common.ahead import read_ahead
 from alpamayo_dflash.common.options import check_positive
 
-_STEP_US = round(STEP_S * 1e6)
 Frames = npt.NDArray[np.uint8]
 
 
@@ -58,10 +57,9 @@ class ClipError(ValueError):
         return type(self), (self.clip_id, self.reason, self.kind)
 
 
-def failure_of(clip_id: str, error: Exception) -> dict[str, str]:
-    """A failed clip as results list it."""
-    kind = error.kind if isinstance(error, ClipError) else "target"
-    return {"clip_id": clip_id, "reason": str(error), "kind": kind}
+def failure_kind(error: Exception) -> str:
+    """A word for what made a clip fail; what is not the clip's own fault is the target's."""
+    return error.kind if isinstance(error, ClipError) else "target"
 
 
 def failure_kinds(failures: Iterable[Mapping[str, Any]]) -> dict[str, int]:
@@ -181,9 +179,11 @@ class ClipSource:
         Nothing where the dataset is not a cache's.
         """
         found: dict[str, list[int] | None] = {}
-        for feature in self._features() if self._snapshot is not None else ():
+        if self._snapshot is None:
+            return found
+        for feature in self._features():
             name = self._file(feature, self.chunk_of(clip_id))
-            path = (self._snapshot or Path()) / name
+            path = self._snapshot / name
             state = path.stat() if path.exists() else None
             found[name] = None if state is None else [state.st_size, state.st_mtime_ns]
         return found
@@ -231,7 +231,7 @@ class ClipSource:
 
     def _frames(self, clip_id: str, feature: str, t0_us: int) -> Frames:
         """The last frames [frames, height, width, 3] at or before t0 - 0.3 s ... t0 of one camera."""
-        wanted = t0_us + np.arange(1 - FRAMES_PER_CAMERA, 1, dtype=np.int64) * _STEP_US
+        wanted = t0_us + np.arange(1 - FRAMES_PER_CAMERA, 1, dtype=np.int64) * STEP_US
         files = self._members(clip_id, feature)
         try:
             stamps = stamps_of(_table(files["frame_timestamps"]))
@@ -243,7 +243,7 @@ class ClipSource:
                 )
             rows = np.searchsorted(stamps, wanted, side="right") - 1
             late = int((wanted - stamps[rows]).max())
-            if late >= _STEP_US:
+            if late >= STEP_US:
                 raise UnsoundError(
                     "moment", f"it has no frame for {late / 1e3:.0f} ms before t0 = {t0_us} us"
                 )

@@ -23,6 +23,7 @@ FRAMES_PER_CAMERA = 4
 HISTORY_POINTS = 16
 FUTURE_POINTS = 64
 STEP_S = 0.1
+STEP_US = round(STEP_S * 1e6)
 
 
 def check_cameras(cameras: Sequence[int]) -> tuple[int, ...]:

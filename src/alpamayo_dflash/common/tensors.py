@@ -13,25 +13,19 @@ from torch import Tensor
 
 
 @contextmanager
-def tensor_faults(path: Path) -> Iterator[None]:
-    """Turn the library's errors on a file into a ValueError that names it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-
-
-@contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """Open a file to read tensors one by one.
 
     Raises:
         ValueError: the file is missing or corrupt.
     """
-    with tensor_faults(path), safe_open(path, framework="pt") as file:
-        yield file
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def read_tensors(path: Path | str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from alpamayo_dflash.clips.lists import parse_chunks
-from alpamayo_dflash.clips.source import ClipError, ClipSource, failure_of, progressing_windows
+from alpamayo_dflash.clips.source import ClipError, ClipSource, failure_kind, progressing_windows
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import file_hash, list_hash, provenance
 from alpamayo_dflash.common.locks import mark_of, owned
@@ -198,8 +198,7 @@ def write_windows(
                 raise ValueError(
                     str(error) if isinstance(error, ClipError) else f"clip {clip_id}: {error}"
                 ) from error
-            kind = failure_of(clip_id, error)["kind"]
-            files = source.files(clip_id)
+            kind, files = failure_kind(error), source.files(clip_id)
             results.append(ClipResult(clip_id, chunk, failure=str(error), kind=kind, files=files))
         if len(results) == len(writer.remaining[0]):
             writer.write(results)

@@ -179,7 +179,7 @@ def from_json(
     shape: dict[str, Any] = {
         name: None
         if flashdrive and key == "num_target_layers" and values.get(key) is None
-        else _number(values, key, where)
+        else value_of(values, key, int, where=where)
         for name, key in _SHAPE_KEYS.items()
     }
     places = {"in dflash_config": values.get("dflash_config", {}), "at top level": values}
@@ -193,20 +193,22 @@ def from_json(
         found = FULL_CONTEXT
     if found is None:
         raise ValueError(f"{where}: no context_len; say how many states the draft sees (context_len=…)")
-    mask = _number(draft, "mask_token_id", where)
+    mask = value_of(draft, "mask_token_id", int, where=where)
     if flashdrive and shape["vocab_size"] == mask + 1:
         shape["vocab_size"] = mask  # the row that was added to the target's table for the mask
     try:
         return DraftConfig(
             **shape,
-            block_size=_number(draft, "block_size", where),
-            context_len=_number({"context_len": found}, "context_len", where),
+            block_size=value_of(draft, "block_size", int, where=where),
+            context_len=value_of({"context_len": found}, "context_len", int, where=where),
             target_layer_ids=tuple(taps),
             mask_token_id=mask,
             rms_norm_eps=value_of(values, "rms_norm_eps", float, where=where),
             rope_theta=_rope_theta(values, where),
             trained_embeddings=value_of(values, "trained_embeddings", bool, False, where=where),
-            draft_vocab_size=None if values.get(_REDUCED) is None else _number(values, _REDUCED, where),
+            draft_vocab_size=None
+            if values.get(_REDUCED) is None
+            else value_of(values, _REDUCED, int, where=where),
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
@@ -238,19 +240,6 @@ def _check_keys(values: Mapping[str, Any], where: str) -> None:
     for key, fits in _FIXED.items():
         if key in values and not fits(values[key]):
             raise ValueError(f"{where}: {key} is {values[key]!r}, which plain DFlash does not compute")
-
-
-def _required(values: Mapping[str, Any], key: str, where: str) -> Any:
-    if values.get(key) is None:
-        raise ValueError(f"{where}: no {key}")
-    return values[key]
-
-
-def _number(values: Mapping[str, Any], key: str, where: str) -> int:
-    value = _required(values, key, where)
-    if type(value) is not int:
-        raise ValueError(f"{where}: {key} is {value!r}; it must be a whole number")
-    return value
 
 
 def _agreed(places: Mapping[str, Mapping[str, Any]], key: str, where: str) -> Any:

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from alpamayo_dflash.clips.cache import find_snapshot
 from alpamayo_dflash.clips.lists import chosen_clips
-from alpamayo_dflash.clips.source import ClipSource, failure_of
+from alpamayo_dflash.clips.source import ClipSource, failure_kind
 from alpamayo_dflash.clips.window import Window, constant_velocity, min_ade
 from alpamayo_dflash.common.artefacts import folder_hash, provenance, read_json, to_plain, write_json
 from alpamayo_dflash.common.locks import mark_of, owned
@@ -156,8 +156,7 @@ def _evaluate_clips(
                     warm = True
                 store.add(evaluate_clip(arms, window, facts.get(clip_id), turn=number, console=console))
             except _CLIP_ERRORS as error:
-                kind = failure_of(clip_id, error)["kind"]
-                failures.append({"clip_id": clip_id, "error": str(error), "kind": kind})
+                failures.append({"clip_id": clip_id, "error": str(error), "kind": failure_kind(error)})
                 console.print(f"clip {clip_id} failed: {error}", style="red", highlight=False, markup=False)
             progress.advance(task)
     return failures

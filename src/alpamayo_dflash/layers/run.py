@@ -12,8 +12,8 @@ from alpamayo_dflash.clips.lists import parse_chunks, sample_clips
 from alpamayo_dflash.clips.source import (
     ClipError,
     ClipSource,
+    failure_kind,
     failure_kinds,
-    failure_of,
     progressing_windows,
 )
 from alpamayo_dflash.clips.window import Window
@@ -184,7 +184,7 @@ def score_windows(
             token_ids = rollouts.write(config.sampling, seed=config.seed)[0].token_ids
             forced = rollouts.score([token_ids])[0]
         except ValueError as error:
-            scored.failures.append(failure_of(clip_id, error))
+            scored.failures.append({"clip_id": clip_id, "reason": str(error), "kind": failure_kind(error)})
             continue
         before_LC = forced.prompt_states[:, -1]
         scored.scores.add(score_response(target, forced.states, before_LC, token_ids, candidates))

@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 
 from alpamayo_dflash.clips.cache import EGOMOTION, chunk_file
 from alpamayo_dflash.clips.config import DEFAULT_T0_US
-from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, STEP_S
+from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, STEP_S, STEP_US
 from alpamayo_dflash.common.artefacts import atomic_file
 from alpamayo_dflash.world.events import sample_scene
 from alpamayo_dflash.world.render import HEIGHT, WIDTH, draw_picture
@@ -68,7 +68,7 @@ def _clip_files(scene: Scene, feature: str) -> dict[str, bytes]:
         return {names[EGOMOTION]: _parquet(motion_columns(scene))}
     camera = next(index for index in DEFAULT_CAMERAS if CAMERAS[index] == feature)
     pictures = np.stack([draw_picture(scene, camera, step * STEP_S) for step in VIDEO_STEPS])
-    stamps = DEFAULT_T0_US + np.array(VIDEO_STEPS, np.int64) * round(STEP_S * 1e6)
+    stamps = DEFAULT_T0_US + np.array(VIDEO_STEPS, np.int64) * STEP_US
     return {
         names["video"]: encode_video(pictures),
         names["frame_timestamps"]: _parquet({"timestamp": stamps}),
