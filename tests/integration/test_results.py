@@ -8,10 +8,10 @@ import pytest
 from alpamayo_dflash.bench.figures import figures, medians, spread
 from alpamayo_dflash.bench.floors import TextShape, floors
 from alpamayo_dflash.cli.main import main, parse
-from alpamayo_dflash.common.artefacts import folder_hash, read_json
+from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.evaluate.hardness import violations
 from alpamayo_dflash.standins.config import world_figures_path
-from alpamayo_dflash.target.checkpoint import SHIPPED
+from alpamayo_dflash.target.checkpoint import SHIPPED, VLMFiles, target_identity
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 TAPS = "1,2,4,6"
@@ -157,7 +157,9 @@ def test_the_shipped_world_lies_in_its_bounds():
 )
 def test_results_belong_to_the_shipped_target(name):
     made = read_json(RESULTS / f"{name}.json")["provenance"]
-    assert made["parents"]["target"] == folder_hash(SHIPPED)
+    identity = target_identity(SHIPPED, VLMFiles(SHIPPED / "vlm"))
+    now = {1: identity.before(), 2: identity.hash}
+    assert made["parents"]["target"] == now[made.get("identity", 1)]
 
 
 def stored_commands():

@@ -17,8 +17,9 @@ from alpamayo_dflash.bench import memory as target_size
 from alpamayo_dflash.bench.config import MeasureTargetConfig
 from alpamayo_dflash.bench.memory import passed
 from alpamayo_dflash.cli.main import main
-from alpamayo_dflash.common.artefacts import folder_hash, read_json
+from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.common.machine import HostWatch, host_memory
+from alpamayo_dflash.target.checkpoint import VLMFiles, target_identity
 
 MIB = 2**20
 
@@ -75,7 +76,7 @@ def test_a_random_target_is_loaded_and_measured(checkpoint: Path, tmp_path: Path
         assert found["timings"]["first"][stage] > 0
         assert found["timings"]["warm"][stage] > 0
     made = found["provenance"]
-    assert made["parents"]["target"] == folder_hash(checkpoint)
+    assert made["parents"]["target"] == target_identity(checkpoint, VLMFiles(checkpoint / "vlm")).hash
     assert made["config"]["max_tokens"] == 6
     assert "measure-target" in made["command"]
 

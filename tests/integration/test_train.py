@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alpamayo_dflash.common.artefacts import folder_hash
 from alpamayo_dflash.distill.shards import shard_path
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 from alpamayo_dflash.draft.model import DFlashDraft
+from alpamayo_dflash.target.checkpoint import read_target, target_identity
 from alpamayo_dflash.train import trainer as trainer_module
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.run import run
@@ -95,13 +95,19 @@ def toy_response(embedding, clip, sample):
     )
 
 
+def identity_of(folder):
+    target = read_target(folder)
+    return target_identity(target.folder, target.vlm_files)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Target and distillation data."""
     folder = tmp_path_factory.mktemp("toy")
     embedding = write_target(folder / "target")
     settings = {
-        "target": folder_hash(folder / "target"),
+        "identity": 2,
+        "target": identity_of(folder / "target").hash,
         "world_size": 1,
         "taps": list(TAPS),
         "context_len": CONTEXT,
@@ -171,7 +177,7 @@ def test_a_toy_is_learnt_to_nearly_the_longest_acceptance(made, tmp_path):
     draft = DFlashDraft.from_pretrained(result["draft"])
     assert (draft.taps, draft.context_len, draft.block_size) == (TAPS, CONTEXT, 8)
     record = json.loads((tmp_path / "out" / "draft" / "provenance.json").read_text())
-    assert record["parents"]["target"] == folder_hash(made / "target")
+    assert record["parents"]["target"] == identity_of(made / "target").hash
     assert run(config) == {**result, "nothing_to_do": True}
 
 
@@ -281,9 +287,8 @@ def test_a_checkpoint_of_other_data_does_not_continue(made, tmp_path):
     config = dataclasses.replace(options(made, tmp_path / "out", num_epochs=1), data_dir=other)
     run(config)
     manifest = next(other.glob("manifest-rank*.json"))
-    manifest.write_text(manifest.read_text() + "\n")
-    merged = other / "distill.json"
-    merged.write_text(merged.read_text() + "\n")
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"settings": content["settings"] | {"seed": 1}}))
     with pytest.raises(ValueError, match="made from another distill"):
         run(config)
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from random_target import random_prompt, random_target
 
-from alpamayo_dflash.common.artefacts import folder_hash
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.rollouts import teacher_forced
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 from alpamayo_dflash.draft.config import DraftConfig
 from alpamayo_dflash.draft.model import DFlashDraft
+from alpamayo_dflash.target.checkpoint import VLMFiles, target_identity
 from alpamayo_dflash.train.checkpoint import load_training
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.run import run
@@ -57,7 +57,8 @@ def distilled(folder, target):
     prompts = [random_prompt(target, seed=seed) for seed in range(PROMPTS)]
     responses = [respond(target, prompt) for prompt in prompts]
     settings = {
-        "target": folder_hash(folder / "target"),
+        "identity": 2,
+        "target": target_identity(folder / "target", VLMFiles(folder / "target" / "vlm")).hash,
         "world_size": 1,
         "taps": list(TAPS),
         "context_len": CONTEXT,

@@ -15,9 +15,7 @@ from alpamayo_dflash.cli.main import main
 from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.draft.formats import from_json
-from alpamayo_dflash.evaluate.config import EvaluateConfig
 from alpamayo_dflash.evaluate.rows import RowStore
-from alpamayo_dflash.evaluate.run import _earlier
 from alpamayo_dflash.layers.choice import read_choice
 
 STORED = Path(__file__).parents[1] / "data" / "stored"
@@ -74,13 +72,6 @@ def test_stored_data_are_read():
 def test_a_stored_drafts_config_is_read():
     path = STORED / "train" / "draft" / "config.json"
     assert from_json(read_json(path), str(path)).block_size == 8
-
-
-def test_a_stored_evaluation_is_finished(tmp_path):
-    stored = read_json(STORED / "evaluation" / "evaluation.json")
-    (tmp_path / "evaluation.json").write_text(json.dumps(stored))
-    config = EvaluateConfig(Path("train/draft"), Path("world"), output_dir=tmp_path)
-    assert _earlier(config, stored["head"]) == stored
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,13 @@ import torch
 
 from alpamayo_dflash.bench.config import MeasureTargetConfig
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.common.artefacts import folder_hash, provenance, write_json
+from alpamayo_dflash.common.artefacts import provenance, write_json
 from alpamayo_dflash.common.machine import Clock, GpuMemory, HostWatch, check_device, describe_gpu, gib
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.standins.untrained import noise_window
 from alpamayo_dflash.target.alpamayo import Alpamayo
-from alpamayo_dflash.target.checkpoint import checkpoint_folder
+from alpamayo_dflash.target.checkpoint import checkpoint_folder, target_identity
 from alpamayo_dflash.target.prompt import Prompt
 
 # What a GeForce card sold as 24 GB reports: 24,564 MiB.
@@ -76,7 +76,7 @@ def run(config: MeasureTargetConfig) -> dict[str, Any]:
         total = gib(torch.cuda.get_device_properties(device).total_memory)
         figures["gpu"] = describe_gpu(device) | {"total_gib": total} | memory
     figures["passed"] = passed(figures)
-    made = provenance(config, started, {"target": folder_hash(folder)})
+    made = provenance(config, started, {"target": target_identity(folder, target.vlm_files).hash})
     write_json(config.out, figures | {"provenance": made})
     return figures | {"out": str(config.out)}
 

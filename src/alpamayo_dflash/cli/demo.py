@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpamayo_dflash.common.artefacts import folder_hash, provenance, read_json, write_json
+from alpamayo_dflash.common.artefacts import provenance, read_json, write_json
 from alpamayo_dflash.common.options import check_positive
 
 if TYPE_CHECKING:
@@ -182,8 +182,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
     import torch
     from rich.console import Console
 
+    from alpamayo_dflash.evaluate.run import RESULT
     from alpamayo_dflash.standins.config import world_figures_path
-    from alpamayo_dflash.target.checkpoint import checkpoint_folder
 
     started = time.time()
     torch.set_num_threads(config.threads)
@@ -195,11 +195,8 @@ def run(config: DemoConfig) -> dict[str, Any]:
     if nothing_to_do and path.exists():
         return _report(config, read_json(path)) | {"nothing_to_do": True}
     summary = _summary(plan, figures) | {"seconds": seconds}
-    parents = {
-        "target": folder_hash(checkpoint_folder(plan.evaluate.alpamayo_model)),
-        "draft": folder_hash(plan.evaluate.draft_model),
-    }
-    summary["provenance"] = provenance(config, started, parents)
+    evaluated = read_json(plan.evaluate.output_dir / RESULT, "provenance")["provenance"]
+    summary["provenance"] = provenance(config, started, evaluated["parents"])
     write_json(path, summary)
     return _report(config, summary)
 

@@ -125,6 +125,11 @@ class ClipSource:
             str(clip_id): int(chunk) for clip_id, chunk in self.dataset.clip_index["chunk"].items()
         }
 
+    @property
+    def revision(self) -> str | None:
+        """The 40-digit hash of the cached revision that is read; None where the hub is asked."""
+        return None if self._snapshot is None else self._snapshot.name
+
     def chunks(self) -> list[int]:
         """The chunks that can be read, ascending: offline those whose files are all in the cache."""
         chunks = sorted(set(self._chunk_of.values()))

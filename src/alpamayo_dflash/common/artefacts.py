@@ -23,6 +23,9 @@ from typing import Any
 _LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "numpy", "physical_ai_av", "av")
 _RECORDED = ("alpamayo-dflash", *_LIBRARIES)
 
+IDENTITY = 2
+"""The rule that models' hashes are made by, see `common.identity`; records of the first do not name it."""
+
 _ASIDE = ".old"
 _NUMBERS = re.compile(r"\[\n\s*([-+.0-9eE,\s]+?)\n\s*\]")
 
@@ -79,6 +82,13 @@ def recover_folder(path: Path | str) -> None:
     for temporary in path.parent.glob(f".{path.name}.*"):
         if temporary.is_dir():
             shutil.rmtree(temporary)
+
+
+def move_aside(path: Path, mark: str, what: str) -> None:
+    """Give a file another name beside its own, made of a mark of what it holds, and print that."""
+    aside = path.with_name(f"{path.stem}.of-{mark}{path.suffix}")
+    path.replace(aside)
+    print(f"{path}: held {what}, now in {aside.name}", file=sys.stderr)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -204,12 +214,13 @@ def provenance(
     Args:
         config: the stage's config, a dataclass; its seed and device are recorded where it has them.
         started: `time.time()` when the stage began; the wall time is taken from it.
-        parents: name to hash of each artefact it was made from.
+        parents: name to hash of each artefact it was made from; models' are of the rule `IDENTITY`.
         device: the torch device that was taken, where that is not the config's own word.
     """
     return {
         "config": to_plain(config),
         "parents": dict(parents or {}),
+        "identity": IDENTITY,
         "seed": getattr(config, "seed", None),
         "device": _device_name(device or str(getattr(config, "device", "cpu"))),
         "versions": versions(),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import file_hash
+from alpamayo_dflash.common.identity import Fingerprint
 from alpamayo_dflash.distill.shards import (
+    MANIFEST_FILE,
     TENSOR_NAMES,
     DistillSample,
     merge,
@@ -63,6 +68,17 @@ class DistillData:
         self._files: OrderedDict[str, Any] = OrderedDict()
         self._hashes = {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]}
         self._sound: set[str] = set()
+
+    @property
+    def identity(self) -> Fingerprint:
+        """What the set holds: its settings, its responses and their tensors, whenever and by whom written."""
+        content = [
+            self.manifest["settings"],
+            [shard["sha256"] for shard in self.manifest["shards"]],
+            [asdict(sample) for sample in self.samples],
+        ]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return Fingerprint(digest, lambda: file_hash(self.folder / MANIFEST_FILE))
 
     def tensors(self, sample: DistillSample) -> dict[str, Tensor]:
         """Read one response's tensors.

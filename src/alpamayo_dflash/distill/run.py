@@ -14,7 +14,8 @@ from rich.console import Console
 from alpamayo_dflash.clips.lists import parse_chunks
 from alpamayo_dflash.clips.source import ClipError, ClipSource, failure_kind, progressing_windows
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.common.artefacts import file_hash, list_hash, provenance
+from alpamayo_dflash.common.artefacts import IDENTITY, file_hash, list_hash, provenance
+from alpamayo_dflash.common.identity import Fingerprint, agreed
 from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import own_device, share_of
@@ -22,7 +23,7 @@ from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.rollouts import Rollouts, TeacherForced
 from alpamayo_dflash.decode.sampling import mask_bias
 from alpamayo_dflash.distill.config import EXPECTED_TOKENS, DistillConfig, response_bytes
-from alpamayo_dflash.distill.shards import write_merged
+from alpamayo_dflash.distill.shards import manifest_path, read_manifests, write_merged
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 from alpamayo_dflash.layers.choice import CHOICE_FILE, read_choice
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
@@ -44,12 +45,17 @@ def run(config: DistillConfig) -> dict[str, Any]:
     chunks = config.chunk_numbers(source.chunks()) if config.chunks is None else parse_chunks(config.chunks)
     clip_ids = source.clip_ids(chunks)
     device, local = own_device(config.device), config.local_files_only
-    target, target_hash = open_target(
+    target, identity = open_target(
         config.model_path, dtype=config.target_dtype, device=device, local_files_only=local
     )
-    settings = data_settings(config, target, target_hash, clip_ids, world_size)
+    parts = read_manifests(config.output_dir)
+    settings = agreed(
+        data_settings(config, target, identity, clip_ids, world_size),
+        {manifest_path(config.output_dir, part["rank"]): part["settings"] for part in parts},
+        {"target": identity},
+    )
     with owned(config.output_dir, mark_of(settings), rank, take_over=config.take_over):
-        parents = {"target": target_hash, **_layers_parent(config)}
+        parents = {"target": identity.hash, **_layers_parent(config)}
         writer = RankWriter(
             config.output_dir,
             rank,
@@ -90,7 +96,7 @@ def _layers_parent(config: DistillConfig) -> dict[str, str]:
 
 
 def data_settings(
-    config: DistillConfig, target: Alpamayo, target_hash: str, clip_ids: Sequence[str], world_size: int
+    config: DistillConfig, target: Alpamayo, identity: Fingerprint, clip_ids: Sequence[str], world_size: int
 ) -> dict[str, Any]:
     """All that decides the data; a folder holds data of one such setting only.
 
@@ -104,7 +110,8 @@ def data_settings(
     check_layers(taps, target.num_layers)
     target_dtype = str(target.dtype).removeprefix("torch.")
     settings = {
-        "target": target_hash,
+        "identity": IDENTITY,
+        "target": identity.hash,
         "clips": list_hash(clip_ids),
         "world_size": world_size,
         "taps": list(taps),

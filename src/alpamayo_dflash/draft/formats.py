@@ -20,7 +20,7 @@ one layer off costs a sixth of the accepted tokens, and nothing else shows it.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json
 from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.identity import Fingerprint, identity_of
 from alpamayo_dflash.common.tensors import read_tensors, save_tensors
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.target.rotary import rope_settings
@@ -281,12 +282,9 @@ def read_draft(
         ValueError: a file, key or tensor is missing, surplus, misshapen or corrupt; the message names it.
     """
     folder = draft_folder(folder)
-    mask_file = (folder / MASK_FILE).exists()
-    config = from_json(
-        read_json(folder / CONFIG), str(folder / CONFIG), context_len=context_len, mask_file=mask_file
-    )
+    config = read_config(folder, context_len=context_len)
     tensors = _read_weights(folder)
-    if "mask_embedding" not in tensors and mask_file:
+    if "mask_embedding" not in tensors and (folder / MASK_FILE).exists():
         tensors["mask_embedding"] = _read_mask(folder / MASK_FILE)
     expected = tensor_shapes(config)
     if "mask_embedding" not in tensors and config.mask_token_id < config.vocab_size:
@@ -299,6 +297,13 @@ def read_draft(
     check_tensors(tensors, expected, str(folder))
     check_token_ids(tensors, config, str(folder))
     return config, tensors
+
+
+def read_config(folder: Path | str, *, context_len: int | None = None) -> DraftConfig:
+    """Read a draft's config alone; the arguments and errors are those of `read_draft`."""
+    folder = draft_folder(folder)
+    path, mask_file = folder / CONFIG, (folder / MASK_FILE).exists()
+    return from_json(read_json(path), str(path), context_len=context_len, mask_file=mask_file)
 
 
 def draft_folder(folder: Path | str) -> Path:
@@ -349,14 +354,29 @@ def check_token_ids(tensors: Mapping[str, Tensor], config: DraftConfig, where: s
         raise ValueError(f"{where}: {KEPT_IDS} holds {int(ids[1:][steps == 0][0])} twice")
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def draft_identity(folder: Path | str) -> Fingerprint:
+    """The identity of a draft: its config, its weights, and a mask embedding beside them.
+
+    Raises:
+        ValueError: there is no such folder, or its index is broken.
+    """
+    folder = draft_folder(folder)
+    names = [CONFIG, *_weight_files(folder), *([MASK_FILE] if (folder / MASK_FILE).exists() else [])]
+    return identity_of({name: folder / name for name in names}, folder)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of a draft's weights: one file, or shards with an index."""
     index = folder / INDEX
-    files: Iterable[str] = (WEIGHTS,)
-    if not (folder / WEIGHTS).exists() and index.exists():
-        weight_map = value_of(read_json(index), "weight_map", dict, where=str(index))
-        files = sorted({value_of(weight_map, name, str, where=str(index)) for name in weight_map})
+    if (folder / WEIGHTS).exists() or not index.exists():
+        return [WEIGHTS]
+    weight_map = value_of(read_json(index), "weight_map", dict, where=str(index))
+    return sorted({value_of(weight_map, name, str, where=str(index)) for name in weight_map})
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name in files:
+    for name in _weight_files(folder):
         tensors |= read_tensors(folder / name)
     return tensors
 

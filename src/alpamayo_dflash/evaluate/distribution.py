@@ -23,13 +23,13 @@ from torch import Tensor
 
 from alpamayo_dflash.clips.lists import take
 from alpamayo_dflash.clips.source import ClipSource
-from alpamayo_dflash.common.artefacts import folder_hash, provenance, write_json
+from alpamayo_dflash.common.artefacts import provenance, write_json
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.noise import token_noise
 from alpamayo_dflash.decode.sampling import distribution, mask_bias
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
-from alpamayo_dflash.draft.formats import draft_folder
+from alpamayo_dflash.draft.formats import draft_identity
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.config import DistributionConfig
 from alpamayo_dflash.evaluate.reference import next_logits
@@ -89,7 +89,7 @@ def run(config: DistributionConfig) -> dict[str, Any]:
     started = time.time()
     source = ClipSource(config.cache_dir)
     draft = DFlashDraft.from_pretrained(config.draft_model, dtype=torch.float32)
-    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
+    target, identity = open_target(config.alpamayo_model, device=config.device, dtype="float32")
     sampling = config.sampling
     decoders = {"autoregressive": SpeculativeDecoder(target), "dflash": SpeculativeDecoder(target, draft)}
     plain = decoders["autoregressive"]
@@ -113,7 +113,7 @@ def run(config: DistributionConfig) -> dict[str, Any]:
         "tests": [dataclasses.asdict(test) | {"passed": test.p_value >= bound} for test in tests],
         "passed": all(test.p_value >= bound for test in tests),
     }
-    parents = {"target": target_hash, "draft": folder_hash(draft_folder(config.draft_model))}
+    parents = {"target": identity.hash, "draft": draft_identity(config.draft_model).hash}
     made = provenance(config, started, parents)
     write_json(config.out, result | {"provenance": made})
     return result | {"out": str(config.out)}

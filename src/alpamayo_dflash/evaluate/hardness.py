@@ -55,7 +55,7 @@ def run(config: MeasureWorldConfig) -> dict[str, Any]:
         ValueError: the target or the clips are missing.
     """
     started = time.time()
-    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
+    target, identity = open_target(config.alpamayo_model, device=config.device, dtype="float32")
     decoder = SpeculativeDecoder(target)
     responses: list[list[tuple[str, int]]] = []
     console = Console(file=sys.stderr)
@@ -80,7 +80,7 @@ def run(config: MeasureWorldConfig) -> dict[str, Any]:
         "passed": not outside,
         "clips": len(responses),
     }
-    parents = {"target": target_hash}
+    parents = {"target": identity.hash}
     made = provenance(config, started, parents)
     write_json(config.out, answer | {"provenance": made})
     for line in outside:

@@ -15,9 +15,9 @@ from rich.progress import track
 
 from alpamayo_dflash.clips.lists import chosen_clips
 from alpamayo_dflash.clips.source import ClipSource
-from alpamayo_dflash.common.artefacts import folder_hash, provenance, to_plain, write_json
+from alpamayo_dflash.common.artefacts import IDENTITY, provenance, to_plain, write_json
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
-from alpamayo_dflash.draft.formats import draft_folder
+from alpamayo_dflash.draft.formats import draft_identity
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.arms import acceptance_of
 from alpamayo_dflash.evaluate.config import LosslessConfig
@@ -25,6 +25,9 @@ from alpamayo_dflash.evaluate.reference import greedy_tokens
 from alpamayo_dflash.evaluate.rows import LosslessRow, RowStore
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 from alpamayo_dflash.target.prompt import Prompt
+
+_FREE = frozenset(("draft_models", "cache_dir", "alpamayo_model", "chunks", "num_samples", "out"))
+"""Options that name places, or clips that are listed by their ids."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +55,14 @@ def run(config: LosslessConfig) -> dict[str, Any]:
     clip_source = ClipSource(config.cache_dir)
     clip_ids = chosen_clips(clip_source, chunks=config.chunks, count=config.num_samples)
     drafts = named_drafts(config)
-    target, target_hash = open_target(config.alpamayo_model, device=config.device, dtype="float32")
+    target, identity = open_target(config.alpamayo_model, device=config.device, dtype="float32")
     checker = Checker(target, drafts, config)
-    folders = [draft_folder(folder) for folder in config.draft_models]
-    parents = {"target": target_hash}
-    parents |= {f"draft-{number}": folder_hash(folder) for number, folder in enumerate(folders)}
-    head = {"config": to_plain(config), "parents": parents, "clips": clip_ids}
+    parents = {"target": identity.hash}
+    parents |= {
+        f"draft-{number}": draft_identity(folder).hash for number, folder in enumerate(config.draft_models)
+    }
+    options = {name: value for name, value in to_plain(config).items() if name not in _FREE}
+    head = {"identity": IDENTITY, "options": options, "parents": parents, "clips": clip_ids}
     store: RowStore[LosslessRow] = RowStore(config.out.with_suffix(".rows.jsonl"), head)
     for clip_id in track(clip_ids, "lossless", console=Console(file=sys.stderr)):
         if clip_id not in store:

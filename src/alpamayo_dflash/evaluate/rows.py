@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, NotRequired, TypedDict, TypeVar, cast
 
-from alpamayo_dflash.common.artefacts import to_plain, write_text
+from alpamayo_dflash.common.artefacts import move_aside, to_plain, write_text
 from alpamayo_dflash.common.locks import mark_of
 
 
@@ -175,9 +174,7 @@ class RowStore(Generic[Row]):
         if not self._rows and self.path.exists():
             head, *rows = self.path.read_text(encoding="utf-8").splitlines() or [""]
             if rows:
-                aside = self.path.with_name(f"{self.path.stem}.of-{mark_of(head)}{self.path.suffix}")
-                self.path.replace(aside)
-                print(f"{self.path}: held another run's rows, which are in {aside.name} now", file=sys.stderr)
+                move_aside(self.path, mark_of(head), "another run's rows")
         lines = [self._head, *self._rows.values()]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._begun = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,21 @@ from alpamayo_dflash.clips.cache import find_snapshot
 from alpamayo_dflash.clips.lists import chosen_clips
 from alpamayo_dflash.clips.source import ClipSource, failure_kind
 from alpamayo_dflash.clips.window import Window, constant_velocity, min_ade
-from alpamayo_dflash.common.artefacts import folder_hash, provenance, read_json, to_plain, write_json
+from alpamayo_dflash.common.artefacts import (
+    IDENTITY,
+    move_aside,
+    provenance,
+    read_json,
+    to_plain,
+    write_json,
+)
+from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.identity import Fingerprint, is_made_from
 from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.observer import StageTimer
-from alpamayo_dflash.draft.formats import draft_folder
+from alpamayo_dflash.draft.formats import draft_identity
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate import metrics
 from alpamayo_dflash.evaluate.arms import Arms, Run, acceptance_of, rounds_of
@@ -39,8 +49,14 @@ ROWS = "rows.jsonl"
 # What may happen to one clip without being the program's own fault: bad data, a full disk, too little memory.
 _CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
 
-# Options that change neither the numbers nor which clips they are of.
-_FREE = frozenset(("output_dir", "verbose", "local_files_only", "frames", "motion_gap_ms", "take_over"))
+# Options that do not change the numbers, or say where something lies: models count by their identities, the
+# dataset by its revision, clips by their ids.
+_FREE = frozenset(
+    (
+        *("output_dir", "verbose", "local_files_only", "frames", "motion_gap_ms", "take_over"),
+        *("draft_model", "alpamayo_model", "cache_dir", "clip_id", "clip_ids", "chunks", "num_samples"),
+    )
+)
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -63,17 +79,18 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         count=config.num_samples,
     )
     draft = DFlashDraft.from_pretrained(config.draft_model)
-    target, target_hash = open_target(
+    target, identity = open_target(
         config.alpamayo_model,
         device=config.device,
         dtype=config.dtype,
         local_files_only=config.local_files_only,
     )
     arms = Arms(target, draft, config)
-    parents = {"target": target_hash, "draft": folder_hash(draft_folder(config.draft_model))}
-    head = _head(config, parents, clip_ids)
+    models = {"target": identity, "draft": draft_identity(config.draft_model)}
+    parents = {name: model.hash for name, model in models.items()}
+    head = _head(arms, parents, source.revision, clip_ids)
     with owned(config.output_dir, mark_of(head), take_over=config.take_over):
-        earlier = _earlier(config, head)
+        earlier = _earlier(config, head, models)
         if earlier is not None:
             console.print(
                 f"nothing to do: {config.output_dir / RESULT} is this evaluation",
@@ -89,25 +106,64 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         if result["draft_failures"]:
             console.print(f"the draft failed {result['draft_failures']} times", style="red", highlight=False)
         made = provenance(config, started, parents)
+        _keep_another(config.output_dir / RESULT, head, models)
         write_json(config.output_dir / RESULT, result | {"head": head, "provenance": made, "clip_rows": rows})
         if not failures:  # else a later run does these clips again, and only these
             store.remove()
         return _shown(result, config)
 
 
-def _head(config: EvaluateConfig, parents: Mapping[str, str], clip_ids: Sequence[str]) -> dict[str, Any]:
-    """What makes rows of two runs comparable: options, parents and clips."""
-    options = {name: value for name, value in to_plain(config).items() if name not in _FREE}
-    return {"config": options, "parents": dict(parents), "clips": list(clip_ids)}
+def _head(
+    arms: Arms, parents: Mapping[str, str], revision: str | None, clip_ids: Sequence[str]
+) -> dict[str, Any]:
+    """What makes rows of two runs comparable: options as they act, models, dataset and clips."""
+    options = {name: value for name, value in to_plain(arms.config).items() if name not in _FREE}
+    options["device"] = str(arms.target.device)
+    options["dtype"] = str(arms.target.dtype).removeprefix("torch.")
+    return {
+        "identity": IDENTITY,
+        "options": options,
+        "parents": dict(parents),
+        "dataset": revision,
+        "clips": list(clip_ids),
+    }
 
 
-def _earlier(config: EvaluateConfig, head: dict[str, Any]) -> dict[str, Any] | None:
+def _earlier(
+    config: EvaluateConfig, head: Mapping[str, Any], models: Mapping[str, Fingerprint]
+) -> dict[str, Any] | None:
     """The finished evaluation in the output folder, if it is this one and no clip failed."""
     path = config.output_dir / RESULT
     if not path.exists() or config.verbose:
         return None
-    result: dict[str, Any] = read_json(path)
-    return result if result.get("head") == head and not result["clips"]["failed"] else None
+    result = read_json(path)
+    if not _is_head(result.get("head"), head, models, path):
+        return None
+    failed = value_of(value_of(result, "clips", dict, where=str(path)), "failed", int, where=str(path))
+    return None if failed else result
+
+
+def _is_head(found: Any, head: Mapping[str, Any], models: Mapping[str, Fingerprint], path: Path) -> bool:
+    """Whether a stored head is this run's; one of before by the rule of before."""
+    if not isinstance(found, dict) or "identity" in found:
+        return bool(found == head)
+    options, parents = (value_of(found, key, dict, {}, where=str(path)) for key in ("config", "parents"))
+    options = {name: options.get(name) for name in head["options"]}
+    options["dtype"] = options["dtype"] or head["options"]["dtype"]  # left out, it was the target's own
+    if (options, found.get("clips")) != (head["options"], head["clips"]):
+        return False
+    # A draft may have been trained anew in its folder, so its hash must be the same.
+    return parents.get("draft") == models["draft"].before() and is_made_from(
+        "target", str(parents.get("target")), found, models["target"], path
+    )
+
+
+def _keep_another(path: Path, head: Mapping[str, Any], models: Mapping[str, Fingerprint]) -> None:
+    """Move another evaluation's result out of the way of this one's, and say so."""
+    if path.exists():
+        found = read_json(path).get("head")
+        if not _is_head(found, head, models, path):
+            move_aside(path, mark_of(found), "another evaluation")
 
 
 def _shown(result: Mapping[str, Any], config: EvaluateConfig) -> dict[str, Any]:

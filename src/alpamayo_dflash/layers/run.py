@@ -17,7 +17,8 @@ from alpamayo_dflash.clips.source import (
     progressing_windows,
 )
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.common.artefacts import list_hash, provenance, read_json, write_json
+from alpamayo_dflash.common.artefacts import IDENTITY, list_hash, provenance, read_json, write_json
+from alpamayo_dflash.common.identity import Fingerprint, agreed
 from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import own_device, require_same, share_of
@@ -68,10 +69,15 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
     source = ClipSource(config.cache_dir, frames=config.frames, motion_gap_ms=config.motion_gap_ms)
     clip_ids = source.clip_ids(parse_chunks(config.chunks))
     device, local = own_device(config.device), config.local_files_only
-    target, target_hash = open_target(
+    target, identity = open_target(
         config.model_path, dtype=config.dtype, device=device, local_files_only=local
     )
-    settings = scoring_settings(config, target, target_hash, clip_ids, world_size)
+    paths = sorted(config.output_dir.glob(f"scores-rank*of{world_size}.json"))
+    settings = agreed(
+        scoring_settings(config, target, identity, clip_ids, world_size),
+        {path: read_json(path, "settings")["settings"] for path in paths},
+        {"target": identity},
+    )
     path = scores_path(config.output_dir, rank, world_size)
     with owned(config.output_dir, mark_of(settings), rank, take_over=config.take_over):
         content = _scored(path, settings, source, retry=config.retry_failed)
@@ -86,7 +92,9 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
             content = {
                 "settings": settings,
                 **scored.to_plain(),
-                "provenance": provenance(config, started, {"target": target_hash}, device=str(target.device)),
+                "provenance": provenance(
+                    config, started, {"target": identity.hash}, device=str(target.device)
+                ),
             }
             write_json(path, content)
     return {
@@ -114,7 +122,7 @@ def _scored(
 
 
 def scoring_settings(
-    config: LayersConfig, target: Alpamayo, target_hash: str, clip_ids: Sequence[str], world_size: int
+    config: LayersConfig, target: Alpamayo, identity: Fingerprint, clip_ids: Sequence[str], world_size: int
 ) -> dict[str, Any]:
     """All that decides the scores; parts that differ in it are never pooled.
 
@@ -127,7 +135,8 @@ def scoring_settings(
     if config.num_target_layers > len(candidates):
         raise ValueError(f"num_target_layers is {config.num_target_layers}, but candidates are {candidates}")
     settings = {
-        "target": target_hash,
+        "identity": IDENTITY,
+        "target": identity.hash,
         "clips": list_hash(clip_ids),
         "world_size": world_size,
         "layers": sorted({*candidates, last}),

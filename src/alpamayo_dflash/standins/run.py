@@ -60,9 +60,9 @@ def measure(config: MeasureTinyConfig) -> dict[str, Any]:
         ValueError: the checkpoint is missing or does not load.
     """
     started = time.time()
-    target, target_hash = open_target(config.checkpoint, dtype=torch.float32, device=config.device)
+    target, identity = open_target(config.checkpoint, dtype=torch.float32, device=config.device)
     seen = look(target, held_out(config.scenes, config.seed))
-    parents = {"target": target_hash}
+    parents = {"target": identity.hash}
     made = provenance(config, started, parents)
     write_json(config.out, {"held_out": seen, "provenance": made})
     return {"held_out": seen, "out": str(config.out)}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.common.artefacts import folder_hash
+from alpamayo_dflash.common.identity import Fingerprint
 from alpamayo_dflash.common.machine import check_device
 from alpamayo_dflash.target.checkpoint import (
     VLMFiles,
@@ -28,6 +28,7 @@ from alpamayo_dflash.target.checkpoint import (
     load_weights,
     read_vlm_config,
     save_checkpoint,
+    target_identity,
     vlm_files,
 )
 from alpamayo_dflash.target.config import CONFIG, AlpamayoConfig
@@ -309,8 +310,8 @@ def open_target(
     device: torch.device | str,
     dtype: torch.dtype | str | None = None,
     local_files_only: bool = False,
-) -> tuple[Alpamayo, str]:
-    """Load a target to be run, not trained; returns it and the hash of its folder.
+) -> tuple[Alpamayo, Fingerprint]:
+    """Load a target to be run, not trained; returns it and its identity.
 
     The arguments are those of `Alpamayo.from_pretrained`.
 
@@ -319,7 +320,7 @@ def open_target(
     """
     folder = checkpoint_folder(name, local_files_only=local_files_only)
     target = Alpamayo.from_pretrained(folder, dtype=dtype, device=device, local_files_only=local_files_only)
-    return target.requires_grad_(False), folder_hash(folder)
+    return target.requires_grad_(False), target_identity(folder, target.vlm_files)
 
 
 def time_grid(steps: int) -> Tensor:

@@ -23,8 +23,9 @@ from transformers import Qwen3VLConfig
 
 from alpamayo_dflash.common.artefacts import atomic_file, read_json, write_json
 from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.identity import Fingerprint, identity_of
 from alpamayo_dflash.common.tensors import opened, save_tensors
-from alpamayo_dflash.target.config import AlpamayoConfig
+from alpamayo_dflash.target.config import CONFIG, AlpamayoConfig
 from alpamayo_dflash.target.rotary import rope_settings, vision_rope_theta, with_rope
 from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from alpamayo_dflash.target.weights import allocate
@@ -252,6 +253,19 @@ def read_target(name: str | Path, *, local_files_only: bool = False) -> FrozenTa
     shards = {name: path for name, path in _shards(folder).items() if name in shapes}
     _check_tensors(shapes, shards, folder)
     return FrozenTarget(folder, config, files, text, *(_read(shards[name], name) for name in shapes))
+
+
+def target_identity(folder: Path, vlm: VLMFiles) -> Fingerprint:
+    """The identity of a target: its config, its weights, and the Qwen3-VL's config and tokenizer.
+
+    Args:
+        folder: the checkpoint.
+        vlm: where its Qwen3-VL files were found.
+    """
+    files = {path.name: path for path in (folder / CONFIG, *_shards(folder).values())}
+    beside = {f"vlm/{name}": vlm.folder / name for name in (CONFIG, "tokenizer.json")}
+    # Training reads no tokenizer, and does without.
+    return identity_of(files | {name: path for name, path in beside.items() if path.is_file()}, folder)
 
 
 def fill_rotary_buffers(vlm: nn.Module, device: torch.device) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json
+from alpamayo_dflash.common.fields import value_of
 from alpamayo_dflash.common.tensors import read_tensors, save_tensors
 from alpamayo_dflash.draft.formats import KEPT_IDS, read_draft, write_files
 from alpamayo_dflash.draft.model import DFlashDraft
@@ -20,6 +21,7 @@ from alpamayo_dflash.draft.model import DFlashDraft
 STATE = "trainer.json"
 OPTIMIZER = "optimizer.safetensors"
 _RANDOM = "random_state"
+_STATE_KINDS = {"config": dict, "world_size": int, "parents": dict, "progress": dict, "total_steps": int}
 
 
 def save_training(
@@ -51,7 +53,10 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     """
     if not (folder / STATE).exists():
         return None
-    return read_json(folder / STATE, "config", "world_size", "parents", "progress", "total_steps")
+    state, where = read_json(folder / STATE), str(folder / STATE)
+    for key, kind in _STATE_KINDS.items():
+        value_of(state, key, kind, where=where)
+    return state
 
 
 def load_training(folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optimizer) -> None:

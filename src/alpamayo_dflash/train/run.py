@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,32 @@ from torch import Tensor
 
 from alpamayo_dflash.clips.lists import parse_chunks
 from alpamayo_dflash.common.artefacts import (
-    file_hash,
-    folder_hash,
     provenance,
     read_json,
     recover_folder,
     to_plain,
     write_json,
 )
+from alpamayo_dflash.common.identity import Fingerprint, is_made_from
 from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.processes import Processes, join
 from alpamayo_dflash.common.progress import Live, Monitor
 from alpamayo_dflash.distill.data import DistillData
-from alpamayo_dflash.distill.shards import MANIFEST_FILE, DistillSample, training_counts
-from alpamayo_dflash.draft.formats import draft_folder
+from alpamayo_dflash.distill.shards import DistillSample, training_counts
+from alpamayo_dflash.draft.formats import draft_identity, read_config
 from alpamayo_dflash.draft.model import DFlashDraft
-from alpamayo_dflash.target.checkpoint import FrozenTarget, read_target
-from alpamayo_dflash.train.checkpoint import read_state
+from alpamayo_dflash.target.checkpoint import FrozenTarget, read_target, target_identity
+from alpamayo_dflash.train.checkpoint import STATE, read_state
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.data import BlockData, split_samples
-from alpamayo_dflash.train.start import Vocabulary, check_data, choose_tokens, end_token_ids, first_draft
+from alpamayo_dflash.train.start import (
+    Vocabulary,
+    acting_options,
+    check_data,
+    choose_tokens,
+    end_token_ids,
+    first_draft,
+)
 from alpamayo_dflash.train.trainer import Progress, Trainer
 
 SUMMARY = "train.json"
@@ -62,9 +69,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
         summary, checkpoint = config.output_dir / SUMMARY, config.output_dir / "checkpoint"
         target = read_target(config.target_model, local_files_only=config.local_files_only)
         data = DistillData(config.data_dir)
-        target_hash = folder_hash(target.folder)
-        checked = None if config.other_target else target_hash
-        check_data(data.manifest, target, config.data_dir, target_hash=checked)
+        identity = target_identity(target.folder, target.vlm_files)
+        checked = None if config.other_target else identity
+        check_data(data.manifest, target, config.data_dir, identity=checked)
         if processes.first:
             data.verify()  # before anything is written
         processes.wait()
@@ -75,10 +82,12 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 for folder in (checkpoint, config.output_dir / "draft"):
                     recover_folder(folder)
             processes.wait()
-            state = _earlier(config, processes.world_size)
-            parents = _parents(config, data, target_hash)
+            state = _earlier(config, processes.world_size, data)
+            models = _models(config, data, identity)
+            parents = {name: model.hash for name, model in models.items()}
+            parents["distill_target"] = data.manifest["settings"]["target"]
             if state is not None:
-                _check_parents(checkpoint, state["parents"], parents)
+                _check_parents(checkpoint, state, models, parents)
                 if state["progress"]["step"] == state["total_steps"] and summary.exists():
                     return {**read_json(summary), "nothing_to_do": True}
             trainer, counts = _trainer(config, data, target, processes, parents=parents, started=started)
@@ -97,7 +106,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def _earlier(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
+def _earlier(config: TrainConfig, world_size: int, data: DistillData) -> dict[str, Any] | None:
     """The state of the checkpoint to continue from, or None.
 
     Raises:
@@ -109,8 +118,17 @@ def _earlier(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
         if config.resume == "must":
             raise ValueError(f"{folder}: no checkpoint to resume from")
         return None
-    before = {**state["config"], "number of processes": state["world_size"]}
-    now = {**to_plain(config), "number of processes": world_size}
+    first = None
+    if config.init_from is not None:
+        first = read_config(config.init_from, context_len=config.context_len or data.manifest["context_len"])
+    defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
+    before, now = (
+        acting_options(values, data.manifest, first, str(folder / STATE)) | {"number of processes": count}
+        for values, count in (
+            (defaults | state["config"], state["world_size"]),
+            (to_plain(config), world_size),
+        )
+    )
     for key in now.keys() - _FREE:
         if before.get(key) != now[key]:
             raise ValueError(
@@ -120,17 +138,26 @@ def _earlier(config: TrainConfig, world_size: int) -> dict[str, Any] | None:
     return state
 
 
-def _check_parents(checkpoint: Path, before: dict[str, str], now: dict[str, str]) -> None:
+def _check_parents(
+    checkpoint: Path, state: Mapping[str, Any], models: Mapping[str, Fingerprint], now: Mapping[str, str]
+) -> None:
     """Refuse to go on from a checkpoint that was made from something else.
 
     Raises:
         ValueError: naming the parent that has changed.
     """
-    for name in before.keys() | now.keys():
-        if before.get(name) != now.get(name):
+    before, where = state["parents"], checkpoint / STATE
+    for name in sorted(before.keys() | now.keys()):
+        found, current = str(before.get(name)), str(now.get(name))
+        if name in models and name in before:
+            if name == "distill" and "identity" not in state:  # a file, of which every byte was read then too
+                current = models[name].before()
+            elif is_made_from(name, found, state, models[name], where):
+                continue
+        if found != current:
             raise ValueError(
-                f"{checkpoint}: made from another {name} (hash {str(before.get(name))[:12]}, now "
-                f"{str(now.get(name))[:12]}); use another output_dir, or --resume never to start over"
+                f"{checkpoint}: made from another {name} (hash {found[:12]}, now "
+                f"{current[:12]}); use another output_dir, or --resume never to start over"
             )
 
 
@@ -227,16 +254,10 @@ def _counts(samples: list[DistillSample]) -> dict[str, int]:
     }
 
 
-def _parents(config: TrainConfig, data: DistillData, target_hash: str) -> dict[str, str]:
-    """Hashes of what the draft is made from."""
-    parents = {
-        "distill": file_hash(config.data_dir / MANIFEST_FILE),
-        "target": target_hash,
-        "distill_target": data.manifest["settings"]["target"],
-    }
-    if config.init_from is not None:
-        parents["init_from"] = folder_hash(draft_folder(config.init_from))
-    return parents
+def _models(config: TrainConfig, data: DistillData, target: Fingerprint) -> dict[str, Fingerprint]:
+    """Identities of what the draft is made from."""
+    models = {"distill": data.identity, "target": target}
+    return models if config.init_from is None else models | {"init_from": draft_identity(config.init_from)}
 
 
 def _fit(trainer: Trainer, processes: Processes) -> None:

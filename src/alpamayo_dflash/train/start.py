@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alpamayo_dflash.clips.lists import parse_chunks
+from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.identity import Fingerprint, is_made_from
 from alpamayo_dflash.common.options import parse_layers
 from alpamayo_dflash.draft.config import DraftConfig
 from alpamayo_dflash.draft.formats import KEPT_IDS, check_token_ids, read_draft, resize_vocabulary
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import FrozenTarget
-from alpamayo_dflash.train.config import DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS, TrainConfig
+from alpamayo_dflash.train.config import DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS, TrainConfig, decay_gamma
 
 
 @dataclass(frozen=True)
@@ -142,8 +145,43 @@ def _with_embeddings(draft: DFlashDraft, target: FrozenTarget) -> DFlashDraft:
     return grown
 
 
+def acting_options(
+    values: Mapping[str, Any], manifest: Mapping[str, Any], first: DraftConfig | None, where: str
+) -> dict[str, Any]:
+    """A run's options with those that were left out filled in: a default may be given by name.
+
+    Args:
+        values: the options as they were given.
+        manifest: of the distillation data.
+        first: the shape of the draft that training starts from, if there is one.
+        where: whose options they are, for messages.
+
+    Raises:
+        ValueError: a value of another kind than it must be.
+    """
+
+    def given(key: str, kind: type, otherwise: Any) -> Any:
+        return value_of(values, key, kind, otherwise, where=where)
+
+    block = given("block_size", int, first.block_size if first else DEFAULT_BLOCK_SIZE)
+    layers = first.num_layers if first else DEFAULT_NUM_LAYERS
+    taps = first.target_layer_ids if first else tuple(manifest["taps"])
+    chunks = given("held_out_chunks", str, "")
+    return {
+        **values,
+        "block_size": block,
+        "num_draft_layers": given("num_draft_layers", int, layers),
+        "context_len": given("context_len", int, first.context_len if first else manifest["context_len"]),
+        "target_layers": parse_layers(given("target_layers", str, ",".join(map(str, taps)))),
+        "draft_vocab_size": given("draft_vocab_size", int, (first.draft_vocab_size if first else 0) or 0),
+        "prefix_weight_gamma": decay_gamma(block, values.get("prefix_weight_gamma")),
+        "held_out_chunks": parse_chunks(chunks or None),
+        "held_out": None if chunks else values.get("held_out"),
+    }
+
+
 def check_data(
-    manifest: Mapping[str, Any], target: FrozenTarget, where: Path, *, target_hash: str | None
+    manifest: Mapping[str, Any], target: FrozenTarget, where: Path, *, identity: Fingerprint | None
 ) -> None:
     """Raise ValueError if the distillation data was not made with this target.
 
@@ -151,15 +189,16 @@ def check_data(
         manifest: of the data.
         target: its shape is compared,
         where: the data's folder, for messages.
-        target_hash: and the hash of its folder, unless this is None.
+        identity: and its identity, unless this is None.
     """
     vocab_size, width = target.embedding.shape
     found = {"hidden_size": width, "vocab_size": vocab_size, "num_target_layers": target.num_layers}
     for key, value in found.items():
         if manifest[key] != value:
             raise ValueError(f"{where}: made with a target of {key} {manifest[key]}; this target has {value}")
-    made_with = manifest["settings"]["target"]
-    if target_hash is not None and made_with != target_hash:
+    settings = manifest["settings"]
+    made_with = settings["target"]
+    if identity is not None and not is_made_from("target", made_with, settings, identity, where):
         raise ValueError(
             f"{where}: made with another target (hash {made_with[:12]}) than {target.folder}; "
             "--other-target goes on all the same"

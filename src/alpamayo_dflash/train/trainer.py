@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from alpamayo_dflash.common.ahead import read_ahead
+from alpamayo_dflash.common.artefacts import IDENTITY
 from alpamayo_dflash.common.processes import Processes
 from alpamayo_dflash.common.progress import Monitor
 from alpamayo_dflash.draft.model import DFlashDraft
@@ -240,4 +241,5 @@ class Trainer:
             "progress": self.progress,
             "total_steps": self.total_steps,
             "parents": self.parents,
+            "identity": IDENTITY,
         }
