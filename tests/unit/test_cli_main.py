@@ -211,27 +211,6 @@ def test_what_must_not_be_missed_is_said(
     assert json.loads(printed.out) == result
 
 
-def commands_in(path: Path, start: str) -> list[list[str]]:
-    """The arguments of a document's indented commands."""
-    lines = path.read_text().splitlines()
-    return [line.removeprefix(start).split(" #")[0].split() for line in lines if line.startswith(start)]
-
-
-GUIDE_COMMANDS = commands_in(DOCUMENT.parent / "alpamayo.md", "    alpamayo-dflash ")
-README_COMMANDS = commands_in(DOCUMENT.parents[1] / "README.md", "    .venv/bin/alpamayo-dflash ")
-
-
-@pytest.mark.parametrize("arguments", GUIDE_COMMANDS + README_COMMANDS, ids=lambda arguments: arguments[0])
-def test_the_documents_commands_parse(arguments: list[str]) -> None:
-    found, _ = cli.parse(arguments)
-    assert found == arguments[0]
-
-
-def test_the_documents_have_commands() -> None:
-    assert README_COMMANDS
-    assert {"clips", "layers", "distill", "train", "evaluate"} <= {words[0] for words in GUIDE_COMMANDS}
-
-
 TARGET_OPTIONS = {
     "measure-tiny": "--checkpoint",
     "measure-world": "--alpamayo-model",
