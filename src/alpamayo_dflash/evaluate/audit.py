@@ -160,9 +160,7 @@ def _tell(found: Mapping[str, Any], made: Mapping[str, Any], console: Console) -
     for each in failures:
         say(f"audit: clip {each['clip_id']} could not be decoded again: {each['error']}", "red")
     if differences:
-        say(
-            f"audit: {len(differences)} of {found['texts']} texts are not the target's own. The first:", "red"
-        )
+        say(f"audit: {len(differences)} of {found['texts']} stored texts failed. The first:", "red")
         say(f"audit: {differences[0]['message']}", "red")
     if differences and (other := _other_machine(made, found["provenance"])):
         say(f"audit: the rows were made on {other}; other machines and versions round differently", "red")
