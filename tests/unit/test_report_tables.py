@@ -13,7 +13,7 @@ import pytest
 
 from alpamayo_dflash.report.config import ReportConfig
 from alpamayo_dflash.report.run import run
-from alpamayo_dflash.report.tables import WORLD_FIGURES, Table, all_tables, comparison
+from alpamayo_dflash.report.tables import WORLD_FIGURES, Table, all_tables, comparison, quality
 
 TIMES = {"prefill_ms": 50.0, "decode_ms": 100.0, "action_ms": 5.0, "total_ms": 155.0, "tokens": 40}
 
@@ -140,3 +140,35 @@ def test_brackets_in_cells_are_text(capsys: pytest.CaptureFixture[str]) -> None:
 
     Console(width=80).print(Table("T", ("clip", "reason"), (("a", "o[/x]: [red]no[/red] file"),)).rich())
     assert "o[/x]: [red]no[/red] file" in capsys.readouterr().out
+
+
+def test_an_audit_is_shown_and_what_it_found() -> None:
+    audited = evaluation()
+    found = {"clips": 3, "texts": 6, "equal": 5, "near_ties": 1, "differences": [], "failures": []}
+    audited["audit"] = found | {"passed": True}
+    row = ("texts of 3 audited clips equal / near-tie / wrong", "5 / 1 / 0")
+    assert row in quality(audited).rows
+    assert not any("audit" in table.title for table in all_tables(audited))
+    place = {"piece": "a", "logit": 1.0, "wide_logit": 1.0, "score": None, "wide_score": None}
+    differences = [
+        {"clip_id": "clip-1", "sample": 0, "kind": "token", "position": 4, "message": "long",
+         "stored": place | {"token": None}, "own": place | {"token": 7}},
+        {"clip_id": "clip-2", "sample": 1, "kind": "coc", "message": "other <characters>"},
+    ]  # fmt: skip
+    failures = [{"clip_id": "clip-3", "error": "away"}]
+    audited["audit"] = found | {"differences": differences, "failures": failures, "passed": False}
+    table = next(table for table in all_tables(audited) if table.title == "The audit failed")
+    assert table.rows == (
+        ("clip-1", "0", "4", "stored the end, the target's own 7 a"),
+        ("clip-2", "1", "–", "other <characters>"),
+        ("clip-3", "–", "–", "not decoded again: away"),
+    )
+
+
+def test_an_audit_stands_in_the_report(tmp_path: Path) -> None:
+    source = tmp_path / "evaluation.json"
+    found = {"clips": 3, "texts": 6, "equal": 6, "near_ties": 0, "differences": [], "failures": []}
+    source.write_text(json.dumps(evaluation() | {"audit": found | {"passed": True}}))
+    written = run(ReportConfig(source, out=tmp_path / "report"))
+    assert "texts of 3 audited clips" in Path(written["report"]).read_text()
+    assert "6 / 0 / 0" in Path(written["markdown"]).read_text()

@@ -79,8 +79,12 @@ class Arms:
         """The whole way from the prompt to the trajectory, timed, at the evaluation's own temperature."""
         return self._transformers(prompt) if arm == "transformers" else self._loop(arm, prompt)
 
+    def read(self, arm: str, prompt: Prompt) -> None:
+        """Let a loop read a prompt; `again` and `loops` start from it."""
+        self._read[arm] = self._decoder(arm).prefill(prompt)
+
     def again(self, arm: str, prompt: Prompt, sampling: Sampling, observer: Observer | None = None) -> Result:
-        """Decode once more after the prompt that a loop has just read; no trajectory.
+        """Decode once more after the prompt that a loop has read last; no trajectory.
 
         Raises:
             ValueError: the loop has read another prompt, or none.
@@ -88,7 +92,7 @@ class Arms:
         prefilled = self._read.get(arm)
         if prefilled is None or prefilled.prompt.key != prompt.key:
             raise ValueError(f"the {arm} loop has not read {prompt.key}")
-        return self._decoders[arm].generate(
+        return self._decoder(arm).generate(
             prefilled, **self._options(sampling), observer=observer, trajectories=False
         )
 
@@ -105,21 +109,23 @@ class Arms:
             autoregressive: a text a sample, of the prompt that both loops have read last.
             speculative: likewise.
         """
-        config, near, others = self.config, 0, 0
-        samples, width = config.num_traj_samples, config.row_width
+        near = others = 0
         for index, (one, other) in enumerate(zip(autoregressive, speculative, strict=True)):
             if one == other:
                 continue
-            loops = (
-                Loop(self._decoders[arm], self._read[arm], text, step, width or samples * step)
-                for arm, text, step in (
-                    ("autoregressive", one, 1),
-                    ("dflash", other, self.block_size),
-                )
-            )
-            found = parting(*loops, sampling=sampling, seed=config.seed, sample=index)
+            found = parting(*self.loops(one, other), sampling=sampling, seed=self.config.seed, sample=index)
             near, others = near + found.near_tie, others + (not found.near_tie)
         return near, others
+
+    def loops(self, autoregressive: Sequence[int], speculative: Sequence[int]) -> tuple[Loop, Loop]:
+        """Both loops, each with what it wrote for one sample of the prompt that both have read last."""
+        samples, width = self.config.num_traj_samples, self.config.row_width
+        parts = (("autoregressive", autoregressive, 1), ("dflash", speculative, self.block_size))
+        one, other = (
+            Loop(self._decoder(arm), self._read[arm], text, step, width or samples * step)
+            for arm, text, step in parts
+        )
+        return one, other
 
     def transformers_greedy(self, prompt: Prompt) -> list[list[int]]:
         """The greedy tokens of transformers, one sample."""
@@ -136,8 +142,14 @@ class Arms:
             "max_new_tokens": config.max_tokens,
         }
 
+    def _decoder(self, arm: str) -> SpeculativeDecoder:
+        """A loop. Without a comparison the autoregressive one is made when it is first wanted."""
+        if arm not in self._decoders:
+            self._decoders[arm] = SpeculativeDecoder(self.target, None, self.config.decode)
+        return self._decoders[arm]
+
     def _loop(self, arm: str, prompt: Prompt) -> Run:
-        decoder = self._decoders[arm]
+        decoder = self._decoder(arm)
         start = self._clock.now_ms()
         prefilled = self._read[arm] = decoder.prefill(prompt)
         prefill_ms = self._clock.now_ms() - start

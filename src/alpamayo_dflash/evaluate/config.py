@@ -38,6 +38,8 @@ class EvaluateConfig(Sampled):
         compare: run all three arms, check losslessness, print and store the comparison; else dflash alone.
         verbose: print each round's block with accepted, rejected and target tokens marked.
         detailed_timing: split decode into draft, verify, sampling, cache and other.
+        audit: after the run, decode this many random clips again autoregressively and fail if a text differs
+            that must not.
         take_over: go on where the disk cannot tell whether another run has the folder.
         local_files_only: never ask the hub for the target's files.
         sentence_end: rules at sentence ends; hint and off are lossless, force is not.
@@ -68,6 +70,7 @@ class EvaluateConfig(Sampled):
     compare: bool = True
     verbose: bool = False
     detailed_timing: bool = False
+    audit: int = 0
     local_files_only: bool = False
     take_over: bool = False
     sentence_end: SentenceEnd = "hint"
@@ -89,8 +92,13 @@ class EvaluateConfig(Sampled):
             motion_gap_ms=self.motion_gap_ms,
         )
         _ = self.sampling, self.decode
-        check_whole(seed=self.seed, t0_us=self.t0_us)
-        check_at_least(0, warmup=self.warmup)
+        check_whole(seed=self.seed, t0_us=self.t0_us, audit=self.audit)
+        check_at_least(0, warmup=self.warmup, audit=self.audit)
+        if self.audit and not self.decode.lossless:
+            raise ValueError(
+                f"audit is {self.audit} with sentence_end force, which does not write the target's own text; "
+                "audit hint or off"
+            )
         named = [name for name in ("clip_id", "clip_ids", "chunks") if getattr(self, name) is not None]
         if len(named) > 1:
             raise ValueError(f"{' and '.join(named)} are given; name the clips in one way only")

@@ -20,7 +20,7 @@ from torch import Tensor
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.noise import row_noise, stream_keys
-from alpamayo_dflash.decode.sampling import mask_bias
+from alpamayo_dflash.decode.sampling import choose, mask_bias
 from alpamayo_dflash.decode.verify import Prefilled
 
 
@@ -71,23 +71,67 @@ def parting(narrow: Loop, wide: Loop, *, sampling: Sampling, seed: int, sample: 
     """
     pairs = enumerate(zip(narrow.text, wide.text, strict=False))
     position = next((index for index, (a, b) in pairs if a != b), None)
-    shared = list(narrow.text[: len(narrow.text) - 1 if position is None else position])
-    logits = _forced_logits(narrow, shared)
-    # A loop with proposals has rejected ones in its cache, which shift and lengthen what a row reads.
-    others = [_forced_logits(wide, shared, rejected) for rejected in sorted({0, wide.step - 1})]
-    largest = max(float((logits - other).abs().max()) for other in others)
+    shared = narrow.text[: len(narrow.text) - 1 if position is None else position]
+    ways = BothWays(narrow, wide, shared, sampling=sampling, seed=seed, sample=sample)
     if position is None:
-        return Parting(None, largest, near_tie=False)
-    target, device = narrow.decoder.target, logits.device
-    temper = 1.0 if sampling.greedy else sampling.temperature
-    scores = logits[position] / temper + mask_bias(target.traj_ids, target.vocab_size).to(device)
-    noise = torch.zeros_like(scores)
-    if not sampling.greedy:
-        keys = stream_keys(seed, narrow.read.prompt.key, [sample], device)
-        noise = row_noise(keys, torch.tensor([position], device=device), target.vocab_size)[0]
-    possible = choices_within(scores, noise, sampling, largest / temper)
-    both = torch.tensor([narrow.text[position], wide.text[position]], device=device)
-    return Parting(position, largest, near_tie=bool(possible[both].all()))
+        return Parting(None, ways.largest_difference, near_tie=False)
+    both = [narrow.text[position], wide.text[position]]
+    return Parting(position, ways.largest_difference, near_tie=bool(ways.possible(position)[both].all()))
+
+
+class BothWays:
+    """One text run through the target in passes like either loop's, and what may be chosen along it.
+
+    Args:
+        narrow: the loop with fewer rows a pass.
+        wide: the other one, on the same target and prompt.
+        text: T tokens; the loops' own texts are not looked at.
+        sampling: both loops' temperature and top_p.
+        seed: both loops'.
+        sample: the text's index, which its noise depends on.
+
+    Attributes:
+        narrow_TV: float32 [T + 1, V], unmasked logits; row i predicts token i, the last what follows.
+        wide_TV: likewise, from passes like the wide loop's.
+        largest_difference: of the logits.
+    """
+
+    def __init__(
+        self, narrow: Loop, wide: Loop, text: Sequence[int], *, sampling: Sampling, seed: int, sample: int
+    ) -> None:
+        self.narrow_TV = _forced_logits(narrow, text)
+        # A loop with proposals has rejected ones in its cache, which shift and lengthen what a row reads.
+        others = [_forced_logits(wide, text, rejected) for rejected in sorted({0, wide.step - 1})]
+        self.wide_TV = others[0]
+        self.largest_difference = max(float((self.narrow_TV - other).abs().max()) for other in others)
+        self._sampling, self._temper = sampling, 1.0 if sampling.greedy else sampling.temperature
+        target, device = narrow.decoder.target, self.narrow_TV.device
+        self._bias_V = mask_bias(target.traj_ids, target.vocab_size).to(device)
+        self._keys = stream_keys(seed, narrow.read.prompt.key, [sample], device)
+
+    def noise(self, position: int) -> Tensor:
+        """The noise of a place, float32 [V]; zeros where greedy."""
+        if self._sampling.greedy:
+            return torch.zeros_like(self._bias_V)
+        place = torch.tensor([position], device=self._bias_V.device)
+        return row_noise(self._keys, place, len(self._bias_V))[0]
+
+    def chosen(self, position: int) -> int:
+        """What the narrow passes' logits choose at a place."""
+        noise = self.noise(position)[None]
+        return int(choose(self.narrow_TV[position][None], self._bias_V, self._sampling, noise))
+
+    def possible(self, position: int) -> Tensor:
+        """Which tokens logits off by the largest difference can choose at a place, bool [V]."""
+        scores = self.narrow_TV[position] / self._temper + self._bias_V
+        off = self.largest_difference / self._temper
+        return choices_within(scores, self.noise(position), self._sampling, off)
+
+    def perturbed(self, position: int) -> tuple[Tensor, Tensor]:
+        """Tempered, masked logits with their noise, float32 [V], of the narrow and of the wide passes."""
+        shift = self._bias_V + self.noise(position)
+        narrow, wide = (logits[position] / self._temper + shift for logits in (self.narrow_TV, self.wide_TV))
+        return narrow, wide
 
 
 def choices_within(scores_V: Tensor, noise_V: Tensor, sampling: Sampling, off: float) -> Tensor:

@@ -84,7 +84,11 @@ class RoundRow(TypedDict):
 
 
 class ClipRow(TypedDict):
-    """All results of one clip that was done. Rows of older runs lack `rounds`: sources were not recorded."""
+    """All results of one clip that was done.
+
+    A sample's text is its first token and what its rounds emitted, in ids. Rows of older runs lack the first
+    tokens, or the rounds too: there, sources were not recorded.
+    """
 
     clip_id: str
     prompt_tokens: int
@@ -95,7 +99,8 @@ class ClipRow(TypedDict):
     trajectory: NotRequired[Trajectory]
     named: NotRequired[Named]
     parts_ms: NotRequired[dict[str, float]]
-    rounds: NotRequired[list[list[RoundRow]]]  # by sample
+    first_tokens: NotRequired[list[int]]  # by sample, as are the rounds
+    rounds: NotRequired[list[list[RoundRow]]]
 
 
 class Failure(TypedDict):

@@ -34,6 +34,7 @@ from alpamayo_dflash.draft.formats import draft_identity
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate import metrics
 from alpamayo_dflash.evaluate.arms import Arms, Run, acceptance_of, rounds_of
+from alpamayo_dflash.evaluate.audit import audit
 from alpamayo_dflash.evaluate.config import EvaluateConfig
 from alpamayo_dflash.evaluate.rows import ClipRow, Failure, Identity, Named, RowStore, Trajectory
 from alpamayo_dflash.evaluate.trace import LEGEND, RoundPrinter, piece_of
@@ -53,7 +54,7 @@ _CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
 # dataset by its revision, clips by their ids.
 _FREE = frozenset(
     (
-        *("output_dir", "verbose", "local_files_only", "frames", "motion_gap_ms", "take_over"),
+        *("output_dir", "verbose", "audit", "local_files_only", "frames", "motion_gap_ms", "take_over"),
         *("draft_model", "alpamayo_model", "cache_dir", "clip_id", "clip_ids", "chunks", "num_samples"),
     )
 )
@@ -62,8 +63,10 @@ _FREE = frozenset(
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate, or continue an evaluation that was interrupted, or report that there is nothing to do.
 
+    With `audit`, what is written is audited then, however it came to be.
+
     Returns:
-        The JSON object of `evaluation.json` without its rows and provenance.
+        The JSON object of `evaluation.json` without its rows and provenance; once audited, with `passed`.
 
     Raises:
         ValueError: bad input, or no clip could be evaluated; the message says why.
@@ -97,7 +100,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
                 highlight=False,
                 markup=False,
             )
-            return _shown(earlier, config) | {"nothing_to_do": True}
+            return _shown(_audited(earlier, arms, source, parents, console), config) | {"nothing_to_do": True}
         store: RowStore[ClipRow] = RowStore(config.output_dir / ROWS, head)
         failures = _evaluate_clips(arms, source, clip_ids, store, console)
         rows = store.rows()
@@ -110,7 +113,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         write_json(config.output_dir / RESULT, result | {"head": head, "provenance": made, "clip_rows": rows})
         if not failures:  # else a later run does these clips again, and only these
             store.remove()
-        return _shown(result, config)
+        return _shown(_audited(result, arms, source, parents, console), config)
 
 
 def _head(
@@ -166,10 +169,24 @@ def _keep_another(path: Path, head: Mapping[str, Any], models: Mapping[str, Fing
             move_aside(path, mark_of(found), "another evaluation")
 
 
+def _audited(
+    result: Mapping[str, Any], arms: Arms, source: ClipSource, parents: Mapping[str, str], console: Console
+) -> Mapping[str, Any]:
+    """A result that stands in the output folder, audited there if the options ask for that."""
+    if not arms.config.audit:
+        return result
+    path = arms.config.output_dir / RESULT
+    audit(path, arms, source, parents, console)
+    return read_json(path)
+
+
 def _shown(result: Mapping[str, Any], config: EvaluateConfig) -> dict[str, Any]:
     """What the command prints: the object without its long parts."""
     hidden = ("head", "provenance", "clip_rows")
     plain = {name: value for name, value in result.items() if name not in hidden}
+    if "audit" in plain:  # a failed one stays one, until it is made again
+        plain["audit"] = {name: value for name, value in plain["audit"].items() if name != "provenance"}
+        plain["passed"] = plain["audit"]["passed"]
     return plain | {"evaluation": str(config.output_dir / RESULT)}
 
 
@@ -256,6 +273,7 @@ def evaluate_clip(arms: Arms, window: Window, facts: Facts | None, *, turn: int,
         "coc": dflash.coc,
         "arms": {arm: runs[arm].times for arm in names},
         "acceptance": acceptance_of(dflash.result),
+        "first_tokens": list(dflash.recorder.first_tokens),
         "rounds": rounds_of(dflash.recorder),
     }
     if config.compare:

@@ -68,7 +68,7 @@ class Table:
 
 def all_tables(result: Mapping[str, Any]) -> list[Table]:
     """Every table that the JSON object has the numbers for."""
-    optional = (parts(result), world(result), failures(result))
+    optional = (parts(result), world(result), failures(result), audit(result))
     return [comparison(result), quality(result), *(table for table in optional if table is not None)]
 
 
@@ -145,6 +145,10 @@ def quality(result: Mapping[str, Any]) -> Table:
         if lossless.get("near_ties") or lossless.get("not_near_ties"):
             parting = f"{lossless['near_ties']} / {lossless['not_near_ties']}"
             rows.append(("texts that part at a near-tie / elsewhere", parting))
+    if result.get("audit"):
+        audited = result["audit"]
+        counts = f"{audited['equal']} / {audited['near_ties']} / {len(audited['differences'])}"
+        rows.append((f"texts of {audited['clips']} audited clips equal / near-tie / wrong", counts))
     if result.get("trajectory"):
         trajectory = result["trajectory"]
         rows.append(("minADE, m", _number(trajectory["min_ade_m"], 2)))
@@ -192,6 +196,30 @@ def failures(result: Mapping[str, Any]) -> Table | None:
     return Table(
         "Failed clips", ("clip", "reason"), tuple((each["clip_id"], each["error"]) for each in found)
     )
+
+
+def audit(result: Mapping[str, Any]) -> Table | None:
+    """What an audit found wrong; None if nothing was, or there was none."""
+    found = result.get("audit")
+    if not found or found["passed"]:
+        return None
+    rows = [
+        (each["clip_id"], str(each["sample"]), str(each.get("position", "–")), _wrong(each))
+        for each in found["differences"]
+    ]
+    rows += [(each["clip_id"], "–", "–", f"not decoded again: {each['error']}") for each in found["failures"]]
+    return Table("The audit failed", ("clip", "sample", "position", "what is wrong"), tuple(rows))
+
+
+def _wrong(difference: Mapping[str, Any]) -> str:
+    """A difference in short; its message in the JSON object has all of it."""
+    if difference["kind"] != "token":
+        return str(difference["message"])
+    stored, own = (
+        "the end" if each["token"] is None else f"{each['token']} {each['piece'] or ''}".rstrip()
+        for each in (difference["stored"], difference["own"])
+    )
+    return f"stored {stored}, the target's own {own}"
 
 
 def _number(value: float | None, digits: int = 1) -> str:
