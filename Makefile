@@ -12,7 +12,7 @@ COMPAT := .venv-compat-$(COMPAT_TORCH)
 LAID := $(VENV)/oldest-transformers
 LAID_OVER := transformers|huggingface-hub|tokenizers|requests|urllib3|charset-normalizer|certifi
 
-.PHONY: demo test golden compat compat-quick lint types check clean
+.PHONY: demo test golden faults compat compat-quick lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
@@ -23,6 +23,10 @@ test: $(STAMP)
 # The parity tests alone; ALPAMAYO_GOLDEN names the fixtures' folder (default: ../shared/golden).
 golden: $(STAMP)
 	ALPAMAYO_GOLDEN="$${ALPAMAYO_GOLDEN:-../shared/golden}" $(BIN)/python -m pytest tests/integration/test_golden.py
+
+# Stages killed 200 times and before each change of a file, and on full and read-only disks (as root).
+faults: $(STAMP)
+	$(BIN)/python tests/faults/kills.py --kills 200 --disks
 
 # Every test again, golden ones too, in a second environment with the oldest versions that are promised.
 compat: $(COMPAT)/installed
@@ -36,6 +40,7 @@ compat-quick: $(LAID)/installed
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive src
 
 types: $(STAMP)
 	$(BIN)/mypy

@@ -27,6 +27,7 @@ IDENTITY = 2
 """The rule that models' hashes are made by, see `common.identity`; records of the first do not name it."""
 
 _ASIDE = ".old"
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.[^.]+)?")
 _NUMBERS = re.compile(r"\[\n\s*([-+.0-9eE,\s]+?)\n\s*\]")
 
 
@@ -82,6 +83,13 @@ def recover_folder(path: Path | str) -> None:
     for temporary in path.parent.glob(f".{path.name}.*"):
         if temporary.is_dir():
             shutil.rmtree(temporary)
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Remove what killed `atomic_file`s left in a folder and below; nobody else may be writing there."""
+    for path in folder.rglob(".*"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def move_aside(path: Path, mark: str, what: str) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from alpamayo_dflash.common.artefacts import to_plain
+from alpamayo_dflash.common.artefacts import clear_temporaries, to_plain
 
 _NAME = ".run-rank{}.lock"
 
@@ -30,6 +30,8 @@ def mark_of(settings: Any) -> str:
 @contextlib.contextmanager
 def owned(folder: Path, mark: str, rank: int = 0, *, take_over: bool = False) -> Iterator[None]:
     """Own a folder for one rank of a run while the context lasts; the folder is made.
+
+    The first rank to come clears away what files killed runs have left half-written.
 
     Args:
         folder: the run's output.
@@ -48,7 +50,8 @@ def owned(folder: Path, mark: str, rank: int = 0, *, take_over: bool = False) ->
         try:
             if not take_over:
                 _lock(handle, folder)
-                _refuse_strangers(folder, mark, path)
+                if not _others(folder, mark, path):
+                    clear_temporaries(folder)
             handle.seek(0)
             handle.truncate()
             json.dump(about, handle)
@@ -114,8 +117,9 @@ def _lock(handle: TextIO, folder: Path) -> None:
         raise ValueError(_message(folder, _about(handle.read()))) from None
 
 
-def _refuse_strangers(folder: Path, mark: str, own: Path) -> None:
-    """Raise ValueError if a live process of another mark has a lock here."""
+def _others(folder: Path, mark: str, own: Path) -> int:
+    """How many other ranks of this run are alive; ValueError if a live process of another mark has a lock."""
+    alive = 0
     for other in folder.glob(_NAME.format("*")):
         if other == own:
             continue
@@ -126,6 +130,8 @@ def _refuse_strangers(folder: Path, mark: str, own: Path) -> None:
                 about = _about(handle.read())
                 if about.get("mark") != mark:
                     raise ValueError(_message(folder, about)) from None
+                alive += 1
+    return alive
 
 
 def _about(text: str) -> dict[str, Any]:
