@@ -13,7 +13,7 @@ def test_killed_stages_go_on_as_if_undisturbed():
     script = Path(__file__).parent / "kills.py"
     # In a process of its own: what it forks must have no threads behind it.
     done = subprocess.run(
-        [sys.executable, script, "--kills", "10", "--forced-every", "9"],
+        [sys.executable, script, "--kills", "10", "--forced-every", "40"],
         capture_output=True,
         text=True,
         timeout=600,
