@@ -29,20 +29,17 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
-from random_target import random_target
+from random_target import random_draft, random_target
 
 from alpamayo_dflash.cli.main import main
 from alpamayo_dflash.common.artefacts import file_hash, read_json
 from alpamayo_dflash.distill import run as _distill  # noqa: F401  imported before the forks
 from alpamayo_dflash.distill.data import DistillData
-from alpamayo_dflash.draft.config import DraftConfig
-from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate import run as _evaluate  # noqa: F401
 from alpamayo_dflash.layers import run as _layers  # noqa: F401
 from alpamayo_dflash.train import run as _train  # noqa: F401
 
 STAGES = ("layers", "distill", "train", "evaluate")
-_LAYERS, _WIDTH = 4, 32
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod"}
 _FULL_KIB = {"layers": 8, "distill": 48, "train": 192, "evaluate": 4}
 """Room that is left on the full disk: less than a stage writes."""
@@ -53,25 +50,11 @@ def prepare(folder: Path) -> int:
     torch.manual_seed(0)
     given = ["--num-chunks", "3", "--clips-per-chunk", "3", "--seed", "5", "--workers", "1"]
     assert main(["world", "--out", str(folder / "world"), *given]) == 0
-    target = random_target(folder / "made", layers=_LAYERS, hidden=_WIDTH)
+    target = random_target(folder / "made", layers=5, hidden=32)
     target.save_pretrained(folder / "target")
     config = read_json(folder / "target" / "config.json") | {"min_pixels": 4096, "max_pixels": 8192}
     (folder / "target" / "config.json").write_text(json.dumps(config))
-    shape = DraftConfig(
-        hidden_size=_WIDTH,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        intermediate_size=64,
-        vocab_size=target.vocab_size,
-        block_size=4,
-        context_len=4,
-        target_layer_ids=(1, 3),
-        num_target_layers=_LAYERS,
-        mask_token_id=target.vocab_size,
-    )
-    DFlashDraft.random(shape, 3).save_pretrained(folder / "draft")
+    random_draft(target).save_pretrained(folder / "draft")
     return main(command("distill", folder, folder / "data"))
 
 

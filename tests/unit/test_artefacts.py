@@ -4,7 +4,13 @@ import shutil
 
 import pytest
 
-from alpamayo_dflash.common.artefacts import git_revision, read_json, write_json
+from alpamayo_dflash.common.artefacts import (
+    atomic_file,
+    clear_temporaries,
+    git_revision,
+    read_json,
+    write_json,
+)
 
 
 def test_lists_of_numbers_take_one_line_and_nothing_changes(tmp_path):
@@ -36,3 +42,16 @@ def test_the_revision_is_the_checkouts_and_outside_of_one_what_is_said(monkeypat
     assert git_revision() == "f" * 40
     monkeypatch.delenv("ALPAMAYO_DFLASH_REVISION")
     assert git_revision() is None
+
+
+def test_what_killed_writes_leave_is_cleared_and_nothing_else(tmp_path):
+    (tmp_path / "shards").mkdir()
+    with atomic_file(tmp_path / "shards" / "rank0-0.safetensors") as temporary:
+        left = temporary.read_bytes()
+    temporary.write_bytes(left)  # as if the writer had been killed
+    others = [tmp_path / name for name in (".env.template", ".gitignore", ".a.json.abcdefgh.txt", "b.json")]
+    for path in others:
+        path.write_text("mine")
+    clear_temporaries(tmp_path)
+    assert not temporary.exists()
+    assert all(path.exists() for path in (*others, tmp_path / "shards" / "rank0-0.safetensors"))

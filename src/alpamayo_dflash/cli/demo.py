@@ -196,7 +196,9 @@ def run(config: DemoConfig) -> dict[str, Any]:
         return _report(config, read_json(path)) | {"nothing_to_do": True}
     summary = _summary(plan, figures) | {"seconds": seconds}
     evaluated = read_json(plan.evaluate.output_dir / RESULT, "provenance")["provenance"]
-    summary["provenance"] = provenance(config, started, evaluated["parents"])
+    summary["provenance"] = provenance(
+        config, started, evaluated["parents"], identity=evaluated.get("identity", 1)
+    )
     write_json(path, summary)
     return _report(config, summary)
 

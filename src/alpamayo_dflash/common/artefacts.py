@@ -27,7 +27,7 @@ IDENTITY = 2
 """The rule that models' hashes are made by, see `common.identity`; records of the first do not name it."""
 
 _ASIDE = ".old"
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.[^.]+)?")
+_TEMPORARY = re.compile(r"\..+(\.[^.]+)\.[a-z0-9_]{8}\1")  # `atomic_file`'s: the ending stands twice
 _NUMBERS = re.compile(r"\[\n\s*([-+.0-9eE,\s]+?)\n\s*\]")
 
 
@@ -215,20 +215,26 @@ def versions() -> dict[str, str]:
 
 
 def provenance(
-    config: Any, started: float, parents: Mapping[str, str] | None = None, *, device: str | None = None
+    config: Any,
+    started: float,
+    parents: Mapping[str, str] | None = None,
+    *,
+    device: str | None = None,
+    identity: int = IDENTITY,
 ) -> dict[str, Any]:
     """The record kept with every artefact.
 
     Args:
         config: the stage's config, a dataclass; its seed and device are recorded where it has them.
         started: `time.time()` when the stage began; the wall time is taken from it.
-        parents: name to hash of each artefact it was made from; models' are of the rule `IDENTITY`.
+        parents: name to hash of each artefact it was made from.
         device: the torch device that was taken, where that is not the config's own word.
+        identity: the rule of the parents' hashes, where they are taken over from an older artefact.
     """
     return {
         "config": to_plain(config),
         "parents": dict(parents or {}),
-        "identity": IDENTITY,
+        "identity": identity,
         "seed": getattr(config, "seed", None),
         "device": _device_name(device or str(getattr(config, "device", "cpu"))),
         "versions": versions(),

@@ -6,6 +6,7 @@ model's hash is over every file of its folder, so that a README beside the weigh
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Mapping
@@ -23,11 +24,25 @@ class Fingerprint:
 
     Attributes:
         hash: SHA-256 over what is read of it, in hex.
-        before: its hash by the rule of before, computed when asked for.
+        before: its hash by the rule of before, computed when first asked for.
+        exact: by that rule too another hash is another one: it was not over files that nobody reads, or a
+            place where something else may lie by now.
     """
 
     hash: str
     before: Callable[[], str]
+    exact: bool = False
+
+    def under(self, rule: Mapping[str, Any], where: Path) -> str:
+        """Its hash by the rule that a record names, or by that of before where it names none.
+
+        Raises:
+            ValueError: the rule is not known here; `where` names the record's file.
+        """
+        known = rule.get("identity", 1)
+        if known not in (1, IDENTITY):
+            raise ValueError(f"{where}: says identity {known!r}; this version knows 1 and {IDENTITY}")
+        return self.hash if known == IDENTITY else self.before()
 
 
 def identity_of(files: Mapping[str, Path], folder: Path) -> Fingerprint:
@@ -40,7 +55,7 @@ def identity_of(files: Mapping[str, Path], folder: Path) -> Fingerprint:
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
         digest.update(f"{name}\0{file_hash(path)}\n".encode())
-    return Fingerprint(digest.hexdigest(), lambda: folder_hash(folder))
+    return Fingerprint(digest.hexdigest(), functools.cache(lambda: folder_hash(folder)))
 
 
 def is_made_from(
@@ -60,19 +75,15 @@ def is_made_from(
     Raises:
         ValueError: it was recorded by a rule that is not known here.
     """
-    known = rule.get("identity", 1)
-    if known == IDENTITY:
-        return recorded == identity.hash
-    if known != 1:
-        raise ValueError(f"{where}: says identity {known!r}; this version knows 1 and {IDENTITY}")
-    now = identity.before()
-    if recorded != now:
-        print(
-            f"{where}: made when every file of a folder counted. Its {name} was {recorded[:12]} then and is "
-            f"{now[:12]} by that rule now; whether a file that is read has changed cannot be told. All else "
-            "agrees, so this run goes on",
-            file=sys.stderr,
-        )
+    now = identity.under(rule, where)
+    if recorded == now or rule.get("identity") == IDENTITY or identity.exact:
+        return recorded == now
+    print(
+        f"{where}: made when every file of a folder counted. Its {name} was {recorded[:12]} then and is "
+        f"{now[:12]} by that rule now; whether a file that is read has changed cannot be told. All else "
+        "agrees, so this run goes on",
+        file=sys.stderr,
+    )
     return True
 
 

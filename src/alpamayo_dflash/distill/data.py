@@ -78,7 +78,7 @@ class DistillData:
             [asdict(sample) for sample in self.samples],
         ]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return Fingerprint(digest, lambda: file_hash(self.folder / MANIFEST_FILE))
+        return Fingerprint(digest, lambda: file_hash(self.folder / MANIFEST_FILE), exact=True)
 
     def tensors(self, sample: DistillSample) -> dict[str, Tensor]:
         """Read one response's tensors.

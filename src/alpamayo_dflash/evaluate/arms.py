@@ -26,6 +26,9 @@ from alpamayo_dflash.evaluate.rows import AcceptanceRow, ArmRow, RoundRow
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
 
+CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
+"""What may happen to one clip without being the program's own fault: bad data, a full disk, no memory."""
+
 
 @dataclass(frozen=True)
 class Run:

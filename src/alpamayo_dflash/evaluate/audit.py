@@ -24,7 +24,7 @@ from rich.progress import track
 
 from alpamayo_dflash.clips.source import ClipSource, failure_kind
 from alpamayo_dflash.common.artefacts import provenance, read_json, write_json
-from alpamayo_dflash.evaluate.arms import Arms
+from alpamayo_dflash.evaluate.arms import CLIP_ERRORS, Arms
 from alpamayo_dflash.evaluate.near_ties import BothWays, Loop, parting
 from alpamayo_dflash.evaluate.recorded import (
     contradiction,
@@ -130,7 +130,7 @@ def _audit_rows(
             prompt = arms.target.prompt(source.window(row["clip_id"], arms.config.t0_us))
             clip = _Clip(arms, prompt, row, stored)
             verdicts = [clip.judge(sample) for sample in range(len(stored))]
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:  # of this clip, as in the evaluation
+        except CLIP_ERRORS as error:
             kind = failure_kind(error)
             failures.append({"clip_id": row["clip_id"], "error": str(error), "kind": kind})
             continue

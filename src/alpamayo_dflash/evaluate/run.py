@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from alpamayo_dflash.decode.observer import StageTimer
 from alpamayo_dflash.draft.formats import draft_identity
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate import metrics
-from alpamayo_dflash.evaluate.arms import Arms, Run, acceptance_of, rounds_of
+from alpamayo_dflash.evaluate.arms import CLIP_ERRORS, Arms, Run, acceptance_of, rounds_of
 from alpamayo_dflash.evaluate.audit import audit
 from alpamayo_dflash.evaluate.config import EvaluateConfig
 from alpamayo_dflash.evaluate.rows import ClipRow, Failure, Identity, Named, RowStore, Trajectory
@@ -46,9 +47,6 @@ from alpamayo_dflash.world.read import SCENES_FILE, read_facts
 
 RESULT = "evaluation.json"
 ROWS = "rows.jsonl"
-
-# What may happen to one clip without being the program's own fault: bad data, a full disk, too little memory.
-_CLIP_ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
 
 # Options that do not change the numbers, or say where something lies: models count by their identities, the
 # dataset by its revision, clips by their ids.
@@ -89,18 +87,21 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         local_files_only=config.local_files_only,
     )
     arms = Arms(target, draft, config)
-    models = {"target": identity, "draft": draft_identity(config.draft_model)}
+    # A draft may have been trained anew in its folder since.
+    models = {"target": identity, "draft": replace(draft_identity(config.draft_model), exact=True)}
     parents = {name: model.hash for name, model in models.items()}
     head = _head(arms, parents, source.revision, clip_ids)
     with owned(config.output_dir, mark_of(head), take_over=config.take_over):
-        earlier = _earlier(config, head, models)
-        if earlier is not None:
+        path = config.output_dir / RESULT
+        found = read_json(path) if path.exists() else None
+        is_ours = found is not None and _is_head(found.get("head"), head, models, path)
+        if found is not None and is_ours and not config.verbose and not _failed(found, path):
             console.print(
-                f"nothing to do: {config.output_dir / RESULT} is this evaluation",
+                f"nothing to do: {path} is this evaluation",
                 highlight=False,
                 markup=False,
             )
-            return _shown(_audited(earlier, arms, source, parents, console), config) | {"nothing_to_do": True}
+            return _shown(_audited(found, arms, source, parents, console), config) | {"nothing_to_do": True}
         store: RowStore[ClipRow] = RowStore(config.output_dir / ROWS, head)
         failures = _evaluate_clips(arms, source, clip_ids, store, console)
         rows = store.rows()
@@ -109,8 +110,9 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         if result["draft_failures"]:
             console.print(f"the draft failed {result['draft_failures']} times", style="red", highlight=False)
         made = provenance(config, started, parents)
-        _keep_another(config.output_dir / RESULT, head, models)
-        write_json(config.output_dir / RESULT, result | {"head": head, "provenance": made, "clip_rows": rows})
+        if found is not None and not is_ours:
+            move_aside(path, mark_of(found.get("head")), "another evaluation")
+        write_json(path, result | {"head": head, "provenance": made, "clip_rows": rows})
         if not failures:  # else a later run does these clips again, and only these
             store.remove()
         return _shown(_audited(result, arms, source, parents, console), config)
@@ -132,18 +134,9 @@ def _head(
     }
 
 
-def _earlier(
-    config: EvaluateConfig, head: Mapping[str, Any], models: Mapping[str, Fingerprint]
-) -> dict[str, Any] | None:
-    """The finished evaluation in the output folder, if it is this one and no clip failed."""
-    path = config.output_dir / RESULT
-    if not path.exists() or config.verbose:
-        return None
-    result = read_json(path)
-    if not _is_head(result.get("head"), head, models, path):
-        return None
-    failed = value_of(value_of(result, "clips", dict, where=str(path)), "failed", int, where=str(path))
-    return None if failed else result
+def _failed(result: Mapping[str, Any], path: Path) -> int:
+    """How many clips of a written evaluation failed."""
+    return value_of(value_of(result, "clips", dict, where=str(path)), "failed", int, where=str(path))
 
 
 def _is_head(found: Any, head: Mapping[str, Any], models: Mapping[str, Fingerprint], path: Path) -> bool:
@@ -155,18 +148,9 @@ def _is_head(found: Any, head: Mapping[str, Any], models: Mapping[str, Fingerpri
     options["dtype"] = options["dtype"] or head["options"]["dtype"]  # left out, it was the target's own
     if (options, found.get("clips")) != (head["options"], head["clips"]):
         return False
-    # A draft may have been trained anew in its folder, so its hash must be the same.
-    return parents.get("draft") == models["draft"].before() and is_made_from(
-        "target", str(parents.get("target")), found, models["target"], path
+    return all(
+        is_made_from(name, str(parents.get(name)), found, models[name], path) for name in ("draft", "target")
     )
-
-
-def _keep_another(path: Path, head: Mapping[str, Any], models: Mapping[str, Fingerprint]) -> None:
-    """Move another evaluation's result out of the way of this one's, and say so."""
-    if path.exists():
-        found = read_json(path).get("head")
-        if not _is_head(found, head, models, path):
-            move_aside(path, mark_of(found), "another evaluation")
 
 
 def _audited(
@@ -228,7 +212,7 @@ def _evaluate_clips(
                     _warm_up(arms, window)
                     warm = True
                 store.add(evaluate_clip(arms, window, facts.get(clip_id), turn=number, console=console))
-            except _CLIP_ERRORS as error:
+            except CLIP_ERRORS as error:
                 failures.append({"clip_id": clip_id, "error": str(error), "kind": failure_kind(error)})
                 console.print(f"clip {clip_id} failed: {error}", style="red", highlight=False, markup=False)
             progress.advance(task)

@@ -54,8 +54,7 @@ def aggregate(config: LayersConfig, world_size: int | None) -> dict[str, Any]:
         "reasons": reasons(taps, progress_of, cosine, early_exit_ce),
         "tokens": scores.tokens,
         **about,
-        "provenance": provenance(config, started, parents)
-        | {"identity": about["settings"].get("identity", 1)},
+        "provenance": provenance(config, started, parents, identity=about["settings"].get("identity", 1)),
     }
     write_json(config.output_dir / CHOICE_FILE, content)
     return content

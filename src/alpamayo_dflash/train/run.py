@@ -149,12 +149,11 @@ def _check_parents(
     before, where = state["parents"], checkpoint / STATE
     for name in sorted(before.keys() | now.keys()):
         found, current = str(before.get(name)), str(now.get(name))
+        same = found == current
         if name in models and name in before:
-            if name == "distill" and "identity" not in state:  # a file, of which every byte was read then too
-                current = models[name].before()
-            elif is_made_from(name, found, state, models[name], where):
-                continue
-        if found != current:
+            same = is_made_from(name, found, state, models[name], where)
+            current = models[name].under(state, where)
+        if not same:
             raise ValueError(
                 f"{checkpoint}: made from another {name} (hash {found[:12]}, now "
                 f"{current[:12]}); use another output_dir, or --resume never to start over"
