@@ -162,3 +162,10 @@ def test_many_ranks_of_one_run_start_at_once(tmp_path):
     )
     ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)]) for rank in range(6)]
     assert [rank.wait(60) for rank in ranks] == [0] * 6
+
+
+@pytest.mark.parametrize("place", ["file", "file/inside/it"])
+def test_a_file_in_the_folders_place_is_refused(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file: a file, not a folder"), owned(tmp_path / place, "a"):
+        pass

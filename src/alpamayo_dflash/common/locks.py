@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,8 +78,7 @@ def _registry(folder: Path, take_over: bool) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except (FileExistsError, FileNotFoundError, NotADirectoryError):
-            if folder.exists() and not folder.is_dir():
-                raise ValueError(f"{folder}: a file, not a folder") from None
+            _refuse_file(folder)
             continue  # its last owner has just removed it
         try:
             if not take_over:
@@ -88,6 +88,15 @@ def _registry(folder: Path, take_over: bool) -> Iterator[None]:
                 return
         finally:
             os.close(handle)
+
+
+def _refuse_file(folder: Path) -> None:
+    """Raise ValueError if a folder's place, or one that it would lie in, is a file's."""
+    for path in (folder, *folder.parents):
+        # One look: between two, another process may make the folder or remove it.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if not stat.S_ISDIR(path.stat().st_mode):
+                raise ValueError(f"{path}: a file, not a folder")
 
 
 def _is_still(folder: Path, handle: int) -> bool:
