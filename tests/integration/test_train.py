@@ -407,3 +407,13 @@ def test_a_corrupt_shard_is_named(made, tmp_path):
     config = dataclasses.replace(options(made, tmp_path / "out"), data_dir=data)
     with pytest.raises(ValueError, match=r"rank0-1.safetensors: .*corrupt"):
         run(config)
+
+
+def test_starting_over_removes_nothing_where_the_draft_cannot_be_replaced(made, tmp_path):
+    config = options(made, tmp_path / "out", num_epochs=1)
+    run(config)
+    (tmp_path / "out" / "draft" / "README.md").write_text("card")
+    with pytest.raises(ValueError, match=r"holds \['README\.md'\]"):
+        run(dataclasses.replace(config, resume="never"))
+    assert (tmp_path / "out" / "checkpoint" / "trainer.json").exists()
+    assert run(config)["nothing_to_do"]

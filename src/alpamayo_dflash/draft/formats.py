@@ -409,15 +409,20 @@ def write_draft(
     folder = Path(folder)
     check_tensors(tensors, tensor_shapes(config), str(folder))
     check_token_ids(tensors, config, str(folder))
+    check_place(folder)
+    with atomic_folder(folder) as temporary:
+        write_files(temporary, config, tensors)
+        if provenance is not None:
+            write_json(temporary / PROVENANCE, provenance)
+
+
+def check_place(folder: Path) -> None:
+    """Raise ValueError if a folder that a draft would replace holds something other than a draft."""
     draft_files = {CONFIG, WEIGHTS, INDEX, MASK_FILE, PROVENANCE}
     inside = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
     others = sorted(inside - draft_files)
     if others:
         raise ValueError(f"{folder}: holds {others[:4]}, so it is not a draft's folder; name another")
-    with atomic_folder(folder) as temporary:
-        write_files(temporary, config, tensors)
-        if provenance is not None:
-            write_json(temporary / PROVENANCE, provenance)
 
 
 def write_files(folder: Path, config: DraftConfig, tensors: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ from alpamayo_dflash.common.processes import Processes, join
 from alpamayo_dflash.common.progress import Live, Monitor
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import DistillSample, training_counts
-from alpamayo_dflash.draft.formats import draft_identity, read_config
+from alpamayo_dflash.draft.formats import check_place, draft_identity, read_config
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import FrozenTarget, read_target, target_identity
 from alpamayo_dflash.train.checkpoint import STATE, read_state
@@ -94,6 +94,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             if state is not None:
                 trainer.resume(checkpoint, Progress(**state["progress"]), state["total_steps"])
             elif processes.first:
+                check_place(config.output_dir / "draft")  # before anything is removed
                 # What an earlier run left must not be taken for this one's after an interruption.
                 summary.unlink(missing_ok=True)
                 shutil.rmtree(checkpoint, ignore_errors=True)
