@@ -32,7 +32,7 @@ import torch
 from random_target import random_draft, random_target
 
 from alpamayo_dflash.cli.main import main
-from alpamayo_dflash.common.artefacts import file_hash, read_json
+from alpamayo_dflash.common.artefacts import file_hash, git_revision, read_json, versions, write_json
 from alpamayo_dflash.distill import run as _distill  # noqa: F401  imported before the forks
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.evaluate import run as _evaluate  # noqa: F401
@@ -262,7 +262,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
                 trials.counts["disks not tried: this user may not mount any"] = 1
     counts = {**trials.counts, "seconds": round(time.monotonic() - started, 1)}
     if options.out:
-        options.out.write_text(json.dumps(counts, indent=1) + "\n")
+        given = {"command": " ".join(sys.argv), "revision": git_revision(), "versions": versions()}
+        write_json(options.out, {"counts": counts, **given})
     print(json.dumps(counts))
     return 0
 
