@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alpamayo_dflash.common.artefacts import read_json
+from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import shard_path
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 from alpamayo_dflash.draft.model import DFlashDraft
@@ -407,6 +409,39 @@ def test_a_corrupt_shard_is_named(made, tmp_path):
     config = dataclasses.replace(options(made, tmp_path / "out"), data_dir=data)
     with pytest.raises(ValueError, match=r"rank0-1.safetensors: .*corrupt"):
         run(config)
+
+
+def test_a_corrupt_response_is_named_when_it_is_read_or_its_shard_left_out(made, tmp_path, capsys):
+    data = tmp_path / "data"
+    subprocess.run(["cp", "-r", str(made / "data"), str(data)], check=True)
+    path = shard_path(data, "rank0-1.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    config = dataclasses.replace(options(made, tmp_path / "out"), data_dir=data)
+    with pytest.raises(ValueError, match=r"rank0-1.safetensors: corrupt, .* is not what was written"):
+        run(config)
+    config = dataclasses.replace(config, output_dir=tmp_path / "less", on_bad_shard="skip")
+    result = run(config)
+    assert list(result["bad_shards"]) == ["rank0-1.safetensors"]
+    assert "1 shards left out" in capsys.readouterr().err
+    whole = DistillData(made / "data").samples
+    left = [sample for sample in whole if sample.shard != "rank0-1.safetensors"]
+    counts = result["train"]["responses"] + result["held_out"]["responses"]
+    assert 0 < counts <= len(left) < len(whole)
+    assert read_json(tmp_path / "less" / "train.json")["bad_shards"] == result["bad_shards"]
+    assert run(config)["nothing_to_do"]
+    with pytest.raises(ValueError, match="made from another distill"):  # the whole set is another one
+        run(dataclasses.replace(config, data_dir=made / "data"))
+
+
+def test_a_checkpoint_with_files_of_another_is_refused(made, tmp_path):
+    for name, seed in (("one", 1), ("two", 2)):
+        run(options(made, tmp_path / name, seed=seed))
+    one, two = (tmp_path / name / "checkpoint" / "optimizer.safetensors" for name in ("one", "two"))
+    shutil.copy(two, one)
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors: corrupt, or of another checkpoint"):
+        run(options(made, tmp_path / "one", seed=1, resume="must"))
 
 
 def test_starting_over_removes_nothing_where_the_draft_cannot_be_replaced(made, tmp_path):

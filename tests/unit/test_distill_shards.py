@@ -3,9 +3,15 @@ import re
 import shutil
 from dataclasses import replace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from alpamayo_dflash.cli.main import main
+from alpamayo_dflash.common.artefacts import file_hash, read_json, write_json
+from alpamayo_dflash.common.tensors import save_tensors
 from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT, response_bytes
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import (
@@ -99,7 +105,7 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_manifest_counts_and_says_where_it_came_from(tmp_path):
     part = write(tmp_path)
-    manifest = json.loads((tmp_path / "distill.json").read_text())
+    manifest = read_json(tmp_path / "distill.json")
     assert manifest == DistillData(tmp_path).manifest
     assert manifest["taps"] == [1, 3]
     assert manifest["clips"] == {"attempted": 7, "done": 6, "failed": 1}
@@ -187,7 +193,7 @@ def test_ranks_are_merged_and_all_must_be_complete(tmp_path):
     data = DistillData(tmp_path)
     write(tmp_path / "one")
     one = DistillData(tmp_path / "one")
-    assert json.loads((tmp_path / "distill.json").read_text()) == data.manifest
+    assert read_json(tmp_path / "distill.json") == data.manifest
     assert {(s.clip_id, s.sample, s.token_ids) for s in data.samples} == {
         (s.clip_id, s.sample, s.token_ids) for s in one.samples
     }
@@ -209,12 +215,12 @@ def test_corrupt_and_missing_shards_are_named(tmp_path):
     data = DistillData(tmp_path)
     with pytest.raises(ValueError, match=re.escape(str(path))):
         data.tensors(sample)
-    with pytest.raises(ValueError, match=r"corrupt, .* bytes long, but finished"):
+    with pytest.raises(ValueError, match=r"corrupt shard, .* bytes long, but finished"):
         writer(tmp_path)
     path.unlink()
     with pytest.raises(ValueError, match=re.escape(str(path))):
         data.tensors(sample)
-    with pytest.raises(ValueError, match="missing, but finished"):
+    with pytest.raises(ValueError, match="missing shard, but finished"):
         writer(tmp_path)
 
 
@@ -249,6 +255,9 @@ def test_corrupt_table_is_named(tmp_path):
 
 def test_manifest_of_another_format_is_named(tmp_path):
     manifest_path(tmp_path, 0).write_text('{"format": 99}')
+    with pytest.raises(ValueError, match=r"manifest-rank0\.json: of format 99, written by a newer version"):
+        DistillData(tmp_path)
+    manifest_path(tmp_path, 0).write_text('{"format": 0}')
     with pytest.raises(ValueError, match=r"manifest-rank0\.json: not a manifest"):
         DistillData(tmp_path)
 
@@ -295,7 +304,7 @@ def test_token_counts_are_those_of_the_default_training_split(tmp_path, done):
 
 def test_an_older_set_without_counts_is_read_and_counted(tmp_path):
     write(tmp_path)
-    content = json.loads(manifest_path(tmp_path, 0).read_text())
+    content = read_json(manifest_path(tmp_path, 0))
     del content["token_counts"]
     manifest_path(tmp_path, 0).write_text(json.dumps(content))
     data = DistillData(tmp_path)
@@ -335,3 +344,121 @@ def test_failed_clips_are_tried_again_in_a_shard_of_their_own(tmp_path):
     data = DistillData(tmp_path)
     data.verify()
     assert {sample.clip_id for sample in data.samples} == set(CLIPS)
+
+
+def without_checksums(folder):
+    """Make a set what it was before there were checksums: in its shards, its rows and its manifest."""
+    content = read_json(manifest_path(folder, 0))
+    for shard in content["shards"]:
+        del shard["rows"]
+        if shard["file"] is not None:
+            path = shard_path(folder, shard["file"])
+            save_file(load_file(path), path, metadata={"format": "pt"})
+            del shard["header"]
+            shard |= {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    write_json(manifest_path(folder, 0), content)
+    (folder / "distill.json").unlink()
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_set_without_checksums_is_read_tested_whole_and_shown_as_not_recorded(tmp_path, capsys):
+    write(tmp_path)
+    new = DistillData(tmp_path)
+    kept = [new.tensors(sample) for sample in new.samples]
+    assert main(["verify", str(tmp_path)]) == 0
+    kinds = json.loads(capsys.readouterr().out.splitlines()[-1])["kinds"]
+    assert kinds["tables of samples"] == {"files": 1, "sound": 12, "not_recorded": 0, "faults": 0}
+    assert kinds["tensors"] == {"files": 4, "sound": 48, "not_recorded": 0, "faults": 0}
+    without_checksums(tmp_path)
+    old = DistillData(tmp_path)
+    assert old.samples == new.samples
+    for sample, tensors in zip(old.samples, kept, strict=True):
+        assert all(torch.equal(old.tensors(sample)[name], tensor) for name, tensor in tensors.items())
+    old.check()
+    assert main(["verify", str(tmp_path)]) == 0
+    kinds = json.loads(capsys.readouterr().out.splitlines()[-1])["kinds"]
+    assert kinds["tables of samples"] == {"files": 1, "sound": 0, "not_recorded": 12, "faults": 0}
+    assert kinds["tensors"] == {"files": 4, "sound": 0, "not_recorded": 48, "faults": 0}
+    assert kinds["listed shards"] == {"files": 4, "sound": 4, "not_recorded": 0, "faults": 0}
+    flip(shard_path(tmp_path, old.samples[0].shard), -1)
+    with pytest.raises(ValueError, match="corrupt shard"):
+        DistillData(tmp_path).tensors(old.samples[0])
+    with pytest.raises(ValueError, match="corrupt shard"):
+        DistillData(tmp_path).check()
+    assert main(["verify", str(tmp_path)]) == 1
+
+
+def test_an_older_set_goes_on_with_checksums(tmp_path):
+    write(tmp_path, shards=2)
+    without_checksums(tmp_path)
+    write(tmp_path)
+    shards = read_json(manifest_path(tmp_path, 0))["shards"]
+    assert ["header" in shard for shard in shards] == [False, False, True, True]
+    DistillData(tmp_path).verify()
+
+
+def other_rows(folder):
+    rows = pyarrow.parquet.read_table(table_path(folder, 0)).to_pylist()
+    rows[0]["token_ids"][-1] += 1
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table_path(folder, 0))
+
+
+def other_run(folder):
+    """Put a shard of another run in the place of the first: as long, and sound in itself."""
+    path = shard_path(folder, "rank0-0.safetensors")
+    save_tensors({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+
+
+DAMAGE = {
+    "a flipped byte": lambda folder: flip(shard_path(folder, "rank0-0.safetensors"), -1),
+    "a flipped byte of the header": lambda folder: flip(shard_path(folder, "rank0-0.safetensors"), 60),
+    "a cut file": lambda folder: shard_path(folder, "rank0-0.safetensors").write_bytes(b"123"),
+    "a lost file": lambda folder: shard_path(folder, "rank0-0.safetensors").unlink(),
+    "a shard of another run": other_run,
+    "other rows": other_rows,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_bad_shard_is_named_or_left_out(tmp_path, damage):
+    write(tmp_path)
+    whole = DistillData(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=r"rank0-0\.safetensors|samples-rank0\.parquet"):
+        DistillData(tmp_path).verify()
+    data = DistillData(tmp_path, on_bad_shard="skip")
+    bad = data.bad_shards | data.faults()
+    assert list(bad) == ["rank0-0.safetensors"]
+    data.leave_out(bad)
+    data.verify()
+    assert data.samples == [sample for sample in whole.samples if sample.shard not in bad]
+    assert data.manifest["samples"] == len(data.samples) == 8
+    assert data.identity.hash != whole.identity.hash
+    assert training_counts(data.manifest, data.samples, held_out=DEFAULT_HELD_OUT) == naive_counts(
+        data.samples
+    )
+    with pytest.raises(ValueError, match="no shard is sound"):
+        data.leave_out([shard["file"] for shard in data.manifest["shards"]])
+
+
+def test_a_table_that_cannot_be_read_makes_every_shard_of_its_rank_bad(tmp_path):
+    write(tmp_path)
+    table_path(tmp_path, 0).write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="not a readable table"):
+        DistillData(tmp_path)
+    assert len(DistillData(tmp_path, on_bad_shard="skip").bad_shards) == 4
+
+
+def test_a_changed_manifest_is_refused(tmp_path):
+    write(tmp_path)
+    path = manifest_path(tmp_path, 0)
+    path.write_text(
+        path.read_text().replace('"top_p"', '"top_q"').replace('"hidden_size": 4', '"hidden_size": 5')
+    )
+    with pytest.raises(ValueError, match=r"manifest-rank0\.json: changed since it was written"):
+        DistillData(tmp_path)

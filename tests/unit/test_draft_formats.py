@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_draft_config import GOOD
 
+from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.draft.formats import (
     from_json,
     read_draft,
@@ -42,7 +43,7 @@ def test_round_trip(folder):
     expected = DFlashDraft.random(GOOD, 5).state_dict()
     assert draft.state_dict().keys() == expected.keys()
     assert all(torch.equal(draft.state_dict()[name], expected[name]) for name in expected)
-    assert json.loads((folder / "provenance.json").read_text()) == {"seed": 5}
+    assert read_json(folder / "provenance.json") == {"seed": 5}
 
 
 def test_names_are_z_lab_s_and_the_mask_embedding(folder):

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpamayo_dflash.common.artefacts import provenance, read_json, write_json
+from alpamayo_dflash.common.artefacts import provenance, read_json, write_record
 from alpamayo_dflash.common.options import check_positive
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     summary["provenance"] = provenance(
         config, started, evaluated["parents"], identity=evaluated.get("identity", 1)
     )
-    write_json(path, summary)
+    write_record(path, summary)
     return _report(config, summary)
 
 

@@ -47,6 +47,7 @@ COMMANDS = {
     ),
     "lossless": Command("evaluate.config:LosslessConfig", "evaluate.lossless:run"),
     "distribution": Command("evaluate.config:DistributionConfig", "evaluate.distribution:run"),
+    "verify": Command("evaluate.config:VerifyConfig", "evaluate.verify:run"),
     "write-random-target": Command("standins.config:WriteRandomTargetConfig", "standins.untrained:write"),
     "measure-target": Command("bench.config:MeasureTargetConfig", "bench.memory:run"),
     "bench": Command("bench.config:BenchConfig", "bench.run:run", tables="report.tables:bench_tables"),

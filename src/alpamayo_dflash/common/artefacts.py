@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alpamayo_dflash.common.records import sealed, unsealed
+
 # The packages whose versions can change a number.
 _LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "numpy", "physical_ai_av", "av")
 _RECORDED = ("alpamayo-dflash", *_LIBRARIES)
@@ -115,32 +117,56 @@ def write_json(path: Path | str, value: Any) -> None:
     write_text(path, _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text))
 
 
+def write_record(path: Path | str, value: Mapping[str, Any]) -> None:
+    """Write an object as `write_json` does, with a checksum that `read_json` holds it to."""
+    write_json(path, sealed(to_plain(value)))
+
+
 def read_json(path: Path | str, *keys: str) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file that holds an object, which is held to its checksum if it has one.
 
     Args:
         path: the file.
         keys: that the object must have.
 
     Raises:
-        ValueError: the file is missing, is not JSON, holds something else, or lacks a key; the message names
-            it.
+        ValueError: the file is missing, is not JSON, holds something else, lacks a key, or is not what was
+            written; the message names it.
+    """
+    value, _ = read_record(path)
+    missing = [key for key in keys if key not in value]
+    if missing:
+        raise ValueError(f"{path}: has no {missing[0]}")
+    return value
+
+
+def read_record(path: Path | str) -> tuple[dict[str, Any], bool]:
+    """Read a JSON file that holds an object: the object, and whether it had a checksum.
+
+    Raises:
+        ValueError: as `read_json`.
+    """
+    value = parse_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds {_kind_of(value)}, not an object")
+    return unsealed(value, str(path))
+
+
+def parse_json(path: Path | str) -> Any:
+    """Read a JSON file, whatever it holds.
+
+    Raises:
+        ValueError: the file is missing or is not JSON; the message names it.
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder, not a file") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds {_kind_of(value)}, not an object")
-    missing = [key for key in keys if key not in value]
-    if missing:
-        raise ValueError(f"{path}: has no {missing[0]}")
-    return value
 
 
 def _kind_of(value: Any) -> str:

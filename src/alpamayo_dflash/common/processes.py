@@ -39,6 +39,13 @@ class Processes:
             distributed.all_reduce(values)
         return values
 
+    def share(self, value: dict[str, str]) -> dict[str, str]:
+        """The first process's value, on every one of them."""
+        values = [value]
+        if self.world_size > 1:
+            distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.world_size > 1:

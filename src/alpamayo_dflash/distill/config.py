@@ -14,6 +14,8 @@ from alpamayo_dflash.decode.config import Sampled
 EXPECTED_TOKENS = 40
 """Tokens a response in the estimate of disk space: 99 in 100 real responses are shorter (R1: p99 36)."""
 
+BadShardRule = Literal["fail", "skip"]
+
 DEFAULT_HELD_OUT = 0.1
 """Share of clips that training holds out by default; the recorded counts are of the others."""
 

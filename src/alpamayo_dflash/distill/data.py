@@ -5,23 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import file_hash
 from alpamayo_dflash.common.identity import Fingerprint
+from alpamayo_dflash.common.tensors import TensorFile
+from alpamayo_dflash.distill.config import BadShardRule
 from alpamayo_dflash.distill.shards import (
     MANIFEST_FILE,
     TENSOR_NAMES,
     DistillSample,
     merge,
+    open_shard,
     read_manifests,
     read_table,
+    require_shard,
     shard_path,
     table_path,
 )
@@ -38,14 +41,18 @@ class DistillData:
             and the counts, as in `distill.json`; `token_counts` where the set is new enough to have them
             (`shards.training_counts` counts in any case).
         samples: one entry a response: rank by rank, in the order written.
+        bad_shards: by file, what is wrong with the rows of those that were left out.
     """
 
-    def __init__(self, folder: Path | str, *, allow_incomplete: bool = False) -> None:
+    def __init__(
+        self, folder: Path | str, *, allow_incomplete: bool = False, on_bad_shard: BadShardRule = "fail"
+    ) -> None:
         """Read manifests and tables; tensors are read when asked for.
 
         Args:
             folder: the output folder of `distill`.
             allow_incomplete: take what is there although a rank has not finished or not begun.
+            on_bad_shard: skip leaves out shards whose rows are not what was written.
 
         Raises:
             ValueError: no set, parts that do not belong together, an unfinished rank, or a broken or missing
@@ -63,11 +70,12 @@ class DistillData:
                 f"{len(self.manifest['complete'])}; run distill again, it goes on where it was"
             )
         self.samples: list[DistillSample] = []
+        self.bad_shards: dict[str, str] = {}
+        bad = self.bad_shards if on_bad_shard == "skip" else None
         for content in manifests:
-            self.samples += read_table(table_path(self.folder, content["rank"]), content["shards"])
-        self._files: OrderedDict[str, Any] = OrderedDict()
-        self._hashes = {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]}
-        self._sound: set[str] = set()
+            self.samples += read_table(table_path(self.folder, content["rank"]), content["shards"], bad)
+        self._files: OrderedDict[str, TensorFile] = OrderedDict()
+        self._shards = {shard["file"]: shard for shard in self.manifest["shards"] if shard["file"]}
 
     @property
     def identity(self) -> Fingerprint:
@@ -96,42 +104,79 @@ class DistillData:
         """
         path = shard_path(self.folder, sample.shard)
         try:
-            file = self._open(path)
+            file = self._open(sample.shard)
             tensors = {name: file.get_tensor(f"{sample.index}.{name}") for name in TENSOR_NAMES}
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
             raise ValueError(f"{path}: missing or corrupt shard ({error})") from None
         self._check(path, sample, tensors)
         return tensors
 
-    def verify(self) -> None:
-        """Compare every shard with the hash in its manifest.
+    def check(self) -> None:
+        """Look at every shard's length and header; the tensors are tested when they are read.
+
+        Shards made before there were checksums are hashed whole.
 
         Raises:
-            ValueError: a shard is missing or has changed; the message names the file.
+            ValueError: a shard is missing, cut short, corrupt or of another run; the message names the file.
         """
-        for shard in self.manifest["shards"]:
-            if shard["file"] is None:
-                continue
-            self._check_content(shard_path(self.folder, shard["file"]))
+        for name, shard in self._shards.items():
+            if "header" in shard:
+                require_shard(shard_path(self.folder, name), shard)
+            else:
+                open_shard(self.folder, shard)
 
-    def _check_content(self, path: Path) -> None:
-        """Compare a shard with its manifest's hash; done once for each that is read."""
-        if not path.exists():
-            raise ValueError(f"{path}: missing shard")
-        if file_hash(path) != self._hashes.get(path.name):
-            raise ValueError(f"{path}: corrupt shard, its content is not what was written")
-        self._sound.add(path.name)
+    def verify(self) -> None:
+        """Read every response of every shard.
 
-    def _open(self, path: Path) -> Any:
+        Raises:
+            ValueError: the first fault; the message names the file.
+        """
+        for fault in self.faults().values():
+            raise ValueError(fault)
+
+    def faults(self) -> dict[str, str]:
+        """Read every response of every shard: by its file, what is wrong with each that is not sound."""
+        samples: dict[str, list[DistillSample]] = {name: [] for name in self._shards}
+        for sample in self.samples:
+            samples[sample.shard].append(sample)
+        found = {}
+        for name in [name for name in self._shards if name not in self.bad_shards]:
+            try:
+                self._files.pop(name, None)
+                for sample in samples[name]:
+                    self.tensors(sample)
+            except ValueError as error:
+                found[name] = str(error)
+        return found
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Go on without some shards and their responses: the set is another one, by its identity too.
+
+        Args:
+            names: file names of shards.
+
+        Raises:
+            ValueError: no shard would remain.
+        """
+        if not names:
+            return
+        if not self._shards.keys() - set(names):
+            raise ValueError(f"{self.folder}: no shard is sound; the first is {sorted(names)[0]}")
+        kept = [shard for shard in self.manifest["shards"] if shard["file"] not in names]
+        counts = {key: sum(shard[key] for shard in kept) for key in ("samples", "tokens", "bytes")}
+        self.manifest |= {"shards": kept, **counts}
+        self.manifest.pop("token_counts", None)  # they are of all shards
+        self.samples = [sample for sample in self.samples if sample.shard not in names]
+        self._shards = {name: shard for name, shard in self._shards.items() if name not in names}
+
+    def _open(self, name: str) -> TensorFile:
         """Open a shard, or take it from the few kept open."""
-        if path.name not in self._files:
-            if path.name not in self._sound:
-                self._check_content(path)
-            self._files[path.name] = safe_open(path, framework="pt")
+        if name not in self._files:
+            self._files[name] = open_shard(self.folder, self._shards[name])
             if len(self._files) > _OPEN_SHARDS:
                 self._files.popitem(last=False)
-        self._files.move_to_end(path.name)
-        return self._files[path.name]
+        self._files.move_to_end(name)
+        return self._files[name]
 
     def _check(self, path: Path, sample: DistillSample, tensors: Mapping[str, Tensor]) -> None:
         """Refuse tensors whose shapes do not fit the sample and the manifest."""

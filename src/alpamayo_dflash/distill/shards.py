@@ -18,10 +18,11 @@ import pyarrow
 import pyarrow.parquet
 from torch import Tensor
 
-from alpamayo_dflash.common.artefacts import atomic_file, file_hash, read_json, write_json
+from alpamayo_dflash.common.artefacts import atomic_file, file_hash, read_json, write_record
 from alpamayo_dflash.common.fields import value_of
 from alpamayo_dflash.common.ranks import require_same
-from alpamayo_dflash.common.tensors import save_tensors
+from alpamayo_dflash.common.records import digest
+from alpamayo_dflash.common.tensors import TensorFile, header_hash, save_tensors
 from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT
 
 FORMAT = 1
@@ -91,7 +92,7 @@ def write_shard(path: Path, responses: Sequence[Mapping[str, Tensor]]) -> dict[s
         responses: for each index the tensors of `TENSOR_NAMES`.
 
     Returns:
-        `bytes` and `sha256` of the file.
+        `bytes` and `sha256` of the file, and `header`, the hash that vouches for its tensors' checksums.
     """
     with atomic_file(path) as temporary:
         save_tensors(
@@ -102,7 +103,43 @@ def write_shard(path: Path, responses: Sequence[Mapping[str, Tensor]]) -> dict[s
             },
             temporary,
         )
-    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path), "header": header_hash(path)}
+
+
+def open_shard(folder: Path, shard: Mapping[str, Any]) -> TensorFile:
+    """Open a shard, whose tensors are tested as they are read.
+
+    Args:
+        folder: the set's.
+        shard: its entry in a manifest; one made before there were checksums is tested whole, here.
+
+    Raises:
+        ValueError: the shard is missing, cut short, corrupt or not the one of the manifest.
+    """
+    path = shard_path(folder, shard["file"])
+    require_shard(path, shard)
+    if "header" not in shard and file_hash(path) != shard["sha256"]:
+        raise ValueError(f"{path}: corrupt shard, its content is not what was written")
+    return TensorFile(path)
+
+
+def require_shard(path: Path, shard: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a shard is there, as long as it was, and the one that its manifest lists."""
+    found = path.stat().st_size if path.exists() else None
+    if found != shard["bytes"]:
+        state = "missing shard" if found is None else f"corrupt shard, {found} bytes long"
+        raise ValueError(f"{path}: {state}, but finished with {shard['bytes']} bytes; restore it")
+    if "header" in shard and header_hash(path) != shard["header"]:
+        raise ValueError(f"{path}: corrupt shard, or one of another run, not the manifest's; restore it")
+
+
+def rows_hash(samples: Sequence[DistillSample]) -> str:
+    """The hash that a manifest keeps of a shard's rows in the table of samples."""
+    # As Parquet gives them back: of a temperature of 0 it makes 0.0.
+    numbers = ("temperature", "top_p")
+    return digest(
+        [asdict(sample) | {name: float(getattr(sample, name)) for name in numbers} for sample in samples]
+    )
 
 
 def write_table(path: Path, samples: Sequence[DistillSample]) -> None:
@@ -131,33 +168,64 @@ def write_table(path: Path, samples: Sequence[DistillSample]) -> None:
         pyarrow.parquet.write_table(table, temporary)
 
 
-def read_table(path: Path, shards: Sequence[Mapping[str, Any]]) -> list[DistillSample]:
+def read_table(
+    path: Path, shards: Sequence[Mapping[str, Any]], bad: dict[str, str] | None = None
+) -> list[DistillSample]:
     """Read the rows of a rank's finished shards.
 
     Args:
         path: the Parquet file.
         shards: the finished shards of the rank's manifest; rows of others (a write cut short) are left out.
+        bad: gets what is wrong with a shard's rows, by its file, in place of an error; those are left out.
 
     Raises:
-        ValueError: the file is missing or broken, or lacks rows of a finished shard; the message names it.
+        ValueError: the file is missing or broken, or the rows of a finished shard are not what was written;
+            the message names it.
     """
     expected = {shard["file"]: shard["samples"] for shard in shards if shard["file"] is not None}
     if not expected:
         return []
+    by_shard: dict[str, list[DistillSample]] = {name: [] for name in expected}
+    try:
+        for sample in _read_rows(path):
+            if sample.shard in expected:
+                by_shard[sample.shard].append(sample)
+    except ValueError as error:
+        if bad is None:
+            raise
+        bad.update(dict.fromkeys(expected, str(error)))
+        return []
+    for shard in shards:
+        try:
+            if shard["file"] is not None:
+                _check_rows(by_shard[shard["file"]], shard, path)
+        except ValueError as error:
+            if bad is None:
+                raise
+            bad[shard["file"]] = str(error)
+    return [sample for name, rows in by_shard.items() if not bad or name not in bad for sample in rows]
+
+
+def _read_rows(path: Path) -> list[DistillSample]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (FileNotFoundError, pyarrow.ArrowInvalid) as error:
         raise ValueError(f"{path}: not a readable table of samples ({error})") from None
-    samples = [
+    return [
         DistillSample(**{**row, "seed": int(row["seed"]), "token_ids": tuple(row["token_ids"])})
         for row in rows
-        if row["shard"] in expected
     ]
-    for name, count in expected.items():
-        found = sum(sample.shard == name for sample in samples)
-        if found != count:
-            raise ValueError(f"{path}: {found} rows for shard {name}, which holds {count} responses")
-    return samples
+
+
+def _check_rows(rows: Sequence[DistillSample], shard: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError unless these are a shard's rows; those made before hashes were kept are counted."""
+    name = shard["file"]
+    if len(rows) != shard["samples"]:
+        raise ValueError(
+            f"{path}: {len(rows)} rows for shard {name}, which holds {shard['samples']} responses"
+        )
+    if "rows" in shard and rows_hash(rows) != shard["rows"]:
+        raise ValueError(f"{path}: corrupt, the rows for shard {name} are not what was written")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -167,7 +235,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ValueError: missing, broken or of another format; the message names the file.
     """
     content = read_json(path)
-    if content.get("format") != FORMAT:
+    if value_of(content, "format", int, where=str(path)) > FORMAT:
+        raise ValueError(
+            f"{path}: of format {content['format']}, written by a newer version; this one reads {FORMAT}"
+        )
+    if content["format"] != FORMAT:
         raise ValueError(f"{path}: not a manifest of distillation data of format {FORMAT}")
     value_of(content, "settings", dict, where=str(path))
     value_of(content, "shards", list, where=str(path))
@@ -244,7 +316,7 @@ def write_merged(folder: Path) -> dict[str, Any]:
         merged = merge(read_manifests(folder))
         if path.exists() and read_json(path) == merged:
             return merged
-        write_json(path, merged)
+        write_record(path, merged)
 
 
 def remove_leftovers(folder: Path, rank: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from alpamayo_dflash.clips.source import failure_kinds
-from alpamayo_dflash.common.artefacts import write_json
+from alpamayo_dflash.common.artefacts import write_record
 from alpamayo_dflash.common.ranks import require_same
 from alpamayo_dflash.distill.shards import (
     FORMAT,
@@ -23,6 +23,8 @@ from alpamayo_dflash.distill.shards import (
     read_table,
     record,
     remove_leftovers,
+    require_shard,
+    rows_hash,
     shard_name,
     shard_path,
     table_path,
@@ -163,9 +165,8 @@ class RankWriter:
             written = write_shard(
                 shard_path(self.folder, name), [response.tensors for _, _, response in pairs]
             )
-        self._samples += [
-            self._row(result, number, name, index) for index, (result, number, _) in enumerate(pairs)
-        ]
+        rows = [self._row(result, number, name, index) for index, (result, number, _) in enumerate(pairs)]
+        self._samples += rows
         write_table(table_path(self.folder, self.rank), self._samples)
         self._manifest["shards"].append(
             {
@@ -184,6 +185,7 @@ class RankWriter:
                 "samples": len(pairs),
                 "tokens": sum(len(response.token_ids) for _, _, response in pairs),
                 **written,
+                "rows": rows_hash(rows),
             }
         )
         self._write_manifest()
@@ -206,10 +208,10 @@ class RankWriter:
         self._manifest["token_counts"] = record(self._samples)
         self._manifest["provenance"]["wall_s"] = round(time.time() - self._started, 3)
         failures = open_failures(self._manifest["shards"])
-        write_json(
+        write_record(
             self.folder / f"failures-rank{self.rank}.json", {**self.summary()["clips"], "failures": failures}
         )
-        write_json(manifest_path(self.folder, self.rank), self._manifest)
+        write_record(manifest_path(self.folder, self.rank), self._manifest)
         write_merged(self.folder)
 
     def _require_shards(self) -> None:
@@ -217,14 +219,7 @@ class RankWriter:
         for shard in self._manifest["shards"]:
             if shard["file"] is None:
                 continue
-            path = shard_path(self.folder, shard["file"])
-            found = path.stat().st_size if path.exists() else None
-            if found != shard["bytes"]:
-                state = "missing" if found is None else f"corrupt, {found} bytes long"
-                raise ValueError(
-                    f"{path}: {state}, but finished with {shard['bytes']} bytes; "
-                    "restore it or use another output_dir"
-                )
+            require_shard(shard_path(self.folder, shard["file"]), shard)
 
     def _row(self, result: ClipResult, number: int, shard: str, index: int) -> DistillSample:
         """The table's row of a clip's response `number`, which is `index` in its shard."""

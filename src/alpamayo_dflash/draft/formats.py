@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json
+from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json, write_record
 from alpamayo_dflash.common.fields import value_of
 from alpamayo_dflash.common.identity import Fingerprint, identity_of
 from alpamayo_dflash.common.tensors import read_tensors, save_tensors
@@ -413,7 +413,7 @@ def write_draft(
     with atomic_folder(folder) as temporary:
         write_files(temporary, config, tensors)
         if provenance is not None:
-            write_json(temporary / PROVENANCE, provenance)
+            write_record(temporary / PROVENANCE, provenance)
 
 
 def check_place(folder: Path) -> None:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 from alpamayo_dflash.clips.source import ClipSource, failure_kind
-from alpamayo_dflash.common.artefacts import provenance, read_json, write_json
+from alpamayo_dflash.common.artefacts import provenance, read_json, write_record
 from alpamayo_dflash.evaluate.arms import CLIP_ERRORS, Arms
 from alpamayo_dflash.evaluate.near_ties import BothWays, Loop, parting
 from alpamayo_dflash.evaluate.recorded import (
@@ -101,7 +101,7 @@ def audit(path: Path, arms: Arms, source: ClipSource, parents: Mapping[str, str]
     texts = [recorded_texts(row, samples, f"{path}: clip {row['clip_id']}") for row in rows]
     found = _audit_rows(arms, source, rows, texts, console)
     found |= {"asked": config.audit, "provenance": provenance(config, started, parents)}
-    write_json(path, result | {"audit": found})
+    write_record(path, result | {"audit": found})
     _tell(found, result["provenance"], console)
 
 

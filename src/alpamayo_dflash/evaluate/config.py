@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tyro.conf import Positional
+
 from alpamayo_dflash.clips.config import DEFAULT_T0_US, MOTION_GAP_MS, FrameRule
 from alpamayo_dflash.common.options import check_at_least, check_fraction, check_positive, check_whole
 from alpamayo_dflash.decode.config import DecodeConfig, Sampled, Sampling, SentenceEnd
@@ -200,6 +202,25 @@ class DistributionConfig(Sampled):
         check_fraction(level=self.level)
         check_whole(t0_us=self.t0_us)
         _ = self.sampling
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Read every record below folders and hold it to its checksum; fails if one is not what was written.
+
+    Attributes:
+        folders: whatever the stages wrote, or a cache of the dataset; files are taken too.
+        workers: files read at a time.
+    """
+
+    folders: Positional[tuple[Path, ...]]
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the count."""
+        check_positive(workers=self.workers)
+        if not self.folders:
+            raise ValueError("no folder to verify; name one")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from alpamayo_dflash.clips.lists import take
 from alpamayo_dflash.clips.source import ClipSource
-from alpamayo_dflash.common.artefacts import provenance, write_json
+from alpamayo_dflash.common.artefacts import provenance, write_record
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.noise import token_noise
@@ -115,7 +115,7 @@ def run(config: DistributionConfig) -> dict[str, Any]:
     }
     parents = {"target": identity.hash, "draft": draft_identity(config.draft_model).hash}
     made = provenance(config, started, parents)
-    write_json(config.out, result | {"provenance": made})
+    write_record(config.out, result | {"provenance": made})
     return result | {"out": str(config.out)}
 
 

@@ -23,7 +23,7 @@ from rich.progress import track
 from alpamayo_dflash.clips.lists import chosen_clips
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.common.artefacts import provenance, write_json
+from alpamayo_dflash.common.artefacts import provenance, write_record
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.evaluate.config import MeasureWorldConfig
 from alpamayo_dflash.target.alpamayo import open_target
@@ -82,7 +82,7 @@ def run(config: MeasureWorldConfig) -> dict[str, Any]:
     }
     parents = {"target": identity.hash}
     made = provenance(config, started, parents)
-    write_json(config.out, answer | {"provenance": made})
+    write_record(config.out, answer | {"provenance": made})
     for line in outside:
         console.print(line, style="red", highlight=False)
     return answer | {"out": str(config.out)}

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from alpamayo_dflash.clips.lists import chosen_clips
 from alpamayo_dflash.clips.source import ClipSource
-from alpamayo_dflash.common.artefacts import IDENTITY, provenance, to_plain, write_json
+from alpamayo_dflash.common.artefacts import IDENTITY, provenance, to_plain, write_record
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.draft.formats import draft_identity
 from alpamayo_dflash.draft.model import DFlashDraft
@@ -71,7 +71,7 @@ def run(config: LosslessConfig) -> dict[str, Any]:
     result = lossless_summary(store.rows(), drafts)
     settings = {"temperature": config.temperature, "top_p": config.top_p, "dtype": "float32"}
     made = provenance(config, started, parents)
-    write_json(config.out, result | {"settings": settings, "provenance": made})
+    write_record(config.out, result | {"settings": settings, "provenance": made})
     store.remove()
     return result | {"out": str(config.out)}
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Generic, NotRequired, TypedDict, TypeVar, cast
 
 from alpamayo_dflash.common.artefacts import move_aside, to_plain, write_text
+from alpamayo_dflash.common.fields import checked
 from alpamayo_dflash.common.locks import mark_of
+from alpamayo_dflash.common.records import sealed, unsealed
 
 
 class ArmRow(TypedDict):
@@ -132,9 +134,11 @@ class RowStore(Generic[Row]):
 
     A store with another head (other options, another draft) is begun anew, and its rows are moved aside. A
     last line that was cut short by an interruption is dropped. Nothing is written before the first result.
+    Each line carries a checksum and is held to it as it is read.
 
     Raises:
-        ValueError: the file holds rows of another format, of a run that another version has not finished.
+        ValueError: the file holds rows of another format, of a run that another version has not finished, or
+            a line that is not what was written.
     """
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
@@ -146,12 +150,7 @@ class RowStore(Generic[Row]):
     def _read(self) -> dict[str, Row]:
         if not self.path.exists():
             return {}
-        lines = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        lines = [line for line, _ in read_lines(self.path)]
         if lines and lines[0].get("format") != FORMAT:
             raise ValueError(
                 f"{self.path}: an unfinished run of another version; finish it with that, or remove the file"
@@ -171,7 +170,7 @@ class RowStore(Generic[Row]):
         if not self._begun:
             self._begin()
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write(_line(row))
         self._rows[row["clip_id"]] = row
 
     def _begin(self) -> None:
@@ -181,7 +180,7 @@ class RowStore(Generic[Row]):
             if rows:
                 move_aside(self.path, mark_of(head), "another run's rows")
         lines = [self._head, *self._rows.values()]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self.path, "".join(map(_line, lines)))
         self._begun = True
 
     def remove(self) -> None:
@@ -191,3 +190,31 @@ class RowStore(Generic[Row]):
     def rows(self) -> list[Row]:
         """The results so far, in the order in which they came."""
         return list(self._rows.values())
+
+
+def read_lines(path: Path) -> list[tuple[dict[str, Any], bool]]:
+    """Read a file of rows: each line's object, and whether it had a checksum.
+
+    A last line that was cut short by an interruption is left out.
+
+    Raises:
+        ValueError: a line is not an object of JSON, or not what was written; file and line are named.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+        texts = [line.decode("utf-8") for line in lines[:-1]]  # what follows the last line end was cut short
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text in UTF-8 ({error})") from None
+    found = []
+    for number, text in enumerate(texts, 1):
+        where = f"{path}: line {number}"
+        try:
+            value = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where}: not valid JSON ({error})") from None
+        found.append(unsealed(checked(value, dict, where), where))
+    return found
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(sealed(row)) + "\n"

@@ -23,7 +23,7 @@ from alpamayo_dflash.common.artefacts import (
     provenance,
     read_json,
     to_plain,
-    write_json,
+    write_record,
 )
 from alpamayo_dflash.common.fields import value_of
 from alpamayo_dflash.common.identity import Fingerprint, is_made_from
@@ -112,7 +112,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         made = provenance(config, started, parents)
         if found is not None and not is_ours:
             move_aside(path, mark_of(found.get("head")), "another evaluation")
-        write_json(path, result | {"head": head, "provenance": made, "clip_rows": rows})
+        write_record(path, result | {"head": head, "provenance": made, "clip_rows": rows})
         if not failures:  # else a later run does these clips again, and only these
             store.remove()
         return _shown(_audited(result, arms, source, parents, console), config)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alpamayo_dflash.common.artefacts import file_hash, provenance, read_json, write_json
+from alpamayo_dflash.common.artefacts import file_hash, provenance, read_json, write_record
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import require_same
 from alpamayo_dflash.layers.choice import CHOICE_FILE, RULE, choose_taps, progress, reasons
@@ -56,7 +56,7 @@ def aggregate(config: LayersConfig, world_size: int | None) -> dict[str, Any]:
         **about,
         "provenance": provenance(config, started, parents, identity=about["settings"].get("identity", 1)),
     }
-    write_json(config.output_dir / CHOICE_FILE, content)
+    write_record(config.output_dir / CHOICE_FILE, content)
     return content
 
 

@@ -17,7 +17,7 @@ from alpamayo_dflash.clips.source import (
     progressing_windows,
 )
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.common.artefacts import IDENTITY, list_hash, provenance, read_json, write_json
+from alpamayo_dflash.common.artefacts import IDENTITY, list_hash, provenance, read_json, write_record
 from alpamayo_dflash.common.identity import Fingerprint, agreed
 from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.options import check_layers, parse_layers
@@ -96,7 +96,7 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
                     config, started, {"target": identity.hash}, device=str(target.device)
                 ),
             }
-            write_json(path, content)
+            write_record(path, content)
     return {
         "rank": rank,
         "world_size": world_size,

@@ -399,7 +399,7 @@ def _groups(path: Path) -> list[list[tuple[str, int, int]]]:
     room = 0
     with opened(path) as file:
         for name in file.keys():  # noqa: SIM118
-            tensor = file.get_tensor(name)  # mapped, not read
+            tensor = file.mapped(name)
             start, count, size = 0, tensor.numel(), tensor.element_size()
             while start < count:
                 if room < size:

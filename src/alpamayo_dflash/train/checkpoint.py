@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json
+from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_record
 from alpamayo_dflash.common.fields import value_of
-from alpamayo_dflash.common.tensors import read_tensors, save_tensors
-from alpamayo_dflash.draft.formats import KEPT_IDS, read_draft, write_files
+from alpamayo_dflash.common.tensors import header_hash, read_tensors, save_tensors
+from alpamayo_dflash.draft.formats import KEPT_IDS, WEIGHTS, read_draft, write_files
 from alpamayo_dflash.draft.model import DFlashDraft
 
 STATE = "trainer.json"
 OPTIMIZER = "optimizer.safetensors"
 _RANDOM = "random_state"
+_FILES = "files"  # by name, the hash of the header that vouches for its tensors
 _STATE_KINDS = {"config": dict, "world_size": int, "parents": dict, "progress": dict, "total_steps": int}
 
 
@@ -42,7 +43,8 @@ def save_training(
     with atomic_folder(folder) as temporary:
         write_files(temporary, draft.config, draft.state_dict())
         save_tensors(tensors, temporary / OPTIMIZER)
-        write_json(temporary / STATE, state)
+        files = {name: header_hash(temporary / name) for name in (WEIGHTS, OPTIMIZER)}
+        write_record(temporary / STATE, {**state, _FILES: files})
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -56,6 +58,9 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     state, where = read_json(folder / STATE), str(folder / STATE)
     for key, kind in _STATE_KINDS.items():
         value_of(state, key, kind, where=where)
+    for name, written in value_of(state, _FILES, dict, {}, where=where).items():
+        if header_hash(folder / name) != written:
+            raise ValueError(f"{folder / name}: corrupt, or of another checkpoint: not that of {STATE}")
     return state
 
 

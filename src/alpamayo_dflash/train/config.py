@@ -16,7 +16,7 @@ from alpamayo_dflash.common.options import (
     check_whole,
     parse_layers,
 )
-from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT
+from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT, BadShardRule
 
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_NUM_LAYERS = 5
@@ -74,6 +74,8 @@ class TrainConfig:
         dtype: of the arithmetic; weights and optimizer are float32 in any case.
         resume: auto continues from output_dir's checkpoint if there is one; must requires one; never starts
             over.
+        on_bad_shard: fail at a shard that is missing, corrupt or of another run; skip reads all shards before
+            training, leaves out those with a fault and counts them in train.json.
         other_target: go on although the data was made with another target of the same shape.
         take_over: go on where the disk cannot tell whether another run has the folder.
         local_files_only: never ask the hub for the target's files.
@@ -117,6 +119,7 @@ class TrainConfig:
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     resume: Literal["auto", "must", "never"] = "auto"
+    on_bad_shard: BadShardRule = "fail"
     other_target: bool = False
     local_files_only: bool = False
     take_over: bool = False

@@ -18,12 +18,13 @@ from alpamayo_dflash.common.artefacts import (
     read_json,
     recover_folder,
     to_plain,
-    write_json,
+    write_record,
 )
 from alpamayo_dflash.common.identity import Fingerprint, is_made_from
 from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.processes import Processes, join
 from alpamayo_dflash.common.progress import Live, Monitor
+from alpamayo_dflash.distill.config import BadShardRule
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import DistillSample, training_counts
 from alpamayo_dflash.draft.formats import check_place, draft_identity, read_config
@@ -49,7 +50,7 @@ SUMMARY = "train.json"
 _FREE = frozenset(
     (
         *("output_dir", "num_workers", "cache_gib", "resume", "other_target", "local_files_only"),
-        *("target_model", "data_dir", "init_from", "take_over"),
+        *("target_model", "data_dir", "init_from", "take_over", "on_bad_shard"),
     )
 )
 
@@ -68,13 +69,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
     with join(config.device) as processes:
         summary, checkpoint = config.output_dir / SUMMARY, config.output_dir / "checkpoint"
         target = read_target(config.target_model, local_files_only=config.local_files_only)
-        data = DistillData(config.data_dir)
+        data = DistillData(config.data_dir, on_bad_shard=config.on_bad_shard)
         identity = target_identity(target.folder, target.vlm_files)
         checked = None if config.other_target else identity
         check_data(data.manifest, target, config.data_dir, identity=checked)
-        if processes.first:
-            data.verify()  # before anything is written
-        processes.wait()
+        bad = _leave_out_bad(data, config.on_bad_shard, processes)  # before anything is written
         compared = {key: value for key, value in to_plain(config).items() if key not in _FREE}
         mark = mark_of(compared | {"number of processes": processes.world_size})
         with owned(config.output_dir, mark, processes.rank, take_over=config.take_over):
@@ -100,11 +99,29 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 shutil.rmtree(checkpoint, ignore_errors=True)
             processes.wait()
             _fit(trainer, processes)
-            result = _result(trainer, counts, started)
+            result = _result(trainer, counts | {"bad_shards": bad}, started)
             if processes.first:
-                write_json(summary, result)
+                write_record(summary, result)
             processes.wait()
     return result
+
+
+def _leave_out_bad(data: DistillData, rule: BadShardRule, processes: Processes) -> dict[str, str]:
+    """Look at the shards, and leave bad ones out where that is asked for; returns what is wrong with those.
+
+    Raises:
+        ValueError: a shard is bad and none is to be skipped, or all are bad.
+    """
+    if rule == "fail":
+        if processes.first:
+            data.check()
+        processes.wait()
+        return {}
+    bad = processes.share(data.bad_shards | data.faults() if processes.first else {})
+    data.leave_out(bad)
+    if bad and processes.first:
+        Console(stderr=True).print(f"{len(bad)} shards left out, the first: {next(iter(bad.values()))}")
+    return bad
 
 
 def _earlier(config: TrainConfig, world_size: int, data: DistillData) -> dict[str, Any] | None:
@@ -282,6 +299,7 @@ def _result(trainer: Trainer, counts: dict[str, Any], started: float) -> dict[st
         "train": counts["train"],
         "held_out": counts["held_out"],
         **({"draft_vocab": counts["draft_vocab"]} if "draft_vocab" in counts else {}),
+        **({"bad_shards": counts["bad_shards"]} if counts["bad_shards"] else {}),
         "evaluations": progress.evaluations,
         "losses": progress.losses,
         "provenance": provenance(config, started, trainer.parents, device=trainer.processes.device),

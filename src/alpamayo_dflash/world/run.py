@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from alpamayo_dflash.clips.cache import EGOMOTION, chunk_file, repo_folder
-from alpamayo_dflash.common.artefacts import atomic_file, provenance, read_json, write_json, write_text
+from alpamayo_dflash.common.artefacts import atomic_file, provenance, read_json, write_record, write_text
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.events import sample_facts
 from alpamayo_dflash.world.facts import EVENT_SHARES
@@ -53,7 +53,7 @@ def run(config: WorldConfig) -> dict[str, Any]:
         _write_tables(snapshot, records)
         write_text(repo_folder(config.out) / "refs" / "main", revision)
         record = provenance(config, started)
-        write_json(config.out / MANIFEST, {"world": identity, "complete": True, "provenance": record})
+        write_record(config.out / MANIFEST, {"world": identity, "complete": True, "provenance": record})
     events = Counter(record.facts.event for record in records)
     return {
         "out": str(config.out),
@@ -82,7 +82,7 @@ def _claim(out: Path, identity: dict[str, int]) -> bool:
     if not manifest.is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} holds something that is no world (no {MANIFEST}); choose another folder")
-        write_json(manifest, {"world": identity, "complete": False})
+        write_record(manifest, {"world": identity, "complete": False})
         return False
     found = read_json(manifest)
     if found.get("world") != identity:
