@@ -9,6 +9,7 @@ import torch
 from random_target import random_draft, random_target
 
 from alpamayo_dflash.cli.main import main
+from alpamayo_dflash.common.artefacts import read_json, write_record
 from alpamayo_dflash.decode import round_host, steps
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
@@ -59,15 +60,15 @@ def change(tmp_path):
 
     def run(changing):
         path = tmp_path / "evaluation.json"
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         changing({row["clip_id"]: row for row in stored["clip_rows"]})
-        path.write_text(json.dumps(stored))
+        write_record(path, stored)  # as a wrong loop would have stored it
 
     return run
 
 
 def first_drawn(folder, seed=0):
-    rows = json.loads((folder / "evaluation.json").read_text())["clip_rows"]
+    rows = read_json(folder / "evaluation.json")["clip_rows"]
     return drawn(rows, 1, seed)[0]["clip_id"]
 
 
@@ -81,7 +82,7 @@ def test_a_sound_evaluation_passes(evaluate, tmp_path, more):
     samples = 2 if more[:4] == SAMPLED else 1
     assert status == 0 and result["passed"]
     assert counts(result["audit"]) == [2, 2 * samples, 2 * samples, 0, [], True]
-    stored = json.loads((tmp_path / "evaluation.json").read_text())
+    stored = read_json(tmp_path / "evaluation.json")
     assert counts(stored["audit"]) == counts(result["audit"])
     assert {"versions", "parents", "device"} <= set(stored["audit"]["provenance"])
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
@@ -90,12 +91,12 @@ def test_a_sound_evaluation_passes(evaluate, tmp_path, more):
 def test_a_finished_evaluation_is_audited_all_the_same(evaluate, tmp_path):
     status, before, _ = evaluate(*GREEDY)
     assert status == 0 and "audit" not in before and "passed" not in before
-    first = json.loads((tmp_path / "evaluation.json").read_text())
+    first = read_json(tmp_path / "evaluation.json")
     status, result, errors = evaluate(*GREEDY, "--audit", 10)
     assert status == 0 and result["nothing_to_do"]
     assert counts(result["audit"]) == [CLIPS, CLIPS, CLIPS, 0, [], True]
     assert f"10 clips were asked for; there are {CLIPS}" in errors
-    stored = json.loads((tmp_path / "evaluation.json").read_text())
+    stored = read_json(tmp_path / "evaluation.json")
     assert stored.pop("audit")["asked"] == 10
     assert stored == first
     assert counts(evaluate(*GREEDY, "--audit", 1)[1]["audit"])[:2] == [1, 1]
@@ -168,7 +169,7 @@ def test_a_changed_token_is_found_where_it_stands(evaluate, change, tmp_path, mo
     assert f"stored {new}" in " ".join(errors.split())  # the table
     assert result["audit"]["equal"] == result["audit"]["texts"] - 1
     assert evaluate(*more)[0] == 1  # a failed audit stays one
-    kept = json.loads((tmp_path / "evaluation.json").read_text())
+    kept = read_json(tmp_path / "evaluation.json")
     assert kept["arms"] and kept["audit"]["differences"] == [found]
 
 
@@ -293,7 +294,7 @@ def test_a_walk_that_takes_the_drafts_tokens_is_caught(evaluate, monkeypatch, tm
         assert found["round"]["origins"][0] == "draft"
         assert found["own"]["score"] > found["stored"]["score"]
     assert result["audit"]["differences"][0]["message"] in errors
-    assert json.loads((tmp_path / "evaluation.json").read_text())["clips"]["done"] == CLIPS
+    assert read_json(tmp_path / "evaluation.json")["clips"]["done"] == CLIPS
 
 
 def test_rows_that_keep_no_ids_are_refused(evaluate, change, tmp_path):

@@ -423,7 +423,9 @@ def test_a_corrupt_shard(
     ]
     message = refused(["train", *given, "--output-dir", tmp_path / "out", "--num-epochs", 1], capsys)
     assert shard.name in message
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "train.json").exists()
+    less = [*given, "--output-dir", tmp_path / "out", "--num-epochs", 1, "--on-bad-shard", "skip"]
+    assert "no shard is sound" in refused(["train", *less], capsys)  # it is the only one
 
 
 def test_a_device_that_is_not_there(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

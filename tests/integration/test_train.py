@@ -173,12 +173,12 @@ def test_a_toy_is_learnt_to_nearly_the_longest_acceptance(made, tmp_path):
     assert result["steps"] == 40 * result["steps_per_epoch"]
     best = max(entry["acceptance_length"] for entry in result["evaluations"])
     assert result["acceptance_length"] == best
-    assert json.loads((tmp_path / "out" / "train.json").read_text()) == result
+    assert read_json(tmp_path / "out" / "train.json") == result
     assert list((tmp_path / "out" / "logs").glob("events*"))
 
     draft = DFlashDraft.from_pretrained(result["draft"])
     assert (draft.taps, draft.context_len, draft.block_size) == (TAPS, CONTEXT, 8)
-    record = json.loads((tmp_path / "out" / "draft" / "provenance.json").read_text())
+    record = read_json(tmp_path / "out" / "draft" / "provenance.json")
     assert record["parents"]["target"] == identity_of(made / "target").hash
     assert run(config) == {**result, "nothing_to_do": True}
 
@@ -289,7 +289,7 @@ def test_a_checkpoint_of_other_data_does_not_continue(made, tmp_path):
     config = dataclasses.replace(options(made, tmp_path / "out", num_epochs=1), data_dir=other)
     run(config)
     manifest = next(other.glob("manifest-rank*.json"))
-    content = json.loads(manifest.read_text())
+    content = read_json(manifest)
     manifest.write_text(json.dumps(content | {"settings": content["settings"] | {"seed": 1}}))
     with pytest.raises(ValueError, match="made from another distill"):
         run(config)
@@ -309,7 +309,7 @@ def test_two_processes_take_the_steps_of_one(made, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads((tmp_path / "two" / "train.json").read_text())
+    two = read_json(tmp_path / "two" / "train.json")
     one = run(options(made, tmp_path / "one", num_epochs=1, loss_type="ce+kl"))
     assert two["steps"] == one["steps"]
     for entry, other in zip(two["losses"], one["losses"], strict=True):

@@ -41,6 +41,7 @@ REQUIRED = {
     "distill": ["--model-path", "m", "--cache-dir", "c", "--output-dir", "o", "--target-layers", "1,2"],
     "train": ["--target-model", "m", "--data-dir", "d", "--output-dir", "o"],
     "evaluate": ["--draft-model", "d", "--cache-dir", "c"],
+    "verify": ["f"],
     "lossless": ["--draft-models", "a", "b", "--cache-dir", "c", "--alpamayo-model", "m"],
     "distribution": ["--draft-model", "d", "--cache-dir", "c", "--alpamayo-model", "m"],
     "bench": [],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, find_snapshot, repo_
 from alpamayo_dflash.clips.source import ClipSource, open_online
 from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, check_cameras
 from alpamayo_dflash.common.artefacts import write_text
+from alpamayo_dflash.common.hub import ended
 from alpamayo_dflash.common.options import check_positive
 
 # What a request to the hub can end in. The errors of its library's HTTP client (requests, httpx or httpx2, by
@@ -86,7 +88,7 @@ def download_chunks(
     if cached is not None and any(missing.values()):
         dataset = _online(cache_dir, revision, repo_id)
     result = Download(dataset.revision, _main(cache_dir, dataset.revision, repo_id))
-    result.failed = _fetch(dataset, missing, workers)
+    result.failed = _fetch(dataset, missing, workers, repo_folder(cache_dir, repo_id))
     for chunk in sorted(set(files) - set(result.failed)):
         (result.done if missing[chunk] else result.already).append(chunk)
         result.size_bytes += sum(Path(dataset.download_file(name)).stat().st_size for name in files[chunk])
@@ -122,11 +124,11 @@ def _files(dataset: Any, chunks: Sequence[int], features: Sequence[str]) -> dict
     return {chunk: [name(chunk, feature) for feature in features] for chunk in chunks}
 
 
-def _fetch(dataset: Any, missing: Mapping[int, Sequence[str]], workers: int) -> dict[int, str]:
-    """Fetch files, given by chunk; returns by chunk why some could not be."""
+def _fetch(dataset: Any, missing: Mapping[int, Sequence[str]], workers: int, folder: Path) -> dict[int, str]:
+    """Fetch files, given by chunk, into the repository's folder; by chunk, why some could not be."""
     tasks = [(chunk, name) for chunk, names in missing.items() for name in names]
     with ThreadPoolExecutor(workers) as pool:  # map cancels what has not begun when it is interrupted
-        reasons = list(pool.map(lambda task: _fetch_file(dataset, task[1]), tasks))
+        reasons = list(pool.map(lambda task: _fetch_file(dataset, task[1], folder), tasks))
     failed: dict[int, dict[str, None]] = {}  # by chunk its different reasons, in order
     for (chunk, _), reason in zip(tasks, reasons, strict=True):
         if reason is not None:
@@ -134,10 +136,10 @@ def _fetch(dataset: Any, missing: Mapping[int, Sequence[str]], workers: int) -> 
     return {chunk: "; ".join(texts) for chunk, texts in failed.items()}
 
 
-def _fetch_file(dataset: Any, name: str) -> str | None:
+def _fetch_file(dataset: Any, name: str, folder: Path) -> str | None:
     """Fetch one file; returns why it could not be, or None."""
     try:
-        dataset.download_file(name)
+        ended(partial(dataset.download_file, name), name, folder)
     except _HUB_ERRORS as error:
         return _reason(error)
     except ValueError as error:  # the devkit's, for a file that the hub does not have
@@ -192,7 +194,8 @@ def _online(cache_dir: Path | str, revision: str, repo_id: str) -> Any:
 def _open(cache_dir: Path | str, revision: str, repo_id: str) -> Any:
     unasked = {"confirm_download_threshold_gb": float("inf")}  # to ask is not a library's business
     try:
-        dataset = open_online(cache_dir, revision, repo_id, **unasked)
+        opening = partial(open_online, cache_dir, revision, repo_id, **unasked)
+        dataset = ended(opening, "the dataset's tables", repo_folder(cache_dir, repo_id))
     except _HUB_ERRORS as error:
         raise ValueError(
             f"{repo_id}: its tables cannot be had ({_reason(error)}); the dataset is gated: accept its terms "

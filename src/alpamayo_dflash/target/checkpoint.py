@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import Qwen3VLConfig
 
 from alpamayo_dflash.common.artefacts import atomic_file, read_json, write_json
 from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.hub import ended
 from alpamayo_dflash.common.identity import Fingerprint, identity_of
 from alpamayo_dflash.common.tensors import opened, save_tensors
 from alpamayo_dflash.target.config import CONFIG, AlpamayoConfig
@@ -314,15 +316,15 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _download(repo_id: str, patterns: tuple[str, ...], *, local_files_only: bool) -> Path:
+    call = partial(
+        snapshot_download,
+        repo_id,
+        allow_patterns=list(patterns),
+        local_files_only=local_files_only,
+        revision=_blank_ended_ref(repo_id),
+    )
     try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                allow_patterns=list(patterns),
-                local_files_only=local_files_only,
-                revision=_blank_ended_ref(repo_id),
-            )
-        )
+        return Path(call() if local_files_only else ended(call, repo_id, _cache_of(repo_id)))
     except OSError as error:
         where = "in the local cache" if local_files_only else "on the hub or in the local cache"
         raise ValueError(
@@ -331,9 +333,13 @@ def _download(repo_id: str, patterns: tuple[str, ...], *, local_files_only: bool
         ) from None
 
 
+def _cache_of(repo_id: str) -> Path:
+    return Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+
+
 def _blank_ended_ref(repo_id: str) -> str | None:
     """The cached `main`, where its file ends in a line end, which the hub's library would take along."""
-    reference = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "refs" / "main"
+    reference = _cache_of(repo_id) / "refs" / "main"
     text = reference.read_text(encoding="utf-8") if reference.is_file() else ""
     return text.strip() if text.strip() != text else None
 
