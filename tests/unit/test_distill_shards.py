@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alpamayo_dflash.cli.main import main
-from alpamayo_dflash.common.artefacts import file_hash, read_json, write_json
+from alpamayo_dflash.common.artefacts import atomic_file, file_hash, read_json, write_json
 from alpamayo_dflash.common.tensors import save_tensors
 from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT, response_bytes
 from alpamayo_dflash.distill.data import DistillData
@@ -353,7 +353,8 @@ def without_checksums(folder):
         del shard["rows"]
         if shard["file"] is not None:
             path = shard_path(folder, shard["file"])
-            save_file(load_file(path), path, metadata={"format": "pt"})
+            with atomic_file(path) as temporary:  # the old one may be mapped
+                save_file(load_file(path), temporary, metadata={"format": "pt"})
             del shard["header"]
             shard |= {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     write_json(manifest_path(folder, 0), content)
@@ -363,7 +364,8 @@ def without_checksums(folder):
 def flip(path, at):
     content = bytearray(path.read_bytes())
     content[at] ^= 1
-    path.write_bytes(content)
+    with atomic_file(path) as temporary:  # the old one may be mapped
+        temporary.write_bytes(content)
 
 
 def test_a_set_without_checksums_is_read_tested_whole_and_shown_as_not_recorded(tmp_path, capsys):
@@ -402,6 +404,11 @@ def test_an_older_set_goes_on_with_checksums(tmp_path):
     DistillData(tmp_path).verify()
 
 
+def cut(path):
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(b"123")
+
+
 def other_rows(folder):
     rows = pyarrow.parquet.read_table(table_path(folder, 0)).to_pylist()
     rows[0]["token_ids"][-1] += 1
@@ -411,13 +418,14 @@ def other_rows(folder):
 def other_run(folder):
     """Put a shard of another run in the place of the first: as long, and sound in itself."""
     path = shard_path(folder, "rank0-0.safetensors")
-    save_tensors({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    with atomic_file(path) as temporary:
+        save_tensors({name: tensor + 1 for name, tensor in load_file(path).items()}, temporary)
 
 
 DAMAGE = {
     "a flipped byte": lambda folder: flip(shard_path(folder, "rank0-0.safetensors"), -1),
     "a flipped byte of the header": lambda folder: flip(shard_path(folder, "rank0-0.safetensors"), 60),
-    "a cut file": lambda folder: shard_path(folder, "rank0-0.safetensors").write_bytes(b"123"),
+    "a cut file": lambda folder: cut(shard_path(folder, "rank0-0.safetensors")),
     "a lost file": lambda folder: shard_path(folder, "rank0-0.safetensors").unlink(),
     "a shard of another run": other_run,
     "other rows": other_rows,

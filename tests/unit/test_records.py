@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from alpamayo_dflash.cli.main import main
-from alpamayo_dflash.common.artefacts import read_json, read_record, write_json, write_record
+from alpamayo_dflash.common.artefacts import atomic_file, read_json, read_record, write_json, write_record
 from alpamayo_dflash.common.records import KEY
 from alpamayo_dflash.common.tensors import TensorFile, header_hash, read_tensors, save_tensors
 from alpamayo_dflash.evaluate.rows import RowStore, read_lines
@@ -30,7 +30,8 @@ def tensors():
 def flip(path, at, bit=0):
     content = bytearray(path.read_bytes())
     content[at] ^= 1 << bit
-    path.write_bytes(content)
+    with atomic_file(path) as temporary:  # the old one may be mapped
+        temporary.write_bytes(content)
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
@@ -74,6 +75,7 @@ def test_tensors_are_read_as_they_were_written_and_files_are_equal(tmp_path):
     assert read.keys() == tensors().keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors().items())
     assert TensorFile(path).recorded
+    path = tmp_path / "older.safetensors"
     save_file(tensors(), path, metadata={"format": "pt"})
     assert not TensorFile(path).recorded
     assert read_tensors(path).keys() == tensors().keys()
