@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from alpamayo_dflash.common.graphs import CapturedCall
 from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.observer import Observer, RoundTrace
-from alpamayo_dflash.decode.round_device import CapturedCall
 
 _WARM = 3
 

@@ -125,10 +125,11 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+        self.eps = _MLP_NORM_EPS
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return rms_norm(x, self.weight, _MLP_NORM_EPS)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class MLPEncoder(nn.Module):
