@@ -406,8 +406,11 @@ def _texts(prefilled: Prefilled, samples: Sequence[Sample]) -> SampleTexts:
 def _check_noise(noise: Tensor, shape: tuple[int, int, int]) -> None:
     if noise.shape != shape:
         raise ValueError(f"action_noise is {tuple(noise.shape)}; it must be {shape}")
-    if not bool(noise.isfinite().all()):
-        raise ValueError("action_noise is not finite; it must be standard normal values")
+    bad = (~noise.isfinite().flatten(1).all(1)).tolist()
+    if any(bad):
+        raise ValueError(
+            f"action_noise of sample {bad.index(True)} is not finite; it must be standard normal values"
+        )
 
 
 def accelerate(
