@@ -31,6 +31,22 @@ from alpamayo_dflash.target.expert_fused import BUCKETS
 _ENOUGH_BYTES = 300 * 2**20
 _SHOWN = 4
 _TEXT = 17
+_TILES = (
+    (64, 32, 4, 3, None),
+    (64, 32, 4, 4, 128),
+    (64, 64, 4, 2, None),
+    (64, 64, 4, 3, None),
+    (64, 64, 8, 3, None),
+    (64, 128, 4, 2, None),
+    (128, 32, 8, 3, None),
+    (128, 32, 8, 4, None),
+    (128, 64, 8, 2, None),
+    (128, 64, 8, 2, 128),
+    (128, 64, 8, 3, None),
+    (128, 128, 8, 2, None),
+)
+"""Rows, keys, warps, stages and the most registers of the plans of attention that are tried."""
+_STRETCHES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16, 20, 24)
 
 Timings = dict[str, dict[str, list[float]]]
 """By what, then by plan: milliseconds."""
@@ -113,15 +129,11 @@ def attention_plans(folded: int, kv_heads: int) -> Iterator[Any]:
     """Plans that give between half and four times as many programs as an H100 has multiprocessors."""
     from alpamayo_dflash.kernels.waypoints import WaypointPlan
 
-    for rows, keys, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3)):
-        if (rows, keys, warps) == (128, 128, 4):
-            continue  # its sums do not fit the registers
+    for rows, keys, warps, stages, registers in _TILES:
         tiles = math.ceil(folded / rows) * kv_heads
-        for stretches, apart in itertools.product(
-            (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16, 20, 24), (False, True)
-        ):
+        for stretches, apart in itertools.product(_STRETCHES, (False, True)):
             if 66 <= tiles * (stretches + apart) <= 528 and not (apart and stretches == 1):
-                yield WaypointPlan(rows, keys, stretches, warps, stages, apart=apart)
+                yield WaypointPlan(rows, keys, stretches, warps, stages, apart=apart, registers=registers)
 
 
 def _products(config: BenchKernelsConfig, device: torch.device) -> Timings:

@@ -115,9 +115,15 @@ def waypoints_kernel(
 
 @dataclass(frozen=True)
 class WaypointPlan(Plan):
-    """A plan whose rows are of one sample; `apart` gives text and way-points a stretch of their own."""
+    """A plan whose rows are of one sample.
+
+    Attributes:
+        apart: whether text and way-points have a stretch of their own, or share the prompt's last.
+        registers: the most a thread may have, so that two programs fit a multiprocessor; None for no limit.
+    """
 
     apart: bool = True
+    registers: int | None = None
 
     @property
     def count(self) -> int:
@@ -129,9 +135,9 @@ PLANS = {
     128: WaypointPlan(64, 64, 15, 4, 3),
     256: WaypointPlan(64, 64, 8, 4, 3),
     384: WaypointPlan(64, 64, 5, 4, 3, apart=False),
-    512: WaypointPlan(128, 64, 8, 8, 2, apart=False),
-    768: WaypointPlan(128, 64, 5, 8, 2, apart=False),
-    1024: WaypointPlan(128, 64, 4, 8, 2, apart=False),
+    512: WaypointPlan(128, 64, 8, 8, 2, apart=False, registers=128),
+    768: WaypointPlan(128, 64, 5, 8, 2, apart=False, registers=128),
+    1024: WaypointPlan(128, 64, 4, 8, 2, apart=False, registers=128),
     2048: WaypointPlan(128, 64, 1, 8, 3, apart=False),
 }
 """By the most folded rows (samples · N · G) that a plan is for; the last for all more."""
@@ -200,6 +206,7 @@ def attend_waypoints(
         ALONE=count == 1,
         num_warps=plan.warps,
         num_stages=plan.stages,
+        maxnreg=plan.registers,
     )
     if count > 1:
         merge(out, tops, merged)
