@@ -23,7 +23,20 @@ from alpamayo_dflash.kernels.limits import shared_memory
 
 
 @triton.jit
-def over_entries(q, keys_ptr, values_ptr, entry, inside, kv, scale, top, mass, total, KV_HEADS, DIM):
+def over_entries(
+    q,
+    keys_ptr,
+    values_ptr,
+    entry,
+    inside,
+    kv,
+    scale,
+    top,
+    mass,
+    total,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+):
     """Queries [M, D] of one KV head over a tile of entries, wherever these lie; top, mass and total go on."""
     d = tl.arange(0, DIM)
     at = entry.to(tl.int64) * (KV_HEADS * DIM) + kv * DIM
