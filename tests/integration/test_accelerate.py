@@ -78,6 +78,15 @@ def test_fused_weights_lie_together(tmp_path: Path) -> None:
     assert [id(parameter) for parameter in target.vlm.parameters()] == held
 
 
+def test_an_experts_weights_are_fused_with_the_texts(tmp_path: Path) -> None:
+    target = random_target(tmp_path)
+    kept = [parameter.clone() for parameter in target.expert.parameters()]
+    accelerate(TheirAlpamayo(target), fuse=True)
+    mlp = target.expert.layers[2].mlp
+    assert len({p.weight.untyped_storage().data_ptr() for p in (mlp.gate_proj, mlp.up_proj)}) == 1
+    assert all(torch.equal(a, b) for a, b in zip(kept, target.expert.parameters(), strict=True))
+
+
 def test_fuse_refuses_what_is_not_a_plain_linear_layer_and_moves_nothing(tmp_path: Path) -> None:
     target = random_target(tmp_path)
     target.text_layers[1].mlp.up_proj = nn.Sequential(target.text_layers[1].mlp.up_proj)

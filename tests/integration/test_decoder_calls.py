@@ -232,7 +232,7 @@ def test_reversing_and_standing_are_histories(tiny):
 def test_noise_that_is_not_finite_is_refused_before_work(tiny, value):
     noise = torch.zeros(1, tiny.n_waypoints, 2)
     noise[0, 5, 1] = value
-    with pytest.raises(ValueError, match="action_noise is not finite"):
+    with pytest.raises(ValueError, match="action_noise of sample 0 is not finite"):
         SpeculativeDecoder(tiny).generate(straight(), action_noise=noise)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from alpamayo_dflash.bench.figures import figures, medians, spread
-from alpamayo_dflash.bench.floors import TextShape, floors
+from alpamayo_dflash.bench.figures import figures, medians, spread, window_figures
+from alpamayo_dflash.bench.floors import TextShape, expert_work, floors, window_floors
 from alpamayo_dflash.cli.main import main, parse
 from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.evaluate.hardness import violations
@@ -261,3 +261,20 @@ def test_the_kernels_medians_follow_from_their_raw_timings():
 def test_the_cuda_tests_passed():
     shipped = read_json(RESULTS / "cuda_tests_h100.json")
     assert shipped["failed"] == 0 and shipped["passed"] >= 34
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("window_*.json")), ids=lambda path: path.stem)
+def test_a_windows_figures_follow_from_its_raw_timings(path):
+    shipped = read_json(path)
+    raw = shipped["raw"]
+    assert shipped["figures"] == window_figures(raw)
+    assert shipped["spread"] == spread(raw, window_figures)
+    assert shipped["floors"] == window_floors(raw)
+    assert all(len(times) >= 20 for key in ("expert_ms", "expert_call_ms") for times in raw[key].values())
+    for samples, operations in raw["expert_operations"].items():
+        rows = int(samples) * raw["waypoints"]
+        work = expert_work(TextShape(**raw["expert_shape"]), raw["prompt_tokens"], rows)
+        assert (work.bytes, work.operations) == (raw["expert_bytes"], operations)
+    assert path.stem.removeprefix("window_").upper() in shipped["gpu"]["name"]
+    assert "bench --window" in shipped["provenance"]["command"]
+    assert len(shipped["provenance"]["revision"]) == 40

@@ -10,10 +10,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alpamayo_dflash.kernels import attention, product
+from alpamayo_dflash.kernels import attention, product, waypoints
 
 HEADS, KV_HEADS, DIM = 32, 8, 128  # R1's
+EXPERT_HEADS = 16
 POINTERS = {"length_ptr": "*i64", "mask_ptr": "*u8", "top_ptr": "*fp32", "mass_ptr": "*fp32"}
+POINTERS |= {"texts_ptr": "*i32", "slots_ptr": "*i32"}
 
 
 def shared(kernel, constants, *, warps, stages, capability, floats=()):
@@ -67,6 +69,19 @@ def compile_for(capability, available):
             floats=("out_ptr",),
         )
         print(capability, f"attention of up to {folded} folded rows, {fitted}", taken, sep="\t")
+    for folded, plan in waypoints.PLANS.items():
+        fitted, alone = plan.fitted(DIM, available), plan.count == 1
+        constants = {"HEADS": EXPERT_HEADS, "KV_HEADS": KV_HEADS, "DIM": DIM, "ALONE": alone}
+        constants |= {"BLOCK_M": fitted.rows, "BLOCK_T": fitted.keys}
+        taken = shared(
+            waypoints.waypoints_kernel,
+            constants,
+            warps=fitted.warps,
+            stages=fitted.stages,
+            capability=capability,
+            floats=() if alone else ("out_ptr",),
+        )
+        print(capability, f"way-points' attention, {folded} folded rows, {fitted}", taken, sep="\t")
 
 
 if __name__ == "__main__":

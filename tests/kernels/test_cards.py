@@ -9,6 +9,7 @@ import pytest
 
 product = pytest.importorskip("alpamayo_dflash.kernels.product")
 attention = pytest.importorskip("alpamayo_dflash.kernels.attention")
+waypoints = pytest.importorskip("alpamayo_dflash.kernels.waypoints")
 CARDS = {"H100 and H200": (90, 232_448), "A100": (80, 166_912), "GeForce RTX 4090": (89, 101_376)}
 
 
@@ -40,7 +41,7 @@ def compiled():
 @pytest.mark.parametrize("card", CARDS)
 def test_blocks_fit(card, compiled):
     taken, (_, available) = compiled[card], CARDS[card]
-    assert len(taken) == 4 + len(attention._PLANS)
+    assert len(taken) == 4 + len(attention._PLANS) + len(waypoints.PLANS)
     assert max(taken.values()) <= available, taken
     # The loops' loads are in flight together; otherwise nothing was measured.
     assert max(taken.values()) > available // 2
@@ -49,13 +50,14 @@ def test_blocks_fit(card, compiled):
 @pytest.mark.parametrize("available", [232_448, 166_912, 101_376, 49_152])
 @pytest.mark.parametrize("dim", [16, 64, 128, 256])
 def test_plans_keep_to_what_there_is(available, dim):
-    for plan in attention._PLANS.values():
+    for plan in (*attention._PLANS.values(), *waypoints.PLANS.values()):
         fitted = plan.fitted(dim, available)
         assert 2 * fitted.rows * dim + 4 * fitted.keys * dim * fitted.stages <= available
         assert fitted.stages >= 2 and fitted.keys >= 16 and fitted.rows >= 16
 
 
 def test_the_largest_cards_take_the_plans_as_they_are():
-    assert all(plan.fitted(128, 232_448) == plan for plan in attention._PLANS.values())
+    for plans in (attention._PLANS, waypoints.PLANS):
+        assert all(plan.fitted(128, 232_448) == plan for plan in plans.values())
     assert product._NARROW.staged(64, False, 232_448) == product._NARROW.stages
     assert product._WIDE_GATED.staged(64, True, 232_448) == product._WIDE_GATED.stages

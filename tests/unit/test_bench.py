@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from alpamayo_dflash.bench.clocks import RoundClock
-from alpamayo_dflash.bench.config import BenchConfig
-from alpamayo_dflash.bench.figures import figures, spread
-from alpamayo_dflash.bench.floors import draft_of, floors
+from alpamayo_dflash.bench.config import BenchConfig, BenchKernelsConfig
+from alpamayo_dflash.bench.figures import figures, spread, window_figures
+from alpamayo_dflash.bench.floors import TextShape, draft_of, expert_work, floors, window_floors
 from alpamayo_dflash.bench.profile import short_name
 from alpamayo_dflash.bench.replay import Replay, passes, rate_for
 from alpamayo_dflash.bench.setup import coc_quantiles
@@ -257,3 +257,65 @@ def test_a_small_run(tmp_path, capsys):
     assert written["lossless"]["passed"] and written["lossless"]["one_row_width"]["equal"] == 4
     assert [row["coc_tokens"] for row in written["coc_lengths"]] == [3, 3, 5, 5]
     assert {row["bound"] for row in written["floors"]["rows"]} == {"bytes", "operations"}
+
+
+def window_timings():
+    return {
+        "steps": 10,
+        "expert_bytes": 4_000_000,
+        "expert_operations": {"1": 1e9, "6": 6e9},
+        "read_bytes_per_s": [4e9, 4e9, 1e9],
+        "product_flop_per_s": [1e12, 2e12, 2e12],
+        "expert_ms": {"plain_1": [300.0, 310.0], "fused_1": [20.0], "plain_6": [330.0], "fused_6": [45.0]},
+    }
+
+
+def test_a_windows_figures_are_ratios_to_what_must_be_read_or_done():
+    raw = window_timings()
+    assert window_figures(raw) == {
+        "expert_over_floor": 2.0,
+        "expert_vs_plain": 15.25,
+        "expert_six_over_floor": 1.5,
+        "expert_six_vs_plain": 7.3333,
+    }
+    rows = {(row["what"], row["arm"]): row for row in window_floors(raw)["rows"]}
+    one, six = rows["action expert, 10 steps", "fused"], rows["action expert, 10 steps, 6 samples", "fused"]
+    assert (one["floor_ms"], one["bound"]) == (10.0, "bytes")
+    assert (six["floor_ms"], six["bound"]) == (30.0, "operations")
+    assert set(spread(raw, window_figures)) == set(window_figures(raw))
+    del raw["expert_ms"]["fused_1"], raw["expert_ms"]["fused_6"]
+    assert window_figures(raw) == {}
+
+
+def test_a_steps_work_is_counted_as_by_hand():
+    shape = TextShape(2, 64, 4, 2, 16, 128, vocab=0, element_bytes=2)
+    matrices = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    weights = 2 * sum(rows * columns for rows, columns in matrices)
+    found = expert_work(shape, prompt=100, rows=12)
+    assert found.bytes == 2 * weights + 2 * 100 * 2 * 2 * 16 * 2
+    assert found.operations == 2 * weights * 12 + 2 * 4 * 12 * 100 * 4 * 16
+
+
+def test_plans_that_are_tried_fit_their_shapes():
+    pytest.importorskip("triton")
+    from alpamayo_dflash.bench.plans import attention_plans, product_blocks
+
+    for samples in (1, 6, 16):
+        assert len(list(attention_plans(128 * samples, 8))) > 20
+        for columns, inner, gated in ((4096, 2048, False), (16512, 2048, True), (2048, 8256, False)):
+            tried = list(product_blocks(64 * samples, columns, inner, gated=gated))
+            assert tried and all(inner % (each.parts * each.inner) == 0 for each in tried)
+    with pytest.raises(ValueError, match="plans is 'heads'"):
+        BenchKernelsConfig(plans="heads")
+
+
+def test_a_small_run_of_a_windows_parts(tmp_path, capsys):
+    out = tmp_path / "window.json"
+    options = ["--target", "random:small", "--device", "cpu", "--repeats", "2", "--out", str(out)]
+    assert cli.main(["bench", "--window", *options]) == 0
+    assert "action expert, 10 steps" in capsys.readouterr().err
+    written = read_json(out)
+    assert written["figures"] == window_figures(written["raw"]) == {}
+    assert written["floors"] == window_floors(written["raw"])
+    assert set(written["raw"]["expert_ms"]) == {"plain_1", "plain_6"}
+    assert "not on a GPU" in written["raw"]["expert_plain_because"]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from alpamayo_dflash.common.graphs import CapturedCall
 from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.observer import Observer, RoundTrace
-from alpamayo_dflash.decode.round_device import CapturedCall
 
 _WARM = 3
 
@@ -27,12 +27,18 @@ def graph_ms(call: Callable[[], object], repeats: int, device: torch.device) -> 
     """Milliseconds of replays of a call as a CUDA graph; on a CPU of the call."""
     if device.type != "cuda":
         return wall_ms(call, repeats, device)
-    captured = CapturedCall(call)
+    return event_ms(CapturedCall(call).replay, repeats, device)
+
+
+def event_ms(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
+    """Milliseconds of a call by events on the device's stream; on a CPU by its clock."""
+    if device.type != "cuda":
+        return wall_ms(call, repeats, device)
     times = []
     for _ in range(repeats + _WARM):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        captured.replay()
+        call()
         end.record()
         torch.cuda.synchronize()
         times.append(round(start.elapsed_time(end), 4))

@@ -39,6 +39,7 @@ class BenchConfig:
         row_width: rows of both loops' passes where they must be equal; the block's by default.
         coc_counts: CSV of CoC lengths (columns tokens, steps); empty leaves the table of lengths out.
         transformers: time transformers too.
+        window: time what is around decoding instead: for now the action expert.
         seed: of weights, prompts and noise.
         out: the JSON file to write.
 
@@ -62,6 +63,7 @@ class BenchConfig:
     row_width: int | None = None
     coc_counts: str = ""
     transformers: bool = True
+    window: bool = False
     seed: int = 0
     out: Path = Path("docs/results/engine.json")
 
@@ -97,6 +99,8 @@ class BenchKernelsConfig:
         rows: rows, with commas between.
         prompt: prompt tokens of the attention.
         repeats: of each timing.
+        plans: time the action expert's kernels under many plans instead: `attention`, `products` or both,
+            with a comma between.
         seed: of the random numbers.
         out: the JSON file to write.
 
@@ -108,6 +112,7 @@ class BenchKernelsConfig:
     rows: str = "1,8,16,32,48,64,96,256"
     prompt: int = 3008
     repeats: int = 30
+    plans: str = ""
     seed: int = 0
     out: Path = Path("docs/results/kernels.json")
 
@@ -116,7 +121,15 @@ class BenchKernelsConfig:
         check_positive(prompt=self.prompt)
         check_whole(seed=self.seed)
         check_at_least(2, repeats=self.repeats)
+        unknown = set(self.plan_kinds) - {"attention", "products"}
+        if unknown:
+            raise ValueError(f"plans is {self.plans!r}; it may hold attention and products")
         _ = self.row_counts
+
+    @property
+    def plan_kinds(self) -> list[str]:
+        """Which kernels are timed under many plans."""
+        return [kind for kind in self.plans.split(",") if kind]
 
     @property
     def row_counts(self) -> list[int]:

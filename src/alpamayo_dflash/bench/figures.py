@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 SIX = 6
@@ -15,6 +15,7 @@ REPLAYED = (
 )
 """Keys whose timings are of texts with replayed proposals."""
 _RESAMPLES = 400
+Figures = Callable[[Mapping[str, Any]], dict[str, float]]
 
 
 def figures(raw: Mapping[str, Any]) -> dict[str, float]:
@@ -50,6 +51,33 @@ def figures(raw: Mapping[str, Any]) -> dict[str, float]:
     return {key: round(value, 4) for key, value in keys.items()}
 
 
+def window_figures(raw: Mapping[str, Any]) -> dict[str, float]:
+    """The keys of `bench --window`; one whose arms were not timed is left out. Medians.
+
+    Args:
+        raw: `expert_ms` by form and samples; `expert_bytes` of a step, `expert_operations` of a step by
+            samples, `steps`, and the lists `read_bytes_per_s` and `product_flop_per_s`.
+    """
+    median, times = statistics.median, raw["expert_ms"]
+    read = raw["steps"] * raw["expert_bytes"] / median(raw["read_bytes_per_s"]) * 1e3
+    # A product's slow runs are the card's, not the work's: a floor takes a fast one.
+    rate = third_quartile(raw["product_flop_per_s"])
+    done = raw["steps"] * raw["expert_operations"][str(SIX)] / rate * 1e3
+    keys = {}
+    if "fused_1" in times:
+        keys["expert_over_floor"] = median(times["fused_1"]) / read
+        keys["expert_vs_plain"] = median(times["plain_1"]) / median(times["fused_1"])
+    if f"fused_{SIX}" in times:
+        keys["expert_six_over_floor"] = median(times[f"fused_{SIX}"]) / done
+        keys["expert_six_vs_plain"] = median(times[f"plain_{SIX}"]) / median(times[f"fused_{SIX}"])
+    return {key: round(value, 4) for key, value in keys.items()}
+
+
+def third_quartile(values: Sequence[float]) -> float:
+    """The value that a quarter of them exceed."""
+    return statistics.quantiles(values, n=4, method="inclusive")[-1]
+
+
 def coc_means(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Mean decode times by arm (milliseconds) of CoCs of the lengths that real ones have; [] if not timed."""
     return [
@@ -59,13 +87,13 @@ def coc_means(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def spread(raw: Mapping[str, Any]) -> dict[str, list[float]]:
+def spread(raw: Mapping[str, Any], of: Figures = figures) -> dict[str, list[float]]:
     """Of each figure the 2.5th and 97.5th percentile when every list of timings is drawn again from itself.
 
     The bootstrap of Efron ("Bootstrap methods: another look at the jackknife", 1979), with a fixed seed.
     """
     generator = random.Random(0)  # noqa: S311
-    drawn = [figures(_redrawn(raw, generator)) for _ in range(_RESAMPLES)]
+    drawn = [of(_redrawn(raw, generator)) for _ in range(_RESAMPLES)]
     out = {}
     for key in drawn[0]:
         values = statistics.quantiles([each[key] for each in drawn], n=40, method="inclusive")

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from alpamayo_dflash.bench.figures import third_quartile
+
 _REPLAYED = "speculative, replayed"
 
 
@@ -98,24 +100,40 @@ def floors(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     read, product = (statistics.median(raw[key]) for key in ("read_bytes_per_s", "product_flop_per_s"))
 
-    def row(what: str, arm: str, measured: float, *works: tuple[float, Work]) -> dict[str, Any]:
-        """A row whose work is done so many times."""
-        by_bytes = sum(times * work.bytes for times, work in works) / read * 1e3
-        by_operations = sum(times * work.operations for times, work in works) / product * 1e3
-        floor = sum(times * max(w.bytes / read, w.operations / product) for times, w in works) * 1e3
-        return {
-            "what": what,
-            "arm": arm,
-            "measured_ms": round(measured, 4),
-            "floor_ms": round(floor, 4),
-            "bound": "bytes" if by_bytes >= by_operations else "operations",
-            "over_floor": round(measured / floor, 4),
-        }
-
     return {
         "read_bytes_per_s": read,
         "product_flop_per_s": product,
-        "rows": [row(*line) for line in _lines(raw)],
+        "rows": [_row(read, product, *line) for line in _lines(raw)],
+    }
+
+
+def window_floors(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`floors` of `bench --window`; the rate of products by its third quartile."""
+    read = statistics.median(raw["read_bytes_per_s"])
+    product = third_quartile(raw["product_flop_per_s"])
+    rows = []
+    for name, times in raw["expert_ms"].items():
+        form, _, samples = name.partition("_")
+        step = Work(raw["expert_bytes"], raw["expert_operations"][samples])
+        what = _of(f"action expert, {raw['steps']} steps", int(samples))
+        rows.append(_row(read, product, what, form, statistics.median(times), (raw["steps"], step)))
+    return {"read_bytes_per_s": read, "product_flop_per_s": product, "rows": rows}
+
+
+def _row(
+    read: float, product: float, what: str, arm: str, measured: float, *works: tuple[float, Work]
+) -> dict[str, Any]:
+    """A row whose work is done so many times."""
+    by_bytes = sum(times * work.bytes for times, work in works) / read * 1e3
+    by_operations = sum(times * work.operations for times, work in works) / product * 1e3
+    floor = sum(times * max(w.bytes / read, w.operations / product) for times, w in works) * 1e3
+    return {
+        "what": what,
+        "arm": arm,
+        "measured_ms": round(measured, 4),
+        "floor_ms": round(floor, 4),
+        "bound": "bytes" if by_bytes >= by_operations else "operations",
+        "over_floor": round(measured / floor, 4),
     }
 
 
@@ -180,6 +198,14 @@ def prefill_work(shape: TextShape, prompt: int) -> Work:
 def pass_work(shape: TextShape, prompt: int, rows: int) -> Work:
     """A verify pass of so many rows, all with logits, after a prompt."""
     weights = shape.layers * shape.layer_weights + shape.vocab * shape.hidden
+    seen = shape.layers * shape.attention_operations(rows, prompt)
+    cached = shape.layers * prompt * shape.entry_bytes
+    return Work(weights * shape.element_bytes + cached, 2 * weights * rows + seen)
+
+
+def expert_work(shape: TextShape, prompt: int, rows: int) -> Work:
+    """A step of the action expert, the projections left out: so many way-points after one prompt."""
+    weights = shape.layers * shape.layer_weights
     seen = shape.layers * shape.attention_operations(rows, prompt)
     cached = shape.layers * prompt * shape.entry_bytes
     return Work(weights * shape.element_bytes + cached, 2 * weights * rows + seen)

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from alpamayo_dflash.bench.clocks import ceilings, graph_ms, wall_ms
 from alpamayo_dflash.bench.config import BenchKernelsConfig
 from alpamayo_dflash.bench.figures import medians
-from alpamayo_dflash.bench.run import gpu
+from alpamayo_dflash.bench.setup import gpu
 from alpamayo_dflash.common.artefacts import provenance, write_json
 from alpamayo_dflash.common.machine import check_device, current
 from alpamayo_dflash.common.options import generator_seed
@@ -45,6 +45,10 @@ def run(config: BenchKernelsConfig) -> dict[str, Any]:
     started, device = time.time(), check_device(config.device)
     if device.type != "cuda":
         raise ValueError(f"device is {config.device!r}; the kernels are timed on a GPU (cuda)")
+    if config.plan_kinds:
+        from alpamayo_dflash.bench import plans
+
+        return plans.run(config, device)
     torch.manual_seed(generator_seed(config.seed))
     with torch.inference_mode(), current(device):
         raw = {

@@ -6,17 +6,14 @@ import sys
 import time
 from typing import Any
 
-import torch
-
 from alpamayo_dflash.bench.config import BenchConfig
 from alpamayo_dflash.bench.decode import timings
 from alpamayo_dflash.bench.figures import REPLAYED, coc_means, figures, spread, timing_quartiles
 from alpamayo_dflash.bench.floors import floors
 from alpamayo_dflash.bench.profile import profile
-from alpamayo_dflash.bench.setup import Bench
+from alpamayo_dflash.bench.setup import Bench, gpu
 from alpamayo_dflash.bench.widths import compare
 from alpamayo_dflash.common.artefacts import provenance, write_json
-from alpamayo_dflash.common.machine import describe_gpu
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
@@ -25,6 +22,10 @@ def run(config: BenchConfig) -> dict[str, Any]:
     Raises:
         ValueError: the target cannot be loaded or the device is not there.
     """
+    if config.window:
+        from alpamayo_dflash.bench import window
+
+        return window.run(config)
     started = time.time()
     bench = Bench(config)
     raw = timings(bench)
@@ -54,10 +55,3 @@ def run(config: BenchConfig) -> dict[str, Any]:
         "out": str(config.out),
         "passed": passed,
     }
-
-
-def gpu(device: torch.device) -> dict[str, Any] | None:
-    """The card, its driver, and the memory taken; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    return describe_gpu(device) | {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}

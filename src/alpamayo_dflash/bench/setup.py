@@ -14,7 +14,7 @@ import torch
 from alpamayo_dflash.bench.config import BenchConfig
 from alpamayo_dflash.bench.figures import SIX
 from alpamayo_dflash.bench.replay import Replay, rate_for
-from alpamayo_dflash.common.machine import check_device
+from alpamayo_dflash.common.machine import check_device, describe_gpu
 from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
@@ -218,3 +218,10 @@ def coc_quantiles(path: Path) -> dict[str, int]:
                 out[name] = tokens
                 break
     return out
+
+
+def gpu(device: torch.device) -> dict[str, Any] | None:
+    """The card, its driver, and the memory taken; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return describe_gpu(device) | {"peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}

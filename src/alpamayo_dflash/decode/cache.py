@@ -87,6 +87,11 @@ class Cache:
         # Indexing a tensor costs microseconds, so it is done once.
         self.layer_keys, self.layer_values = self.keys.unbind(), self.values.unbind()
 
+    @property
+    def slots(self) -> int:
+        """How many slots there is storage for."""
+        return self._slots
+
     def clear(self) -> None:
         """Make every entry finite again: a masked NaN is a NaN all the same."""
         for tensor in (self.keys, self.values, self.taps):

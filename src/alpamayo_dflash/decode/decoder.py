@@ -39,6 +39,7 @@ from alpamayo_dflash.decode.verify import Prefilled, Verifier
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.borrow import borrow
 from alpamayo_dflash.target.expert import ActionPrefix
+from alpamayo_dflash.target.expert_fused import FusedExpert, SampleTexts, why_plain_expert
 from alpamayo_dflash.target.prompt import Prompt
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
@@ -46,6 +47,9 @@ _DRAFT_FAILED = (  # one text for all, so that Python shows it once
     "the draft failed in some rounds: its logits are not finite, or it raised an error. The target went on "
     "alone there; Result.draft_failures counts them"
 )
+
+
+_NOT_ASKED = "not asked yet"
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,8 @@ class SpeculativeDecoder:
         self._host_round = HostRound(self.verifier, self.rules, by_draft, listed)
         self.device_rounds = DeviceRounds(self.verifier, self.rules, Proposers(draft, listed, self._captured))
         self._finished: tuple[Prefilled, Decoded, int] | None = None  # and the thread that asked
+        self._expert: tuple[int, FusedExpert] | None = None  # and the generation of the cache that it reads
+        self._plain_expert: str | None = _NOT_ASKED  # why the expert runs in its plain form
 
     def prefill(self, window: Window | Prompt) -> Prefilled:
         """Read a prompt, so that `generate` can start from it any number of times.
@@ -334,16 +340,41 @@ class SpeculativeDecoder:
         seed: int,
         noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        prompt = prefilled.prompt
-        samples = range(len(decoded.samples))
+        prompt, samples = prefilled.prompt, decoded.samples
         if noise is None:
-            noise = flow_noise(seed, prompt.key, samples, target.n_waypoints, device=target.device)
-        with torch.inference_mode():
-            action = target.denoise(noise.to(target.device), self._prefix(prefilled, decoded.samples))
-            xyz, rot = target.trajectory(action, prompt.ego_history_xyz, prompt.ego_history_rot)
-        if not bool(xyz.isfinite().all()):
-            raise ValueError("the trajectory is not finite: the expert's weights or dtype are at fault")
+            everyone = range(len(samples))
+            noise = flow_noise(seed, prompt.key, everyone, target.n_waypoints, device=target.device)
+        noise, history = noise.to(target.device), (prompt.ego_history_xyz, prompt.ego_history_rot)
+        with torch.inference_mode(), current(target.device):
+            fused = self._fused_expert(target)
+            if fused is not None:
+                _, xyz, rot = fused(noise, _texts(prefilled, samples), *history)
+            else:
+                action = target.denoise(noise, self._prefix(prefilled, samples))
+                xyz, rot = target.trajectory(action, *history)
+            bad = (~(xyz.isfinite().all(-1) & rot.isfinite().flatten(-2).all(-1)).all(-1)).tolist()
+        if any(bad):
+            raise ValueError(
+                f"sample {bad.index(True)}: the trajectory is not finite: the expert's weights or dtype, or "
+                "the history, are at fault"
+            )
         return xyz.clone(), rot.clone()  # ordinary tensors, not inference mode's
+
+    def _fused_expert(self, target: Alpamayo) -> FusedExpert | None:
+        """The expert's fast form over the cache as it lies now, or None where the plain one runs."""
+        cache = self.verifier.cache
+        if self._plain_expert == _NOT_ASKED:
+            self._plain_expert = why_plain_expert(target)
+            if self._plain_expert is not None and target.device.type == "cuda":
+                warnings.warn(
+                    f"the action expert runs in its plain, slower form: {self._plain_expert}", stacklevel=4
+                )
+        if self._plain_expert is not None:
+            return None
+        if self._expert is None or self._expert[0] != cache.generation:
+            self._expert = None  # its graphs' memory first
+            self._expert = cache.generation, FusedExpert(target, cache)
+        return self._expert[1]
 
     def _result(self, decoded: Decoded, xyz: Tensor | None, rot: Tensor | None, timings: Timings) -> Result:
         samples = decoded.samples
@@ -364,11 +395,22 @@ class SpeculativeDecoder:
         )
 
 
+def _texts(prefilled: Prefilled, samples: Sequence[Sample]) -> SampleTexts:
+    """What the samples' way-points see after the prompt, as `Cache.prefix` has it."""
+    start = len(prefilled.prompt.input_ids) + prefilled.prompt.rope_delta
+    return SampleTexts(
+        [sample.path for sample in samples], [start + len(sample.tokens) for sample in samples]
+    )
+
+
 def _check_noise(noise: Tensor, shape: tuple[int, int, int]) -> None:
     if noise.shape != shape:
         raise ValueError(f"action_noise is {tuple(noise.shape)}; it must be {shape}")
-    if not bool(noise.isfinite().all()):
-        raise ValueError("action_noise is not finite; it must be standard normal values")
+    bad = (~noise.isfinite().flatten(1).all(1)).tolist()
+    if any(bad):
+        raise ValueError(
+            f"action_noise of sample {bad.index(True)} is not finite; it must be standard normal values"
+        )
 
 
 def accelerate(

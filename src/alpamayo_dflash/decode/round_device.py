@@ -11,7 +11,6 @@ Shapes: S sample, R rows, b block, X context, V vocabulary, E slots of the tail.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alpamayo_dflash.common.graphs import CapturedCall
 from alpamayo_dflash.common.options import MOST_BLOCK
 from alpamayo_dflash.decode import steps
 from alpamayo_dflash.decode.cache import Cache
@@ -458,34 +458,3 @@ class _GatheredBlock:
         lengths = (self._prompt + last[:, 0]).clamp_max(context)
         anchors = state.tokens.gather(1, last)[:, 0]
         return self._draft.propose(self._cache.taps[rows], lengths, anchors)
-
-
-class CapturedCall:
-    """A call over tensors that never move, as a CUDA graph: the one place that knows how graphs are made.
-
-    Args:
-        call: launches work on the current device and reads nothing back. It is run once, which compiles what
-            is compiled and makes what is made once, and then captured.
-
-    Raises:
-        RuntimeError: the call cannot be captured.
-    """
-
-    _one_at_a_time = threading.Lock()
-
-    def __init__(self, call: Callable[[], object]) -> None:
-        with self._one_at_a_time:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                call()
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            # Without a stream of this device's it would take the one that the process captured on first. The
-            # mode lets other threads' decoders work on meanwhile.
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-                call()
-
-    def replay(self) -> None:
-        """Do the work again; the host does not wait for it."""
-        self._graph.replay()

@@ -10,6 +10,7 @@ Shapes: R rows, H query heads, K KV heads, G = H/K, D head dim, E cache entries,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 import triton
@@ -20,13 +21,55 @@ from alpamayo_dflash.kernels.limits import fitting_stages, shared_memory
 
 
 @triton.jit
-def _weigh(scores, top, mass):
+def weigh(scores, top, mass):
     """Online softmax: weights of scores by the largest so far, and how far what came before shrinks by it."""
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     safe = tl.where(new_top == -float("inf"), 0.0, new_top)  # a row that has seen nothing yet
     shrink = tl.exp2(top - safe)
     weights = tl.exp2(scores - safe[:, None])
     return weights, shrink, new_top, mass * shrink + tl.sum(weights, axis=1)
+
+
+@triton.jit
+def over_prompt(
+    q,
+    keys_ptr,
+    values_ptr,
+    start,
+    stop,
+    kv,
+    scale,
+    top,
+    mass,
+    total,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Queries [M, D] of one KV head over the prompt's entries [start, stop), all of which they see.
+
+    Returns top, mass and total, which go on from those given.
+    """
+    entry_stride: tl.constexpr = KV_HEADS * DIM
+    d = tl.arange(0, DIM)
+    t = tl.arange(0, BLOCK_T)
+    whole = start + tl.maximum(stop - start, 0) // BLOCK_T * BLOCK_T
+    at = (start + t).to(tl.int64) * entry_stride + kv * DIM
+    k_at = keys_ptr + at[None, :] + d[:, None]
+    v_at = values_ptr + at[:, None] + d[None, :]
+    for _ in range(start, whole, BLOCK_T):
+        weights, shrink, top, mass = weigh(tl.dot(q, tl.load(k_at)) * scale, top, mass)
+        total = tl.dot(weights.to(q.dtype), tl.load(v_at), total * shrink[:, None])
+        k_at += BLOCK_T * entry_stride
+        v_at += BLOCK_T * entry_stride
+    if whole < stop:
+        inside = whole + t < stop
+        k = tl.load(k_at, mask=inside[None, :], other=0.0)
+        scores = tl.where(inside[None, :], tl.dot(q, k) * scale, -float("inf"))
+        weights, shrink, top, mass = weigh(scores, top, mass)
+        v = tl.load(v_at, mask=inside[:, None], other=0.0)
+        total = tl.dot(weights.to(q.dtype), v, total * shrink[:, None])
+    return top, mass, total
 
 
 @triton.jit(do_not_specialize=["rows", "slots", "prompt_stretches", "tail_stretch"])
@@ -75,22 +118,9 @@ def stretches_kernel(
         tiles = tl.cdiv(tl.cdiv(prompt, BLOCK_T), prompt_stretches)
         start = stretch * tiles * BLOCK_T
         stop = tl.minimum(start + tiles * BLOCK_T, prompt)
-        whole = start + tl.maximum(stop - start, 0) // BLOCK_T * BLOCK_T
-        at = (start + t).to(tl.int64) * entry_stride + kv * DIM
-        k_at = keys_ptr + at[None, :] + d[:, None]
-        v_at = values_ptr + at[:, None] + d[None, :]
-        for _ in range(start, whole, BLOCK_T):
-            weights, shrink, top, mass = _weigh(tl.dot(q, tl.load(k_at)) * scale, top, mass)
-            total = tl.dot(weights.to(q.dtype), tl.load(v_at), total * shrink[:, None])
-            k_at += BLOCK_T * entry_stride
-            v_at += BLOCK_T * entry_stride
-        if whole < stop:
-            inside = whole + t < stop
-            k = tl.load(k_at, mask=inside[None, :], other=0.0)
-            scores = tl.where(inside[None, :], tl.dot(q, k) * scale, -float("inf"))
-            weights, shrink, top, mass = _weigh(scores, top, mass)
-            v = tl.load(v_at, mask=inside[:, None], other=0.0)
-            total = tl.dot(weights.to(q.dtype), v, total * shrink[:, None])
+        top, mass, total = over_prompt(
+            q, keys_ptr, values_ptr, start, stop, kv, scale, top, mass, total, KV_HEADS, DIM, BLOCK_T
+        )
     else:
         start = (stretch - prompt_stretches) * tail_stretch
         for first in range(start, tl.minimum(start + tail_stretch, slots), BLOCK_T):
@@ -102,7 +132,7 @@ def stretches_kernel(
                 at = (prompt + slot).to(tl.int64) * entry_stride + kv * DIM
                 k = tl.load(keys_ptr + at[None, :] + d[:, None], mask=inside[None, :], other=0.0)
                 scores = tl.where(seen, tl.dot(q, k) * scale, -float("inf"))
-                weights, shrink, top, mass = _weigh(scores, top, mass)
+                weights, shrink, top, mass = weigh(scores, top, mass)
                 v = tl.load(values_ptr + at[:, None] + d[None, :], mask=inside[:, None], other=0.0)
                 total = tl.dot(weights.to(v.dtype), v, total * shrink[:, None])
     flat = (stretch * rows + row).to(tl.int64) * HEADS + head
@@ -137,13 +167,22 @@ def merge_kernel(
     tl.store(merged_ptr + place * DIM + d, merged.to(merged_ptr.dtype.element_ty))
 
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 _LEAST_TILE = 16
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """How attention is cut: rows and keys of a tile, the prompt's stretches, a tail stretch's slots."""
+class Plan:
+    """How attention is cut.
+
+    Attributes:
+        rows: folded rows of a tile: rows times the query heads of a KV head.
+        keys: of a tile.
+        stretches: programs that share the prompt.
+        warps: of a program.
+        stages: of its loads.
+        tail: slots of a tail stretch.
+    """
 
     rows: int
     keys: int
@@ -152,11 +191,11 @@ class _Plan:
     stages: int
     tail: int = 128
 
-    def fitted(self, dim: int, available: int) -> _Plan:
+    def fitted(self, dim: int, available: int, element_bytes: int = 2) -> Self:
         """The plan with as many keys and stages as fit so much shared memory."""
-        plan = self
+        plan, line = self, element_bytes * dim
         while True:
-            stages = fitting_stages(plan.stages, 4 * plan.keys * dim, 2 * plan.rows * dim, available)
+            stages = fitting_stages(plan.stages, 2 * plan.keys * line, plan.rows * line, available)
             if stages >= 2 or (plan.keys <= _LEAST_TILE and plan.rows <= _LEAST_TILE):
                 return replace(plan, stages=max(stages, 1))
             if plan.keys > _LEAST_TILE:
@@ -166,17 +205,17 @@ class _Plan:
 
 
 _PLANS = {
-    16: _Plan(16, 32, 32, 4, 3),
-    64: _Plan(64, 64, 12, 4, 3),
-    192: _Plan(64, 64, 8, 4, 3),
-    256: _Plan(128, 64, 6, 8, 3),
-    512: _Plan(128, 64, 4, 8, 3),
-    1024: _Plan(128, 128, 1, 8, 3, tail=256),
+    16: Plan(16, 32, 32, 4, 3),
+    64: Plan(64, 64, 12, 4, 3),
+    192: Plan(64, 64, 8, 4, 3),
+    256: Plan(128, 64, 6, 8, 3),
+    512: Plan(128, 64, 4, 8, 3),
+    1024: Plan(128, 128, 1, 8, 3, tail=256),
 }
 """By the most folded rows (rows times query heads of a KV head) that a plan is for; the last for all more."""
 
 
-def _plan(folded: int) -> _Plan:
+def _plan(folded: int) -> Plan:
     return next((plan for most, plan in _PLANS.items() if folded <= most), _PLANS[max(_PLANS)])
 
 
@@ -223,7 +262,7 @@ def attend(
         tops[1],
         rows,
         mask_RT.shape[1],
-        dim**-0.5 * _LOG2_E,
+        dim**-0.5 * LOG2_E,
         stretches,
         plan.tail,
         HEADS=heads,
@@ -234,11 +273,24 @@ def attend(
         num_warps=plan.warps,
         num_stages=plan.stages,
     )
+    merge(out, tops, merged)
+    return merged
+
+
+def merge(out_JRHD: Tensor, tops_2JRH: Tensor, merged_RN: Tensor) -> None:
+    """Merge stretches' partial outputs.
+
+    Args:
+        out_JRHD: float32, unnormalised.
+        tops_2JRH: float32, each one's largest scores and masses.
+        merged_RN: [R, H·D], where the outcome is written.
+    """
+    count, rows, heads, dim = out_JRHD.shape
     merge_kernel[(rows, heads)](
-        out,
-        tops[0],
-        tops[1],
-        merged,
+        out_JRHD,
+        tops_2JRH[0],
+        tops_2JRH[1],
+        merged_RN,
         rows,
         count,
         HEADS=heads,
@@ -246,4 +298,3 @@ def attend(
         BLOCK_J=triton.next_power_of_2(count),
         num_warps=4,
     )
-    return merged

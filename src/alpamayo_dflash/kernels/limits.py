@@ -13,7 +13,7 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may have; unbounded in Triton's interpreter."""
     if device.type != "cuda":
         return 2**31
-    properties = driver.active.utils.get_device_properties(device.index)
+    properties = driver.active.utils.get_device_properties(device.index or 0)
     return int(properties["max_shared_mem"])
 
 

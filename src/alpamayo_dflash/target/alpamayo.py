@@ -42,7 +42,7 @@ from alpamayo_dflash.target.expert import (
 )
 from alpamayo_dflash.target.motion import ActionSpace, encode_history
 from alpamayo_dflash.target.prompt import Prompt, build_prompt, fuse_history
-from alpamayo_dflash.target.qwen3 import AfterLayer, run_layers
+from alpamayo_dflash.target.qwen3 import AfterLayer, Attend, run_layers
 from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
@@ -248,11 +248,23 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         Returns:
             float32 [S, N, 2].
         """
+        attend, rotary = prefix.attend(x.shape[-2]), self._waypoint_rotary(prefix, x.shape[-2])
+        return self._velocity(x, t, rotary, attend, after_layer)
+
+    def _waypoint_rotary(self, prefix: ActionPrefix, waypoints: int) -> tuple[Tensor, Tensor]:
+        positions = prefix.positions.unsqueeze(-1) + torch.arange(waypoints, device=prefix.positions.device)
+        return self.rotary(positions.expand(3, -1, -1))
+
+    def _velocity(
+        self,
+        x: Tensor,
+        t: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attend: Attend,
+        after_layer: AfterLayer | None = None,
+    ) -> Tensor:
         embedded = self.action_in_proj(x, t)
-        waypoints = x.shape[-2]
-        positions = prefix.positions.unsqueeze(-1) + torch.arange(waypoints, device=x.device)
-        rotary = self.rotary(positions.expand(3, -1, -1))
-        hidden = run_layers(self.expert.layers, embedded, rotary, prefix.attend(waypoints), after_layer)
+        hidden = run_layers(self.expert.layers, embedded, rotary, attend, after_layer)
         velocity: Tensor = self.action_out_proj(self.expert.norm(hidden))
         return velocity.float()
 
@@ -277,9 +289,12 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
             The normalised actions, float32 [S, N, 2].
         """
         grid = time_grid(self.config.num_inference_steps if num_steps is None else num_steps).to(noise.device)
-        x = noise.float()
+        x, waypoints = noise.float(), noise.shape[-2]
+        # On a GPU a prompt's keys for each sample are gigabytes: not held twice.
+        attend = prefix.attend(waypoints, again=noise.device.type == "cpu")
+        rotary = self._waypoint_rotary(prefix, waypoints)
         for step in range(len(grid) - 1):
-            velocity = self.velocity(x, grid[step].expand(len(x)), prefix)
+            velocity = self._velocity(x, grid[step].expand(len(x)), rotary, attend)
             if observe is not None:
                 observe(step, grid[step], x, velocity)
             x = x + (grid[step + 1] - grid[step]) * velocity

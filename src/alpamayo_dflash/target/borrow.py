@@ -63,8 +63,8 @@ def borrow(
             are read, and its action expert if it has one), or transformers'
             `Qwen3VLForConditionalGeneration`.
         tokenizer: a bare model's: of transformers (fast) or of `tokenizers`; an Alpamayo has its own.
-        fuse: move q, k, v and gate, up of each text layer into one storage, and the head into storage of a
-            multiple of 64 rows; layer by layer, values unchanged.
+        fuse: move q, k, v and gate, up of each text and expert layer into one storage, and the head into
+            storage of a multiple of 64 rows; layer by layer, values unchanged.
         ignore_hooks: leave out forward hooks that decoding would not run, although they change the output.
 
     Raises:
@@ -101,7 +101,7 @@ def borrow(
         target.special = replace(target.special, ends=ends)
     check_hooks(target, ignore=ignore_hooks)
     if fuse:
-        share_storage(vlm)
+        share_storage(vlm, *([target.expert.layers] if isinstance(target, Alpamayo) else []))
     return target
 
 

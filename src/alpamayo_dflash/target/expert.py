@@ -10,6 +10,7 @@ F Fourier features, A the MLP's width, C the expert's hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLay
 from alpamayo_dflash.target.config import ActionProjectionConfig
 from alpamayo_dflash.target.qwen3 import Attend, check_activation, rms_norm
 from alpamayo_dflash.target.rotary import Rope, rope_settings, rope_values
+
+Join = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(layer, k, v [S, N, K, D]) -> keys and values of prefix and way-points, [S, K, T + N, D]."""
 
 _MLP_NORM_EPS = 1e-5
 ACTION_CHANNELS = 2
@@ -57,24 +61,52 @@ class ActionPrefix:
                 f"must both be [{samples[0]}]"
             )
 
-    def attend(self, waypoints: int) -> Attend:
-        """The expert's attention: N way-points a sample over the visible prefix and themselves."""
-        entries = self.keys.shape[2]
-        visible = torch.arange(entries, device=self.keys.device) < self.lengths.unsqueeze(-1)
-        mask = functional.pad(visible, (0, waypoints), value=True)[:, None, None]
+    def attend(self, waypoints: int, *, again: bool = False) -> Attend:
+        """The expert's attention: N way-points a sample over the visible prefix and themselves.
+
+        Args:
+            waypoints: N.
+            again: it will be called many times: the prefix is then copied once, to where the way-points' own
+                keys and values are written after it. Without gradients only.
+        """
+        mask = self._mask(waypoints)
+        join = self._written_behind(waypoints) if again else self._behind
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             # All rows of a sample see the same, so the query heads of a KV head fold into the rows.
             samples, rows, heads, dim = q.shape
             kv_heads = k.shape[-2]
             q_SKGD = q.reshape(samples, rows, kv_heads, -1, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-            k_SKTD = torch.cat((self.keys[layer], k), dim=1).transpose(1, 2)
-            v_SKTD = torch.cat((self.values[layer], v), dim=1).transpose(1, 2)
-            out = functional.scaled_dot_product_attention(q_SKGD, k_SKTD, v_SKTD, attn_mask=mask)
+            out = functional.scaled_dot_product_attention(q_SKGD, *join(layer, k, v), attn_mask=mask)
             grouped = out.reshape(samples, kv_heads, -1, rows, dim).permute(0, 3, 1, 2, 4)
             return grouped.reshape(samples, rows, heads, dim)
 
         return attend
+
+    def _mask(self, waypoints: int) -> Tensor | None:
+        """What the samples see, bool [S, 1, 1, T + N]; None where that is everything."""
+        entries, device = self.keys.shape[2], self.keys.device
+        if device.type == "cpu" and bool((self.lengths == entries).all()):
+            return None
+        visible = torch.arange(entries, device=device) < self.lengths.unsqueeze(-1)
+        return functional.pad(visible, (0, waypoints), value=True)[:, None, None]
+
+    def _behind(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, each [S, K, T + N, D], joined for this call."""
+        keys, values = (torch.cat(pair, dim=1) for pair in ((self.keys[layer], k), (self.values[layer], v)))
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def _written_behind(self, waypoints: int) -> Join:
+        """As `_behind`, the prefix copied once for all calls."""
+        entries = self.keys.shape[2]
+        joined = [functional.pad(each, (0, 0, 0, 0, 0, waypoints)) for each in (self.keys, self.values)]
+
+        def join(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = (each[layer] for each in joined)
+            keys[:, entries:], values[:, entries:] = k, v
+            return keys.transpose(1, 2), values.transpose(1, 2)
+
+        return join
 
 
 class Expert(nn.Module):
@@ -125,10 +157,11 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
+        self.eps = _MLP_NORM_EPS
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        return rms_norm(x, self.weight, _MLP_NORM_EPS)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class MLPEncoder(nn.Module):

@@ -76,9 +76,22 @@ class ActionSpace(nn.Module):
         Returns:
             xyz [..., N, 3] metres and rot [..., N, 3, 3].
         """
+        start = initial_speed(history_xyz, history_rot, self.config).to(action).expand(action.shape[:-2])
+        return self.drive(action, start, history_xyz[..., -1, 2].to(action))
+
+    def drive(self, action: Tensor, start: Tensor, height: Tensor) -> tuple[Tensor, Tensor]:
+        """Integrate actions from a known speed: tensor operations alone, so that they can be captured.
+
+        Args:
+            action: normalised, [..., N, 2].
+            start: [...] m/s, the speed at t0.
+            height: metres, the z of the whole trajectory, broadcast to [...].
+
+        Returns:
+            As `to_trajectory`.
+        """
         dt = self.config.dt
         acceleration, curvature = self.denormalise(action)
-        start = initial_speed(history_xyz, history_rot, self.config).to(action).expand(action.shape[:-2])
         speed = _from(start, start.unsqueeze(-1) + (acceleration * dt).cumsum(-1))
         turn = (curvature * speed[..., :-1] * dt).cumsum(-1) + (curvature * acceleration * dt**2 / 2).cumsum(
             -1
@@ -86,7 +99,7 @@ class ActionSpace(nn.Module):
         heading = _from(torch.zeros_like(start), turn)
         velocity = speed.unsqueeze(-1) * torch.stack((heading.cos(), heading.sin()), dim=-1)
         xy = dt / 2 * velocity[..., :-1, :].cumsum(-2) + dt / 2 * velocity[..., 1:, :].cumsum(-2)
-        z = history_xyz[..., -1:, 2:].to(action).expand(*xy.shape[:-1], 1)
+        z = height[..., None, None].expand(*xy.shape[:-1], 1)
         return torch.cat((xy, z), dim=-1), yaw_matrices(turn)
 
     def from_trajectory(self, xyz: Tensor, rot: Tensor, history_xyz: Tensor, history_rot: Tensor) -> Tensor:

@@ -56,14 +56,35 @@ def rotary_tables(
         cos and sin, float32 [..., R, D].
     """
     _, section_h, section_w = mrope_section
+    inverse = inverse_frequencies(head_dim, theta, position_ids.device)
     index = torch.arange(head_dim // 2, device=position_ids.device)
-    inverse = 1.0 / theta ** (
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=index.device) / head_dim
-    )
     axis = torch.zeros_like(index)
     axis[(index % 3 == 1) & (index < 3 * section_h)] = 1
     axis[(index % 3 == 2) & (index < 3 * section_w)] = 2
-    angles = position_ids.movedim(0, -1).float()[..., axis] * inverse
+    return _cos_sin(position_ids.movedim(0, -1).float()[..., axis] * inverse)
+
+
+def text_rotary_tables(positions: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotary_tables` of positions with three equal axes, as those after a prompt; sections then say nothing.
+
+    Args:
+        positions: int64 [..., R].
+        inverse: from `inverse_frequencies`.
+
+    Returns:
+        cos and sin, float32 [..., R, D].
+    """
+    return _cos_sin(positions.unsqueeze(-1).float() * inverse)
+
+
+def inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Radians a position of each pair of a head's dimensions, float32 [D/2]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    inverse: Tensor = 1.0 / theta**exponents
+    return inverse
+
+
+def _cos_sin(angles: Tensor) -> tuple[Tensor, Tensor]:
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

@@ -99,7 +99,7 @@ def share_groups(root: nn.Module) -> None:
 
 
 @torch.no_grad()
-def share_storage(vlm: Any) -> None:
+def share_storage(vlm: Any, *decoders: nn.Module) -> None:
     """Move a loaded Qwen3-VL's text weights into shared storage, group by group, values unchanged.
 
     The parameters stay the same objects; only where they lie changes. A head that is tied to the embedding
@@ -107,12 +107,14 @@ def share_storage(vlm: Any) -> None:
 
     Args:
         vlm: transformers' Qwen3-VL for conditional generation.
+        decoders: others whose layers are laid out likewise.
 
     Raises:
         ValueError: a projection is not a plain linear layer without bias; nothing has been moved then.
     """
     text = vlm.model.language_model
-    groups = [group for module in text.layers.modules() for group in fused_groups(module)]
+    roots = (text.layers, *decoders)
+    groups = [group for root in roots for module in root.modules() for group in fused_groups(module)]
     for group in groups:
         for linear in group:
             found = not_plain(linear)
@@ -121,7 +123,8 @@ def share_storage(vlm: Any) -> None:
                     f"fuse=True: a projection is a {found}; only plain nn.Linear can be moved (merge "
                     "adapters first, or leave fuse off)"
                 )
-    share_groups(text.layers)
+    for root in roots:
+        share_groups(root)
     head: Tensor = vlm.lm_head.weight
     if head is not text.embed_tokens.weight:
         storage = head.data.new_zeros(padded_rows(len(head)), head.shape[1])
