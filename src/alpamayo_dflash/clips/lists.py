@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import check_cameras
+from alpamayo_dflash.common.json_text import read_json_value
 from alpamayo_dflash.common.options import generator_seed
+
+_MOST_DIGITS = 6  # of a chunk; the dataset has thousands
 
 
 def parse_chunks(text: str | None) -> list[int] | None:
@@ -33,6 +34,8 @@ def parse_chunks(text: str | None) -> list[int] | None:
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if match is None:
             raise ValueError(f"{text!r} is no list of chunks; write numbers and ranges such as 0-3,7")
+        if max(len(match[1]), len(match[2] or "")) > _MOST_DIGITS:
+            raise ValueError(f"{text!r:.200}: chunks have numbers of at most {_MOST_DIGITS} digits")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"{text!r}: the range of chunks {part.strip()} ends before it begins")
@@ -88,10 +91,7 @@ def _from_text(path: Path) -> list[str]:
 
 
 def _from_json(path: Path) -> list[str]:
-    try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    value = read_json_value(path)
     if isinstance(value, dict):
         value = value.get("clip_ids")
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):

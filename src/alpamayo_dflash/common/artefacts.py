@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alpamayo_dflash.common.json_text import read_json_value
+
 # The packages whose versions can change a number.
 _LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "numpy", "physical_ai_av", "av")
 _RECORDED = ("alpamayo-dflash", *_LIBRARIES)
@@ -127,14 +129,7 @@ def read_json(path: Path | str, *keys: str) -> dict[str, Any]:
             it.
     """
     path = Path(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder, not a file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    value = read_json_value(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds {_kind_of(value)}, not an object")
     missing = [key for key in keys if key not in value]

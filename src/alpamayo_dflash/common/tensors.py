@@ -24,6 +24,8 @@ def opened(path: Path) -> Iterator[Any]:
             yield file
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 

@@ -19,10 +19,10 @@ import pyarrow.parquet
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_file, file_hash, read_json, write_json
-from alpamayo_dflash.common.fields import value_of
 from alpamayo_dflash.common.ranks import require_same
 from alpamayo_dflash.common.tensors import save_tensors
 from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT
+from alpamayo_dflash.distill.manifest import check_manifest
 
 FORMAT = 1
 MANIFEST_FILE = "distill.json"
@@ -169,8 +169,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a manifest of distillation data of format {FORMAT}")
-    value_of(content, "settings", dict, where=str(path))
-    value_of(content, "shards", list, where=str(path))
+    check_manifest(content, path)
     return content
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json
-from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.fields import file_name, value_of
 from alpamayo_dflash.common.identity import Fingerprint, identity_of
 from alpamayo_dflash.common.tensors import read_tensors, save_tensors
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
@@ -371,7 +371,7 @@ def _weight_files(folder: Path) -> list[str]:
     if (folder / WEIGHTS).exists() or not index.exists():
         return [WEIGHTS]
     weight_map = value_of(read_json(index), "weight_map", dict, where=str(index))
-    return sorted({value_of(weight_map, name, str, where=str(index)) for name in weight_map})
+    return sorted({file_name(file, f"{index}: {name:.200}") for name, file in weight_map.items()})
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

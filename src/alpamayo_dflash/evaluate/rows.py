@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, Generic, NotRequired, TypedDict, TypeVar, cast
 
 from alpamayo_dflash.common.artefacts import move_aside, to_plain, write_text
+from alpamayo_dflash.common.fields import checked
+from alpamayo_dflash.common.json_text import parse_json
 from alpamayo_dflash.common.locks import mark_of
+from alpamayo_dflash.evaluate.config import ARMS
 
 
 class ArmRow(TypedDict):
@@ -127,6 +130,18 @@ FORMAT = 2
 """Of the rows; the first had neither times of parts nor rounds."""
 
 
+def _checked_row(row: Any, where: str) -> Any:
+    """A row of either kind; ValueError with the file and the key if it is none."""
+    kind = ClipRow if "arms" in checked(row, dict, f"{where}: a row") else LosslessRow
+    checked(row, kind, f"{where}: row {row.get('clip_id')!r:.80}")
+    arms = row.get("arms", {}).keys()
+    if arms and not {"dflash"} <= arms <= set(ARMS):
+        raise ValueError(
+            f"{where}: arms are {sorted(arms)!r:.200}; they must be dflash, or {', '.join(ARMS)}"
+        )
+    return row
+
+
 class RowStore(Generic[Row]):
     """A JSON-lines file of results: a head line that names the run, then one line a clip.
 
@@ -146,19 +161,22 @@ class RowStore(Generic[Row]):
     def _read(self) -> dict[str, Row]:
         if not self.path.exists():
             return {}
-        lines = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        lines, where = [], str(self.path)
+        for line in self.path.read_bytes().splitlines():
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
+                lines.append(parse_json(line, where))
+            except ValueError:
                 break
-        if lines and lines[0].get("format") != FORMAT:
+        if lines and checked(lines[0], dict, f"{where}: its head").get("format") != FORMAT:
             raise ValueError(
                 f"{self.path}: an unfinished run of another version; finish it with that, or remove the file"
             )
         if not lines or lines[0] != self._head:
             return {}
-        return {row["clip_id"]: cast(Row, row) for row in lines[1:]}
+        rows = [_checked_row(line, where) for line in lines[1:]]
+        if len({frozenset(row.get("arms", {})) for row in rows}) > 1:
+            raise ValueError(f"{where}: its rows have different arms; they are not of one run")
+        return {row["clip_id"]: cast(Row, row) for row in rows}
 
     def __contains__(self, clip_id: str) -> bool:
         return clip_id in self._rows
@@ -177,7 +195,7 @@ class RowStore(Generic[Row]):
     def _begin(self) -> None:
         """Write the head and the rows that are continued; rows of another run are moved aside."""
         if not self._rows and self.path.exists():
-            head, *rows = self.path.read_text(encoding="utf-8").splitlines() or [""]
+            head, *rows = self.path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
             if rows:
                 move_aside(self.path, mark_of(head), "another run's rows")
         lines = [self._head, *self._rows.values()]

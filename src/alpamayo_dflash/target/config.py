@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from alpamayo_dflash.common.artefacts import read_json
-from alpamayo_dflash.common.fields import build, value_of
+from alpamayo_dflash.common.fields import build, path_text, value_of
 
 Version = Literal["r1", "1.5"]
 
@@ -261,7 +261,7 @@ class AlpamayoConfig:
         dtypes = [value(key, str) for key in ("dtype", "torch_dtype", "model_dtype") if raw.get(key)]
         return cls(
             version=_version(raw),
-            vlm_name_or_path=value("vlm_name_or_path", str),
+            vlm_name_or_path=path_text(raw["vlm_name_or_path"], f"{CONFIG}: vlm_name_or_path"),
             vocab_size=value("vocab_size", int),
             traj_token_start_idx=start,
             traj_vocab_size=value("traj_vocab_size", int),

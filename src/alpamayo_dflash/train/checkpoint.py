@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json
-from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.fields import checked
 from alpamayo_dflash.common.tensors import read_tensors, save_tensors
 from alpamayo_dflash.draft.formats import KEPT_IDS, read_draft, write_files
 from alpamayo_dflash.draft.model import DFlashDraft
@@ -21,7 +21,26 @@ from alpamayo_dflash.draft.model import DFlashDraft
 STATE = "trainer.json"
 OPTIMIZER = "optimizer.safetensors"
 _RANDOM = "random_state"
-_STATE_KINDS = {"config": dict, "world_size": int, "parents": dict, "progress": dict, "total_steps": int}
+
+
+class ProgressEntry(TypedDict):
+    """The trainer's `Progress` as JSON."""
+
+    step: int
+    best_length: float
+    best_step: int
+    evaluations: list[dict[str, Any]]
+    losses: list[dict[str, Any]]
+
+
+class State(TypedDict):
+    """What `trainer.json` holds."""
+
+    config: dict[str, Any]
+    world_size: int
+    parents: dict[str, str | None]
+    progress: ProgressEntry
+    total_steps: int
 
 
 def save_training(
@@ -54,8 +73,12 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     if not (folder / STATE).exists():
         return None
     state, where = read_json(folder / STATE), str(folder / STATE)
-    for key, kind in _STATE_KINDS.items():
-        value_of(state, key, kind, where=where)
+    checked(state, State, where)
+    if not 0 <= state["progress"]["step"] <= state["total_steps"]:
+        found = state["progress"]["step"]
+        raise ValueError(
+            f"{where}: progress.step is {found}; it must be 0 to total_steps {state['total_steps']}"
+        )
     return state
 
 
