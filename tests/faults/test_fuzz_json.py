@@ -8,7 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from fuzzing import fuzzed, json_files, tried
+from fuzzing import fuzz_file, fuzzed, json_files, tried
 from hypothesis import given
 from small_artefacts import (
     CLIPS,
@@ -54,19 +54,7 @@ def saved(tmp_path_factory):
 
 
 def fuzz(reader, inputs, folder, file, read):
-    """Read a file as it is, then what it may become."""
-    sound = file.read_bytes()
-    read()
-
-    @fuzzed(inputs)
-    @given(json_files(json.loads(sound)))
-    def each(data):
-        file.write_bytes(data)
-        tried(reader, folder, read)
-
-    each()
-    file.write_bytes(sound)
-    read()
+    fuzz_file(reader, inputs, read, lambda sound: json_files(json.loads(sound)), file=file, folder=folder)
 
 
 @pytest.fixture

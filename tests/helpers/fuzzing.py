@@ -16,7 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 LARGE = os.environ.get("ALPAMAYO_FUZZ") == "large"
@@ -91,6 +91,31 @@ def tried(reader, name, read):
         else:
             COUNTS[reader]["read"] += 1
     assert TRAP not in sys.modules
+
+
+def fuzz_file(reader, inputs, read, made, *, file, folder):
+    """Read a file as it is, then as what `made(its bytes)` draws, then as it was again.
+
+    Args:
+        reader: its name in the counts.
+        inputs: how many.
+        read: reads the file.
+        made: a strategy of bytes, made from the sound ones.
+        file: what is replaced.
+        folder: what every refusal must name: the file's folder, or the whole artefact's.
+    """
+    sound = file.read_bytes()
+    read()
+
+    @fuzzed(inputs)
+    @given(made(sound))
+    def each(data):
+        file.write_bytes(data)
+        tried(reader, folder, read)
+
+    each()
+    file.write_bytes(sound)
+    read()
 
 
 # What may stand in the place of any value.

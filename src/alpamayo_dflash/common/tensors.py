@@ -1,15 +1,31 @@
-"""safetensors files, whose faults are errors that name the file."""
+"""Files of tensors, whose faults are errors that name the file."""
 
 from __future__ import annotations
 
+import pickle
+import struct
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights may be stored in."""
+
+MOST_PICKLED = 2**24
+"""The most bytes, and entries, of a file that `torch.save` wrote: only vectors are read of such."""
+
+# What torch.load ends in for damaged files: its unpickler checks neither its stack nor its arguments.
+_UNPICKLING_ERRORS = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, TypeError, AttributeError),
+    *(LookupError, ArithmeticError, EOFError, OSError, AssertionError, MemoryError, struct.error),
+)
 
 
 @contextmanager
@@ -38,6 +54,26 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
     """
     with opened(Path(path)) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def read_pickled(path: Path) -> Any:
+    """What `torch.save` wrote, of tensors and plain values alone: nothing of the file is run or imported.
+
+    Raises:
+        ValueError: it is missing, is none, or is larger than `MOST_PICKLED` bytes, packed or unpacked.
+    """
+    size = path.stat().st_size if path.is_file() else 0
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                size = max(size, sum(member.file_size for member in archive.infolist()))
+        if size > MOST_PICKLED:
+            raise ValueError(f"it has {size} bytes; at most {MOST_PICKLED} are read")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _UNPICKLING_ERRORS as error:
+        raise ValueError(
+            f"{path}: not a tensor that torch.load reads with weights_only ({type(error).__name__}: {error})"
+        ) from None
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -51,6 +51,7 @@ OPTIONAL_TENSORS = frozenset(
 )
 _TEXT = "vlm.model.language_model."
 _NAMES_SHOWN = 20
+_FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
 _LAYERS, _WIDTH, _COUNT = 1024, 2**20, 2**14
 # The most that the sizes of a Qwen3-VL may be: far beyond any model, and below what no machine can hold.
 _SIZES = {
@@ -417,14 +418,18 @@ def _check_tensors(expected: Mapping[str, tuple[int, ...]], shards: Mapping[str,
     problems = []
     missing = [name for name in expected if name not in shards and name not in OPTIONAL_TENSORS]
     surplus = [name for name in shards if name not in expected]
-    misshapen = []
+    misshapen, strange = [], []
     for path in dict.fromkeys(shards.values()):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118
-                shape = tuple(file.get_slice(name).get_shape())
+                view = file.get_slice(name)
+                shape, dtype = tuple(view.get_shape()), view.get_dtype()
                 if name in expected and shape != expected[name]:
                     misshapen.append(f"{name} is {list(shape)} and must be {list(expected[name])}")
-    for label, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)):
+                if dtype not in _FLOATS:
+                    strange.append(f"{name} is {dtype} and must be one of {', '.join(_FLOATS)}")
+    faults = {"missing": missing, "surplus": surplus, "misshapen": misshapen, "of another dtype": strange}
+    for label, names in faults.items():
         if names:
             problems.append(f"{len(names)} {label}: {_listed(names)}")
     if problems:

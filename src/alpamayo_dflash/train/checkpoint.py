@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json
 from alpamayo_dflash.common.fields import checked
-from alpamayo_dflash.common.tensors import read_tensors, save_tensors
+from alpamayo_dflash.common.tensors import FLOATS, read_tensors, save_tensors
 from alpamayo_dflash.draft.formats import KEPT_IDS, read_draft, write_files
 from alpamayo_dflash.draft.model import DFlashDraft
 
@@ -95,10 +95,10 @@ def load_training(folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optim
         raise ValueError(f"{folder}: the checkpoint's head keeps other tokens than this run's")
     draft.load_state_dict(weights)
     tensors = read_tensors(folder / OPTIMIZER)
-    try:
-        torch.set_rng_state(tensors.pop(_RANDOM))
-    except KeyError:
-        raise ValueError(f"{folder / OPTIMIZER}: no {_RANDOM}") from None
+    random = tensors.pop(_RANDOM, None)
+    now = torch.get_rng_state()
+    if random is None or (random.dtype, random.shape) != (now.dtype, now.shape):
+        raise ValueError(f"{folder / OPTIMIZER}: no {_RANDOM} of torch, {len(now)} bytes")
     by_name: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(":")
@@ -106,9 +106,24 @@ def load_training(folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optim
     trained = {name for name, parameter in draft.named_parameters() if parameter.requires_grad}
     if set(by_name) != trained:
         raise ValueError(f"{folder / OPTIMIZER}: not of this draft: {sorted(set(by_name) ^ trained)[:4]}")
+    _check_optimizer(by_name, dict(draft.named_parameters()), folder / OPTIMIZER)
+    torch.set_rng_state(random)
     names = {parameter: name for name, parameter in draft.named_parameters()}
     # The optimizer counts its parameters through its groups; load_state_dict puts tensors on their devices.
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
     state = {index: by_name[names[parameter]] for index, parameter in enumerate(order)}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check_optimizer(
+    found: Mapping[str, Mapping[str, Tensor]], parameters: Mapping[str, Tensor], path: Path
+) -> None:
+    """Refuse an optimizer's tensors of other names, shapes or kinds than AdamW keeps."""
+    for name, tensors in found.items():
+        shape = tuple(parameters[name].shape)
+        wanted = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        if shapes != wanted or any(tensor.dtype not in FLOATS for tensor in tensors.values()):
+            kinds = {key: f"{tensor.dtype} {list(tensor.shape)}" for key, tensor in tensors.items()}
+            raise ValueError(f"{path}: {name} has {kinds}; AdamW keeps numbers of shapes {wanted}")
