@@ -67,7 +67,7 @@ def test_a_targets_config(target):
         found = read_target(target, local_files_only=True)
         target_identity(found.folder, found.vlm_files)
 
-    fuzz("target: config.json", 200, target, target / "config.json", read)
+    fuzz("target: config.json", 120, target, target / "config.json", read)
 
 
 def test_a_qwens_config(target):
@@ -79,7 +79,7 @@ def test_a_qwens_config(target):
 @pytest.mark.parametrize("file", ["config.json", "vlm/config.json"])
 def test_a_whole_targets_configs(target, file):
     read = partial(Alpamayo.from_pretrained, target, local_files_only=True)
-    fuzz(f"whole target: {file}", 30, target, target / file, read)
+    fuzz(f"whole target: {file}", 12, target, target / file, read)
 
 
 def test_a_targets_index(target):
@@ -95,7 +95,7 @@ def test_a_random_targets_record(target):
 def test_a_drafts_config(tmp_path):
     write_draft(tmp_path / "draft")
     read = partial(DFlashDraft.from_pretrained, tmp_path / "draft")
-    fuzz("draft: config.json", 200, tmp_path, tmp_path / "draft" / "config.json", read)
+    fuzz("draft: config.json", 130, tmp_path, tmp_path / "draft" / "config.json", read)
 
 
 def test_a_drafts_index(tmp_path):
@@ -116,7 +116,7 @@ def test_a_drafts_index(tmp_path):
 def test_scores_of_layers(tmp_path, monkeypatch):
     monkeypatch.setattr(aggregate_module, "provenance", lambda *_, **__: {})  # asks git each time
     read = partial(aggregate, write_scores(tmp_path), None)
-    fuzz("layers: scores", 150, tmp_path, tmp_path / "scores-rank0of2.json", read)
+    fuzz("layers: scores", 100, tmp_path, tmp_path / "scores-rank0of2.json", read)
 
 
 def test_chosen_layers(tmp_path):
@@ -136,7 +136,7 @@ def test_manifests_of_distillation(tmp_path):
         given = {"clips_per_shard": 2, "provenance": MADE}
         RankWriter(tmp_path, 0, settings, CLIPS, **given, again=lambda _: True).summary()
 
-    fuzz("distill: manifest", 200, tmp_path, tmp_path / "manifest-rank0.json", read)
+    fuzz("distill: manifest", 130, tmp_path, tmp_path / "manifest-rank0.json", read)
 
 
 def test_a_merged_manifest(tmp_path):
@@ -158,7 +158,7 @@ def test_a_trainers_state(tmp_path):
         build(train_run.Progress, state["progress"], str(folder))
         read_state(folder)
 
-    fuzz("train: trainer.json", 200, tmp_path, folder / "trainer.json", read)
+    fuzz("train: trainer.json", 120, tmp_path, folder / "trainer.json", read)
 
 
 def test_a_worlds_manifest(tmp_path):
@@ -185,7 +185,7 @@ def test_an_evaluation_for_a_report(tmp_path, monkeypatch):
     file = tmp_path / "evaluation.json"
     write_json(file, evaluation())
     config = SimpleNamespace(evaluation=file, out=None)
-    fuzz("report: evaluation.json", 250, tmp_path, file, partial(report_run.run, config))
+    fuzz("report: evaluation.json", 150, tmp_path, file, partial(report_run.run, config))
 
 
 def test_an_evaluation_for_a_report_with_plots(tmp_path):
@@ -193,7 +193,7 @@ def test_an_evaluation_for_a_report_with_plots(tmp_path):
     write_json(file, evaluation())
     fuzz(
         "report with plots: evaluation.json",
-        4,
+        1,
         tmp_path,
         file,
         partial(report_run.run, SimpleNamespace(evaluation=file, out=None)),
@@ -213,7 +213,7 @@ def test_rows_of_an_evaluation(tmp_path):
 
     read()
 
-    @fuzzed(150)
+    @fuzzed(100)
     @given(json_files(rows))
     def each(data):
         try:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from alpamayo_dflash.clips.layout import check_clip_id
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import check_cameras
 from alpamayo_dflash.common.json_text import read_json_value
 from alpamayo_dflash.common.options import generator_seed
+from alpamayo_dflash.common.tables import read_columns
 
 _MOST_DIGITS = 6  # of a chunk; the dataset has thousands
 
@@ -74,6 +76,8 @@ def read_clip_list(path: Path | str) -> list[str]:
     clip_ids = readers.get(path.suffix.lower(), _from_text)(path)
     if not clip_ids:
         raise ValueError(f"{path}: the list holds no clip ids")
+    for clip_id in clip_ids:
+        check_clip_id(clip_id, str(path))
     twice = [clip_id for clip_id, count in Counter(clip_ids).items() if count > 1]
     if twice:
         raise ValueError(
@@ -84,7 +88,7 @@ def read_clip_list(path: Path | str) -> list[str]:
 
 def _from_text(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file of clip ids ({error})") from None
     return [line.strip() for line in lines if line.strip()]
@@ -100,18 +104,8 @@ def _from_json(path: Path) -> list[str]:
 
 
 def _from_parquet(path: Path) -> list[str]:
-    import pandas as pd
-    import pyarrow as pa
-
-    try:
-        table = pd.read_parquet(path)
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: not a Parquet file ({error})") from None
-    if table.index.name == "clip_id":
-        table = table.reset_index()
-    if "clip_id" not in table:
-        raise ValueError(f"{path}: has no column or index `clip_id`; it has {list(table.columns)}")
-    return [str(clip_id) for clip_id in table["clip_id"]]
+    found: list[str] = read_columns(path, {"clip_id": str}, str(path))["clip_id"].to_pylist()
+    return found
 
 
 def take(clip_ids: Sequence[str], count: int | None) -> list[str]:
@@ -144,7 +138,7 @@ def chosen_clips(
         ValueError: a clip is not in the dataset, there are none, or fewer than `count`.
     """
     if clip_id is not None:
-        named = [clip_id]
+        named = [check_clip_id(clip_id, "clip_id")]
     elif clip_ids is not None:
         named = list(dict.fromkeys(read_clip_list(clip_ids)))
     else:

@@ -8,8 +8,10 @@ an uninterrupted one.
 from __future__ import annotations
 
 import hashlib
+import re
+import typing
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,16 @@ import pyarrow.parquet
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_file, file_hash, read_json, write_json
+from alpamayo_dflash.common.fields import checked, naming, shown
+from alpamayo_dflash.common.options import check_at_least
 from alpamayo_dflash.common.ranks import require_same
+from alpamayo_dflash.common.tables import read_columns
 from alpamayo_dflash.common.tensors import save_tensors
 from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT
 from alpamayo_dflash.distill.manifest import check_manifest
+
+_KINDS: dict[Any, Any] = {int: int, float: float, str: str, tuple[int, ...]: list}
+_MOST_ROWS = 2**26
 
 FORMAT = 1
 MANIFEST_FILE = "distill.json"
@@ -144,20 +152,42 @@ def read_table(path: Path, shards: Sequence[Mapping[str, Any]]) -> list[DistillS
     expected = {shard["file"]: shard["samples"] for shard in shards if shard["file"] is not None}
     if not expected:
         return []
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (FileNotFoundError, pyarrow.ArrowInvalid) as error:
-        raise ValueError(f"{path}: not a readable table of samples ({error})") from None
-    samples = [
-        DistillSample(**{**row, "seed": int(row["seed"]), "token_ids": tuple(row["token_ids"])})
-        for row in rows
-        if row["shard"] in expected
-    ]
+    samples = read_samples(path, expected)
     for name, count in expected.items():
         found = sum(sample.shard == name for sample in samples)
         if found != count:
             raise ValueError(f"{path}: {found} rows for shard {name}, which holds {count} responses")
     return samples
+
+
+def read_samples(path: Path, shards: Container[str]) -> list[DistillSample]:
+    """The rows of a table of samples that are of these shards.
+
+    Raises:
+        ValueError: the file is missing or broken, or lacks a column or a value; the message names it.
+    """
+    kinds = {name: _KINDS.get(hint, object) for name, hint in typing.get_type_hints(DistillSample).items()}
+    samples = []
+    for row in read_columns(path, kinds | {"seed": object}, str(path), most_rows=_MOST_ROWS).to_pylist():
+        if row["shard"] in shards:
+            with naming(f"{path}: shard {row['shard']}, index {row['index']}"):
+                seed, ids = whole_seed(row["seed"]), tuple(checked(row["token_ids"], list[int], "token_ids"))
+                if any(number < 0 for number in (row["index"], *ids)):
+                    raise ValueError("index and token_ids must not be negative")
+                check_at_least(0, temperature=row["temperature"], top_p=row["top_p"])
+                samples.append(DistillSample(**{**row, "seed": seed, "token_ids": ids}))
+    return samples
+
+
+def whole_seed(value: Any) -> int:
+    """A seed of the table: a whole number, or one written as text.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if type(value) is int or (isinstance(value, str) and re.fullmatch(r"-?\d{1,4000}", value)):
+        return int(value)
+    raise ValueError(f"seed is {shown(value)}; it must be a whole number")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

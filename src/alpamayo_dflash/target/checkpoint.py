@@ -381,7 +381,7 @@ def _download(repo_id: str, patterns: tuple[str, ...], *, local_files_only: bool
 def _blank_ended_ref(repo_id: str) -> str | None:
     """The cached `main`, where its file ends in a line end, which the hub's library would take along."""
     reference = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}" / "refs" / "main"
-    text = reference.read_text(encoding="utf-8") if reference.is_file() else ""
+    text = reference.read_bytes().decode("utf-8", "replace") if reference.is_file() else ""
     return text.strip() if text.strip() != text else None
 
 
