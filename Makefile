@@ -57,7 +57,7 @@ $(COMPAT)/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(COMPAT)
 	sed 's/^torch==.*/torch==$(COMPAT_TORCH)/' constraints-oldest.txt > $(COMPAT)/constraints.txt
 	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -c $(COMPAT)/constraints.txt \
-		torch pytest pytest-xdist 'setuptools>=77' -e .
+		torch pytest pytest-xdist hypothesis 'setuptools>=77' -e .
 	touch $@
 
 $(LAID)/installed: $(STAMP) constraints-oldest.txt

@@ -32,6 +32,15 @@ def test_a_few_columns_are_computed_in_parts():
     assert len(product.product(normal(2, 1024), normal(64, 1024))) == 8
 
 
+@pytest.mark.parametrize("parts", [2, 3, 4, 5])
+def test_parts_may_be_of_different_lengths(parts):
+    x, weight = normal(3, 5 * 64), normal(64, 5 * 64, seed=1)
+    blocks = product.Blocks(swap=True, columns=64, inner=64, stages=2, warps=4, rows=16, parts=parts)
+    found = product.few_rows_product(x, weight, blocks)
+    assert len(found) == parts
+    torch.testing.assert_close(found.sum(0), functional.linear(x, weight), rtol=1e-4, atol=1e-4)
+
+
 def test_a_rows_product_depends_on_that_row_alone():
     x, weight = normal(8, 256), normal(64, 256, seed=1)
     changed = x.clone()

@@ -457,7 +457,7 @@ def test_a_bad_shard_is_named_or_left_out(tmp_path, damage):
 def test_a_table_that_cannot_be_read_makes_every_shard_of_its_rank_bad(tmp_path):
     write(tmp_path)
     table_path(tmp_path, 0).write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="not a readable table"):
+    with pytest.raises(ValueError, match="not a Parquet file that can be read"):
         DistillData(tmp_path)
     assert len(DistillData(tmp_path, on_bad_shard="skip").bad_shards) == 4
 

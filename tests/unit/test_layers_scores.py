@@ -163,7 +163,7 @@ def test_aggregate_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="no scores-rank"):
         aggregate(LayersConfig(tmp_path, aggregate=True), None)
     scores_path(tmp_path, 0, 1).write_text("{}")
-    with pytest.raises(ValueError, match="not a file of layer scores"):
+    with pytest.raises(ValueError, match="no settings; it must be an object"):
         aggregate(LayersConfig(tmp_path, aggregate=True), None)
     write_part(tmp_path, 0, 1, [])
     with pytest.raises(ValueError, match="no clip was scored"):

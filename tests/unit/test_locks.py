@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+from small_artefacts import clip_row
 
 from alpamayo_dflash.common import locks
 from alpamayo_dflash.common.artefacts import atomic_file, atomic_folder, recover_folder
@@ -136,10 +137,10 @@ def test_a_link_stays_a_link(tmp_path):
 def test_rows_of_another_run_are_moved_aside(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     first = RowStore(path, {"run": 1})
-    first.add({"clip_id": "a"})
+    first.add(clip_row(0) | {"clip_id": "a"})
     second = RowStore(path, {"run": 2})
     assert len(second) == 0
-    second.add({"clip_id": "b"})
+    second.add(clip_row(0) | {"clip_id": "b"})
     assert "held another run's rows" in capsys.readouterr().err
     [aside] = tmp_path.glob("rows.of-*.jsonl")
     assert [json.loads(line).get("clip_id") for line in aside.read_text().splitlines()] == [None, "a"]

@@ -27,6 +27,11 @@ def tensors():
     }
 
 
+def row(clip_id):
+    counts = {"tokens_after_first": 1, "passes": 1, "drafted": 7, "accepted": 0}
+    return {"clip_id": clip_id, "prompt_tokens": 1, "coc": [""], "arms": {}, "acceptance": counts}
+
+
 def flip(path, at, bit=0):
     content = bytearray(path.read_bytes())
     content[at] ^= 1 << bit
@@ -105,7 +110,7 @@ def test_rows_are_held_to_their_checksums_and_a_cut_last_line_is_left_out(tmp_pa
     path = tmp_path / "rows.jsonl"
     store = RowStore(path, {"run": 1})
     for name in ("x", "y", "z"):
-        store.add({"clip_id": name})
+        store.add(row(name))
     assert [recorded for _, recorded in read_lines(path)] == [True] * 4
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
@@ -132,7 +137,7 @@ def test_verify_reads_everything_and_names_what_is_wrong(tmp_path, capsys):
     (tmp_path / "list.json").write_text("[1]")
     save_tensors(tensors(), tmp_path / "new.safetensors")
     save_file(tensors(), tmp_path / "older.safetensors")
-    RowStore(tmp_path / "rows.jsonl", {"run": 1}).add({"clip_id": "x"})
+    RowStore(tmp_path / "rows.jsonl", {"run": 1}).add(row("x"))
     (tmp_path / "notes.txt").write_text("nothing of ours")
     status, found = verified(capsys, tmp_path)
     assert status == 0

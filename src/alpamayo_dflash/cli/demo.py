@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpamayo_dflash.common.artefacts import provenance, read_json, write_record
+from alpamayo_dflash.common.fields import value_of
 from alpamayo_dflash.common.options import check_positive
 
 if TYPE_CHECKING:
@@ -183,6 +184,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
     from rich.console import Console
 
     from alpamayo_dflash.evaluate.run import RESULT
+    from alpamayo_dflash.report.evaluation import read_evaluation
     from alpamayo_dflash.standins.config import world_figures_path
 
     started = time.time()
@@ -193,12 +195,12 @@ def run(config: DemoConfig) -> dict[str, Any]:
     path = config.out / "summary.json"
     seconds, nothing_to_do = _run_stages(plan, console)
     if nothing_to_do and path.exists():
-        return _report(config, read_json(path)) | {"nothing_to_do": True}
+        return _report(config, read_evaluation(path)) | {"nothing_to_do": True}
     summary = _summary(plan, figures) | {"seconds": seconds}
-    evaluated = read_json(plan.evaluate.output_dir / RESULT, "provenance")["provenance"]
-    summary["provenance"] = provenance(
-        config, started, evaluated["parents"], identity=evaluated.get("identity", 1)
-    )
+    where = plan.evaluate.output_dir / RESULT
+    evaluated = value_of(read_json(where), "provenance", dict, where=str(where))
+    parents = value_of(evaluated, "parents", dict[str, str], where=f"{where}: provenance")
+    summary["provenance"] = provenance(config, started, parents, identity=evaluated.get("identity", 1))
     write_record(path, summary)
     return _report(config, summary)
 
@@ -231,18 +233,21 @@ def _summary(plan: Stages, figures: dict[str, float]) -> dict[str, Any]:
     """The evaluation with its rows, and the world's figures: shipped, and over the training clips."""
     from alpamayo_dflash.distill.data import DistillData
     from alpamayo_dflash.evaluate.hardness import BOUNDS, coc_tokens, figures_of
+    from alpamayo_dflash.report.evaluation import read_evaluation
     from alpamayo_dflash.target.checkpoint import read_target
 
-    evaluation: dict[str, Any] = read_json(plan.evaluate.output_dir / "evaluation.json")
+    evaluation: dict[str, Any] = read_evaluation(plan.evaluate.output_dir / "evaluation.json")
     cot_end = read_target(plan.evaluate.alpamayo_model).special().cot_end
     sampled: dict[str, list[tuple[str, int]]] = {}
     for sample in DistillData(plan.distill.output_dir).samples:
         if sample.temperature > 0:
             response = (sample.text, coc_tokens(sample.token_ids, cot_end))
             sampled.setdefault(sample.clip_id, []).append(response)
-    training = read_json(plan.train.output_dir / "train.json")
+    path = plan.train.output_dir / "train.json"
+    training = read_json(path)
+    kinds = {"evaluations": list[dict[str, Any]], "best_step": int}
     return evaluation | {
-        "training": {"evaluations": training["evaluations"], "best_step": training["best_step"]},
+        "training": {key: value_of(training, key, kind, where=str(path)) for key, kind in kinds.items()},
         "world": figures,
         "world_here": figures_of(list(sampled.values())),
         "world_here_clips": len(sampled),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from alpamayo_dflash.common.fields import path_text
+
 REPO_ID = "nvidia/PhysicalAI-Autonomous-Vehicles"
 EGOMOTION = "egomotion"
 
@@ -27,12 +29,14 @@ def find_snapshot(cache_dir: Path | str, revision: str = "main", repo_id: str = 
             f"{cache_dir} is no cache of the dataset {repo_id}: it has no folder {folder.name}"
             + " (it holds the dataset's files as they are; the hub's cache layout is what is read)" * plain
         )
-    commit = revision
+    commit = path_text(revision, "revision")
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         reference = folder / "refs" / revision
         if not reference.is_file():
             raise ValueError(f"{folder} holds no revision {revision!r}: there is no refs/{revision}")
-        commit = reference.read_text(encoding="utf-8").strip()
+        commit = reference.read_bytes()[:100].decode("utf-8", "replace").strip()
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise ValueError(f"{reference}: holds {commit!r}; it must be a commit of 40 digits")
     snapshot = folder / "snapshots" / commit
     if not snapshot.is_dir():
         raise ValueError(f"{folder} holds no snapshot {commit} (revision {revision!r})")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from alpamayo_dflash.clips.layout import check_clip_id
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.window import check_cameras
+from alpamayo_dflash.common.json_text import read_json_value
 from alpamayo_dflash.common.options import generator_seed
+from alpamayo_dflash.common.tables import read_columns
+
+_MOST_DIGITS = 6  # of a chunk; the dataset has thousands
 
 
 def parse_chunks(text: str | None) -> list[int] | None:
@@ -33,6 +36,8 @@ def parse_chunks(text: str | None) -> list[int] | None:
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if match is None:
             raise ValueError(f"{text!r} is no list of chunks; write numbers and ranges such as 0-3,7")
+        if max(len(match[1]), len(match[2] or "")) > _MOST_DIGITS:
+            raise ValueError(f"{text!r:.200}: chunks have numbers of at most {_MOST_DIGITS} digits")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"{text!r}: the range of chunks {part.strip()} ends before it begins")
@@ -71,6 +76,8 @@ def read_clip_list(path: Path | str) -> list[str]:
     clip_ids = readers.get(path.suffix.lower(), _from_text)(path)
     if not clip_ids:
         raise ValueError(f"{path}: the list holds no clip ids")
+    for clip_id in clip_ids:
+        check_clip_id(clip_id, str(path))
     twice = [clip_id for clip_id, count in Counter(clip_ids).items() if count > 1]
     if twice:
         raise ValueError(
@@ -81,17 +88,14 @@ def read_clip_list(path: Path | str) -> list[str]:
 
 def _from_text(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file of clip ids ({error})") from None
     return [line.strip() for line in lines if line.strip()]
 
 
 def _from_json(path: Path) -> list[str]:
-    try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    value = read_json_value(path)
     if isinstance(value, dict):
         value = value.get("clip_ids")
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -100,18 +104,8 @@ def _from_json(path: Path) -> list[str]:
 
 
 def _from_parquet(path: Path) -> list[str]:
-    import pandas as pd
-    import pyarrow as pa
-
-    try:
-        table = pd.read_parquet(path)
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: not a Parquet file ({error})") from None
-    if table.index.name == "clip_id":
-        table = table.reset_index()
-    if "clip_id" not in table:
-        raise ValueError(f"{path}: has no column or index `clip_id`; it has {list(table.columns)}")
-    return [str(clip_id) for clip_id in table["clip_id"]]
+    found: list[str] = read_columns(path, {"clip_id": str}, str(path))["clip_id"].to_pylist()
+    return found
 
 
 def take(clip_ids: Sequence[str], count: int | None) -> list[str]:
@@ -144,7 +138,7 @@ def chosen_clips(
         ValueError: a clip is not in the dataset, there are none, or fewer than `count`.
     """
     if clip_id is not None:
-        named = [clip_id]
+        named = [check_clip_id(clip_id, "clip_id")]
     elif clip_ids is not None:
         named = list(dict.fromkeys(read_clip_list(clip_ids)))
     else:

@@ -7,9 +7,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alpamayo_dflash.clips.video import Times, UnsoundError
+from alpamayo_dflash.clips.video import MOST_US, Times, UnsoundError
 from alpamayo_dflash.clips.window import FUTURE_POINTS, HISTORY_POINTS, STEP_US
 
+# What the devkit interpolates, beside the timestamps.
+MOTION = (
+    *("qx", "qy", "qz", "qw", "x", "y", "z"),
+    *("vx", "vy", "vz", "ax", "ay", "az", "curvature"),
+)
 Poses = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 
 
@@ -62,6 +67,8 @@ def stamps_of(table: Any) -> Times:
     values = table["timestamp"].to_numpy()
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.integer):
         raise UnsoundError("stamps", f"its timestamps are {values.dtype}; they must be whole microseconds")
+    if len(values) and not -MOST_US < int(values.min()) <= int(values.max()) < MOST_US:
+        raise UnsoundError("stamps", f"its timestamps lie beyond {MOST_US} us")
     stamps: Times = values.astype(np.int64)
     if len(stamps) < 2 or (np.diff(stamps) <= 0).any():
         raise UnsoundError("stamps", f"its {len(stamps)} timestamps must be at least two, and ascend")

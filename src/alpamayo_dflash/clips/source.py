@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import io
 import threading
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +18,9 @@ from rich.progress import track
 
 from alpamayo_dflash.clips.cache import EGOMOTION, REPO_ID, chunk_file, find_snapshot
 from alpamayo_dflash.clips.config import DEFAULT_T0_US, MOTION_GAP_MS, FrameRule
-from alpamayo_dflash.clips.motion import Poses, poses, stamps_of
+from alpamayo_dflash.clips.layout import check_tables, is_clip_id
+from alpamayo_dflash.clips.members import read_members
+from alpamayo_dflash.clips.motion import MOTION, Poses, poses, stamps_of
 from alpamayo_dflash.clips.video import Times, UnsoundError, Video, frame_of_stamp
 from alpamayo_dflash.clips.window import (
     CAMERAS,
@@ -34,8 +33,10 @@ from alpamayo_dflash.clips.window import (
 )
 from alpamayo_dflash.common.ahead import read_ahead
 from alpamayo_dflash.common.options import check_positive
+from alpamayo_dflash.common.tables import read_columns
 
 Frames = npt.NDArray[np.uint8]
+_MOST_ROWS = 2**20  # of a clip's table: a 20 s clip has 600 frames and 2,000 poses
 
 
 class ClipError(ValueError):
@@ -172,6 +173,8 @@ class ClipSource:
         Raises:
             ClipError: there is no such clip.
         """
+        if not is_clip_id(clip_id):
+            raise ClipError(ascii(clip_id)[:200], "no clip id: it is a path, or holds what no name does")
         if clip_id not in self._chunk_of:
             raise ClipError(
                 clip_id, f"unknown; the dataset has {len(self._chunk_of)} clips, but not this one"
@@ -239,7 +242,7 @@ class ClipSource:
         wanted = t0_us + np.arange(1 - FRAMES_PER_CAMERA, 1, dtype=np.int64) * STEP_US
         files = self._members(clip_id, feature)
         try:
-            stamps = stamps_of(_table(files["frame_timestamps"]))
+            stamps = stamps_of(_table(_file_of(files, "frame_timestamps"), "frame_timestamps"))
             if wanted[0] < stamps[0] or wanted[-1] > stamps[-1]:
                 raise UnsoundError(
                     "moment",
@@ -252,7 +255,7 @@ class ClipSource:
                 raise UnsoundError(
                     "moment", f"it has no frame for {late / 1e3:.0f} ms before t0 = {t0_us} us"
                 )
-            with contextlib.closing(Video(files["video"])) as video:
+            with contextlib.closing(Video(_file_of(files, "video"))) as video:
                 numbers = self._numbers(clip_id, feature, stamps, video)
                 return np.stack(video.frames(numbers[rows].tolist(), damaged=not self._strict))
         except UnsoundError as error:
@@ -286,7 +289,7 @@ class ClipSource:
         """History [16] and future [64] of the ego, as positions and rotations in the ego frame at t0."""
         files = self._members(clip_id, EGOMOTION)
         try:
-            return poses(_table(files[EGOMOTION]), t0_us, most_gap_us=self._gap_us)
+            return poses(_table(_file_of(files, EGOMOTION), EGOMOTION), t0_us, most_gap_us=self._gap_us)
         except UnsoundError as error:
             raise ClipError(clip_id, f"ego motion: {error}", error.kind) from None
         except _damage() as error:
@@ -299,9 +302,8 @@ class ClipSource:
             names = self.dataset.features.get_clip_files_in_zip(clip_id, feature)
             with (
                 self.dataset.open_file(file, maybe_stream=not self.offline) as stream,
-                zipfile.ZipFile(stream) as archive,
             ):
-                return {alias: archive.read(name) for alias, name in names.items()}
+                return read_members(stream, names)
         except _damage() as error:
             raise self._explain(clip_id, feature, error) from error
 
@@ -311,10 +313,17 @@ class ClipSource:
         return ClipError(clip_id, f"cannot read {feature} from {file} ({type(error).__name__}: {problem})")
 
 
-def _table(data: bytes) -> Any:
-    import pandas as pd
+def _table(data: bytes, alias: str) -> Any:
+    """A clip's table: its timestamps, and for the ego motion what the devkit interpolates."""
+    kinds = {"timestamp": object} | (dict.fromkeys(MOTION, float) if alias == EGOMOTION else {})
+    return read_columns(data, kinds, alias, most_rows=_MOST_ROWS).to_pandas()
 
-    return pd.read_parquet(io.BytesIO(data))
+
+def _file_of(files: Mapping[str, bytes], alias: str) -> bytes:
+    """A clip's file by the devkit's name for it."""
+    if alias not in files:
+        raise ValueError(f"features.csv names no {alias} among {sorted(files)!r:.200}")
+    return files[alias]
 
 
 @functools.cache
@@ -333,8 +342,8 @@ def _damage() -> tuple[type[Exception], ...]:
         StopIteration,
         OSError,
         EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
+        RuntimeError,
+        MemoryError,
         av.FFmpegError,
     )
 
@@ -344,6 +353,15 @@ def open_online(cache_dir: Path | str | None, revision: str, repo_id: str, **opt
     from physical_ai_av import PhysicalAIAVDatasetInterface
 
     return PhysicalAIAVDatasetInterface(revision, cache_dir=cache_dir, **_named(repo_id), **options)
+
+
+def _table_errors() -> tuple[type[Exception], ...]:
+    """What the devkit and pandas let through for tables that are whole, but none of the dataset's."""
+    from pandas.errors import InvalidIndexError
+    from pyarrow import ArrowException
+
+    usual = (OSError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+    return (*usual, MemoryError, ArrowException, InvalidIndexError)
 
 
 def _named(repo_id: str) -> dict[str, Any]:
@@ -359,10 +377,11 @@ def _named(repo_id: str) -> dict[str, Any]:
 
 def _open_offline(snapshot: Path, cache_dir: Path, repo_id: str) -> Any:
     """The devkit's interface on the cache alone."""
+    check_tables(snapshot)
     try:
         # With the hash for a revision the hub's library takes cached files without asking for newer ones.
         return _offline_interface()(snapshot.name, cache_dir=cache_dir, **_named(repo_id))
-    except (OSError, LookupError, ValueError) as error:
+    except _table_errors() as error:
         raise ValueError(f"{snapshot} does not hold the dataset's tables ({error})") from error
 
 

@@ -17,6 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 Times = npt.NDArray[np.int64]
+MOST_US = 10**15
+"""The latest time, microseconds: 31 years."""
+
+_MOST_PIXELS = 2**25  # 8192 × 4096
+_MOST_FRAMES = 2**16  # a 20 s clip has 600
+_LIMITS = {"max_pixels": str(_MOST_PIXELS)}
+_CODECS = ("h264", "hevc", "av1", "libdav1d", "vp9", "mpeg4")
 _UNIT = 1 << 16  # 1.0 in the first two columns of a display matrix
 _QUARTERS = {(1, 0, 0, 1): 0, (0, 1, -1, 0): 3, (-1, 0, 0, -1): 2, (0, -1, 1, 0): 1}
 """Turns by 90 degrees (as numpy's `rot90` counts them) by the display matrix's upper left."""
@@ -52,15 +59,20 @@ class Video:
         import av
         from av.codec.context import ThreadType
 
-        container: Any = av.open(io.BytesIO(data))
+        # Of an MP4 alone, for other formats (playlists) name files and addresses to read.
+        container: Any = av.open(io.BytesIO(data), format="mp4", options=dict(_LIMITS))
         self._container = container
         if not container.streams.video:
             raise UnsoundError("video", "the file holds no video")
         self._stream = container.streams.video[0]
+        self._check_stream()
         self._stream.thread_type, self._stream.thread_count = ThreadType.AUTO, 1
-        packets: list[Any] = [
-            packet for packet in container.demux(self._stream) if packet.size and not packet.is_discard
-        ]
+        packets: list[Any] = []
+        for packet in container.demux(self._stream):
+            if packet.size and not packet.is_discard:
+                packets.append(packet)
+            if len(packets) > _MOST_FRAMES:
+                raise UnsoundError("video", f"the video has more than {_MOST_FRAMES} frames")
         if not packets or any(packet.pts is None for packet in packets):
             raise UnsoundError("video", "the video has no frames, or frames without times")
         self._pts: list[int] = sorted(packet.pts for packet in packets)
@@ -68,7 +80,22 @@ class Video:
         if len(set(self._pts)) != len(self._pts):
             raise UnsoundError("video", "the video has two frames of one time")
         tick_us = Fraction(self._stream.time_base or 0) * 1_000_000
+        if max(map(abs, self._pts)) * tick_us > MOST_US:
+            raise UnsoundError("video", f"the video has a frame's time beyond {MOST_US} us")
         self.times_us: Times = np.array([round(pts * tick_us) for pts in self._pts], dtype=np.int64)
+
+    def _check_stream(self) -> None:
+        """Refuse what no camera writes before anything is decoded, and bound what the decoder takes."""
+        codec = self._stream.codec_context
+        if codec is None or codec.name not in _CODECS:
+            found = None if codec is None else codec.name
+            raise UnsoundError("video", f"the video's codec is {found}; read are {', '.join(_CODECS)}")
+        if not 0 < codec.width * codec.height <= _MOST_PIXELS:
+            raise UnsoundError(
+                "video",
+                f"the video is {codec.width} × {codec.height}; at most {_MOST_PIXELS} pixels are read",
+            )
+        codec.options = dict(_LIMITS)
 
     def close(self) -> None:
         """Let the file go."""

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alpamayo_dflash.common.json_text import read_json_value
 from alpamayo_dflash.common.records import sealed, unsealed
 
 # The packages whose versions can change a number.
@@ -146,27 +147,10 @@ def read_record(path: Path | str) -> tuple[dict[str, Any], bool]:
     Raises:
         ValueError: as `read_json`.
     """
-    value = parse_json(path)
+    value = read_json_value(Path(path))
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds {_kind_of(value)}, not an object")
     return unsealed(value, str(path))
-
-
-def parse_json(path: Path | str) -> Any:
-    """Read a JSON file, whatever it holds.
-
-    Raises:
-        ValueError: the file is missing or is not JSON; the message names it.
-    """
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder, not a file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
 def _kind_of(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""safetensors files, whose faults are errors that name the file, with a checksum of every tensor.
+"""Files of tensors, whose faults are errors that name the file, with a checksum of every tensor of our own.
 
 The checksums stand in the header's metadata, so that the header's hash vouches for all of the file and one
 tensor is tested without reading the others. Files of others have none and are read as they are.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import struct
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What weights may be stored in."""
+
+MOST_PICKLED = 2**24
+"""The most bytes, and entries, of a file that `torch.save` wrote: only vectors are read of such."""
+
+# What torch.load ends in for damaged files: its unpickler checks neither its stack nor its arguments.
+_UNPICKLING_ERRORS = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, TypeError, AttributeError),
+    *(LookupError, ArithmeticError, EOFError, OSError, AssertionError, MemoryError, struct.error),
+)
 
 _CHECKSUMS = "sha256"
 _LENGTH_BYTES = 8  # of the header's length, little-endian, before the header
@@ -41,6 +56,8 @@ class TensorFile:
             self._file = safe_open(path, framework="pt")
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file") from None
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error})") from None
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
         self._checksums = _checksums(self._file.metadata(), path)
@@ -122,6 +139,26 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
     """
     with opened(Path(path)) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def read_pickled(path: Path) -> Any:
+    """What `torch.save` wrote, of tensors and plain values alone: nothing of the file is run or imported.
+
+    Raises:
+        ValueError: it is missing, is none, or is larger than `MOST_PICKLED` bytes, packed or unpacked.
+    """
+    size = path.stat().st_size if path.is_file() else 0
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                size = max(size, sum(member.file_size for member in archive.infolist()))
+        if size > MOST_PICKLED:
+            raise ValueError(f"it has {size} bytes; at most {MOST_PICKLED} are read")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except _UNPICKLING_ERRORS as error:
+        raise ValueError(
+            f"{path}: not a tensor that torch.load reads with weights_only ({type(error).__name__}: {error})"
+        ) from None
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

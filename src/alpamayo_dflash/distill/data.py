@@ -10,11 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import file_hash
 from alpamayo_dflash.common.identity import Fingerprint
-from alpamayo_dflash.common.tensors import TensorFile
+from alpamayo_dflash.common.tensors import FLOATS, TensorFile
 from alpamayo_dflash.distill.config import BadShardRule
 from alpamayo_dflash.distill.shards import (
     MANIFEST_FILE,
@@ -187,11 +188,19 @@ class DistillData:
             "topk_logits": (length, top_k),
             "topk_ids": (length, top_k),
         }
-        wanted["prompt_states"] = (len(tensors["prompt_states"]), taps, hidden)
+        wanted["prompt_states"] = (*tensors["prompt_states"].shape[:1], taps, hidden)
         for name, shape in wanted.items():
             found = tuple(tensors[name].shape)
             if found != shape:
                 raise ValueError(f"{path}: corrupt shard, {sample.index}.{name} is {found}, not {shape}")
+            if (tensors[name].dtype in FLOATS) == (name == "topk_ids"):
+                raise ValueError(f"{path}: corrupt shard, {sample.index}.{name} is {tensors[name].dtype}")
+        ids, most = tensors["topk_ids"], self.manifest["vocab_size"]
+        if ids.dtype != torch.int32 or bool(((ids < 0) | (ids >= most)).any()):
+            raise ValueError(
+                f"{path}: corrupt shard, {sample.index}.topk_ids must be int32 ids of the target, "
+                f"0 to {most - 1}"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave open files out when a data loader's worker takes a copy."""

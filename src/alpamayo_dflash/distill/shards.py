@@ -8,8 +8,10 @@ an uninterrupted one.
 from __future__ import annotations
 
 import hashlib
+import re
+import typing
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,17 @@ import pyarrow.parquet
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_file, file_hash, read_json, write_record
-from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.fields import checked, naming, shown, value_of
+from alpamayo_dflash.common.options import check_at_least
 from alpamayo_dflash.common.ranks import require_same
 from alpamayo_dflash.common.records import digest
+from alpamayo_dflash.common.tables import read_columns
 from alpamayo_dflash.common.tensors import TensorFile, header_hash, save_tensors
 from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT
+from alpamayo_dflash.distill.manifest import check_manifest
+
+_KINDS: dict[Any, Any] = {int: int, float: float, str: str, tuple[int, ...]: list}
+_MOST_ROWS = 2**26
 
 FORMAT = 1
 MANIFEST_FILE = "distill.json"
@@ -187,9 +195,8 @@ def read_table(
         return []
     by_shard: dict[str, list[DistillSample]] = {name: [] for name in expected}
     try:
-        for sample in _read_rows(path):
-            if sample.shard in expected:
-                by_shard[sample.shard].append(sample)
+        for sample in read_samples(path, expected):
+            by_shard[sample.shard].append(sample)
     except ValueError as error:
         if bad is None:
             raise
@@ -206,17 +213,6 @@ def read_table(
     return [sample for name, rows in by_shard.items() if not bad or name not in bad for sample in rows]
 
 
-def _read_rows(path: Path) -> list[DistillSample]:
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (FileNotFoundError, pyarrow.ArrowInvalid) as error:
-        raise ValueError(f"{path}: not a readable table of samples ({error})") from None
-    return [
-        DistillSample(**{**row, "seed": int(row["seed"]), "token_ids": tuple(row["token_ids"])})
-        for row in rows
-    ]
-
-
 def _check_rows(rows: Sequence[DistillSample], shard: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError unless these are a shard's rows; those made before hashes were kept are counted."""
     name = shard["file"]
@@ -226,6 +222,36 @@ def _check_rows(rows: Sequence[DistillSample], shard: Mapping[str, Any], path: P
         )
     if "rows" in shard and rows_hash(rows) != shard["rows"]:
         raise ValueError(f"{path}: corrupt, the rows for shard {name} are not what was written")
+
+
+def read_samples(path: Path, shards: Container[str]) -> list[DistillSample]:
+    """The rows of a table of samples that are of these shards.
+
+    Raises:
+        ValueError: the file is missing or broken, or lacks a column or a value; the message names it.
+    """
+    kinds = {name: _KINDS.get(hint, object) for name, hint in typing.get_type_hints(DistillSample).items()}
+    samples = []
+    for row in read_columns(path, kinds | {"seed": object}, str(path), most_rows=_MOST_ROWS).to_pylist():
+        if row["shard"] in shards:
+            with naming(f"{path}: shard {row['shard']}, index {row['index']}"):
+                seed, ids = whole_seed(row["seed"]), tuple(checked(row["token_ids"], list[int], "token_ids"))
+                if any(number < 0 for number in (row["index"], *ids)):
+                    raise ValueError("index and token_ids must not be negative")
+                check_at_least(0, temperature=row["temperature"], top_p=row["top_p"])
+                samples.append(DistillSample(**{**row, "seed": seed, "token_ids": ids}))
+    return samples
+
+
+def whole_seed(value: Any) -> int:
+    """A seed of the table: a whole number, or one written as text.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if type(value) is int or (isinstance(value, str) and re.fullmatch(r"-?\d{1,4000}", value)):
+        return int(value)
+    raise ValueError(f"seed is {shown(value)}; it must be a whole number")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -241,8 +267,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         )
     if content["format"] != FORMAT:
         raise ValueError(f"{path}: not a manifest of distillation data of format {FORMAT}")
-    value_of(content, "settings", dict, where=str(path))
-    value_of(content, "shards", list, where=str(path))
+    check_manifest(content, path)
     return content
 
 

@@ -12,6 +12,7 @@ from alpamayo_dflash.common.options import (
     check_range,
 )
 
+_MOST_LAYERS = 1024  # each has tensors by name, which are listed before any is read
 FULL_CONTEXT = 2**31 - 1
 """A `context_len` beyond any prompt: the draft sees every state before the anchor, as z-lab's drafts do."""
 
@@ -65,6 +66,7 @@ class DraftConfig:
         counts = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
         more = ("vocab_size", "context_len", "num_target_layers")
         check_positive(**{name: getattr(self, name) for name in (*counts, *more)})
+        check_range(1, _MOST_LAYERS, num_layers=self.num_layers)
         check_above_zero(rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta)
         check_range(2, MOST_BLOCK, block_size=self.block_size)  # a known token and a mask at least
         if self.num_heads % self.num_kv_heads:

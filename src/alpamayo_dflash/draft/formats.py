@@ -19,7 +19,6 @@ one layer off costs a sixth of the accepted tokens, and nothing else shows it.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +28,9 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_json, write_record
-from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.fields import file_name, value_of
 from alpamayo_dflash.common.identity import Fingerprint, identity_of
-from alpamayo_dflash.common.tensors import read_tensors, save_tensors
+from alpamayo_dflash.common.tensors import FLOATS, MOST_PICKLED, read_pickled, read_tensors, save_tensors
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.target.rotary import rope_settings
 
@@ -320,13 +319,18 @@ def draft_folder(folder: Path | str) -> Path:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raise ValueError for missing, surplus and misshapen tensors, by name."""
+    """Raise ValueError for missing, surplus and misshapen tensors, and those of other dtypes, by name."""
     faults = [f"missing {name}" for name in sorted(expected.keys() - tensors.keys())]
     faults += [f"surplus {name}" for name in sorted(tensors.keys() - expected.keys())]
     faults += [
         f"{name} is {list(tensors[name].shape)}, not {list(shape)}"
         for name, shape in expected.items()
         if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    faults += [
+        f"{name} is {tensor.dtype}, not of floating point"
+        for name, tensor in tensors.items()
+        if name != KEPT_IDS and tensor.dtype not in FLOATS
     ]
     if faults:
         raise ValueError(f"{where}: " + "; ".join(faults[:8]) + ("; …" if len(faults) > 8 else ""))
@@ -371,7 +375,7 @@ def _weight_files(folder: Path) -> list[str]:
     if (folder / WEIGHTS).exists() or not index.exists():
         return [WEIGHTS]
     weight_map = value_of(read_json(index), "weight_map", dict, where=str(index))
-    return sorted({value_of(weight_map, name, str, where=str(index)) for name in weight_map})
+    return sorted({file_name(file, f"{index}: {name:.200}") for name, file in weight_map.items()})
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -383,14 +387,15 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _read_mask(path: Path) -> Tensor:
     """The mask embedding of a FlashDrive draft: a tensor, or the only one of a dictionary; [C] or [1, C]."""
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not a tensor that torch.load reads with weights_only ({error})") from None
+    value = read_pickled(path)
     if isinstance(value, dict) and len(value) == 1:
         (value,) = value.values()
     if not isinstance(value, Tensor):
         raise ValueError(f"{path}: holds {type(value).__name__}, not a tensor")
+    if value.layout != torch.strided or value.dtype not in FLOATS or value.numel() > MOST_PICKLED:
+        raise ValueError(
+            f"{path}: holds a {value.layout} of {value.dtype}, {list(value.shape)}; not a vector"
+        )
     return value.detach().reshape(-1)
 
 

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import track
 
 from alpamayo_dflash.clips.source import ClipSource, failure_kind
-from alpamayo_dflash.common.artefacts import provenance, read_json, write_record
+from alpamayo_dflash.common.artefacts import provenance, write_record
+from alpamayo_dflash.common.fields import value_of
 from alpamayo_dflash.evaluate.arms import CLIP_ERRORS, Arms
 from alpamayo_dflash.evaluate.near_ties import BothWays, Loop, parting
 from alpamayo_dflash.evaluate.recorded import (
@@ -36,6 +37,7 @@ from alpamayo_dflash.evaluate.recorded import (
 )
 from alpamayo_dflash.evaluate.rows import ClipRow, Failure, RoundRow
 from alpamayo_dflash.evaluate.trace import piece_of
+from alpamayo_dflash.report.evaluation import read_evaluation
 from alpamayo_dflash.target.prompt import Prompt
 
 Verdict = Literal["equal", "near_ties"]
@@ -89,7 +91,8 @@ def audit(path: Path, arms: Arms, source: ClipSource, parents: Mapping[str, str]
         ValueError: the rows do not keep the ids of their texts, or are damaged; the file stays as it is.
     """
     started, config = time.time(), arms.config
-    result = read_json(path, "clip_rows", "provenance")
+    result = read_evaluation(path)
+    value_of(result, "provenance", dict, where=str(path))
     rows = drawn(read_rows(result, str(path)), config.audit, config.seed)
     old = sum(not is_recorded(row) for row in rows)
     if old:
@@ -168,7 +171,7 @@ def _tell(found: Mapping[str, Any], made: Mapping[str, Any], console: Console) -
 
 def _other_machine(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What the rows were made on, if the audit ran on something else; else nothing."""
-    both = [(each["device"], each["versions"]["torch"]) for each in (made, now)]
+    both = [(each["device"], each["versions"].get("torch")) for each in (made, now)]
     return "" if both[0] == both[1] else f"{both[0][0]} with torch {both[0][1]}"
 
 

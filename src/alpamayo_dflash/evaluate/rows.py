@@ -9,8 +9,10 @@ from typing import Any, Generic, NotRequired, TypedDict, TypeVar, cast
 
 from alpamayo_dflash.common.artefacts import move_aside, to_plain, write_text
 from alpamayo_dflash.common.fields import checked
+from alpamayo_dflash.common.json_text import parse_json
 from alpamayo_dflash.common.locks import mark_of
 from alpamayo_dflash.common.records import sealed, unsealed
+from alpamayo_dflash.evaluate.config import ARMS
 
 
 class ArmRow(TypedDict):
@@ -129,6 +131,18 @@ FORMAT = 2
 """Of the rows; the first had neither times of parts nor rounds."""
 
 
+def _checked_row(row: Any, where: str) -> Any:
+    """A row of either kind; ValueError with the file and the key if it is none."""
+    kind = ClipRow if "arms" in checked(row, dict, f"{where}: a row") else LosslessRow
+    checked(row, kind, f"{where}: row {row.get('clip_id')!r:.80}")
+    arms = row.get("arms", {}).keys()
+    if arms and not {"dflash"} <= arms <= set(ARMS):
+        raise ValueError(
+            f"{where}: arms are {sorted(arms)!r:.200}; they must be dflash, or {', '.join(ARMS)}"
+        )
+    return row
+
+
 class RowStore(Generic[Row]):
     """A JSON-lines file of results: a head line that names the run, then one line a clip.
 
@@ -157,7 +171,11 @@ class RowStore(Generic[Row]):
             )
         if not lines or lines[0] != self._head:
             return {}
-        return {row["clip_id"]: cast(Row, row) for row in lines[1:]}
+        where = str(self.path)
+        rows = [_checked_row(line, where) for line in lines[1:]]
+        if len({frozenset(row.get("arms", {})) for row in rows}) > 1:
+            raise ValueError(f"{where}: its rows have different arms; they are not of one run")
+        return {row["clip_id"]: cast(Row, row) for row in rows}
 
     def __contains__(self, clip_id: str) -> bool:
         return clip_id in self._rows
@@ -176,7 +194,7 @@ class RowStore(Generic[Row]):
     def _begin(self) -> None:
         """Write the head and the rows that are continued; rows of another run are moved aside."""
         if not self._rows and self.path.exists():
-            head, *rows = self.path.read_text(encoding="utf-8").splitlines() or [""]
+            head, *rows = self.path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
             if rows:
                 move_aside(self.path, mark_of(head), "another run's rows")
         lines = [self._head, *self._rows.values()]
@@ -200,19 +218,10 @@ def read_lines(path: Path) -> list[tuple[dict[str, Any], bool]]:
     Raises:
         ValueError: a line is not an object of JSON, or not what was written; file and line are named.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-        texts = [line.decode("utf-8") for line in lines[:-1]]  # what follows the last line end was cut short
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not text in UTF-8 ({error})") from None
     found = []
-    for number, text in enumerate(texts, 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         where = f"{path}: line {number}"
-        try:
-            value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from None
-        found.append(unsealed(checked(value, dict, where), where))
+        found.append(unsealed(checked(parse_json(line, where), dict, where), where))
     return found
 
 

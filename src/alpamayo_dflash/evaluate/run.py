@@ -39,6 +39,7 @@ from alpamayo_dflash.evaluate.audit import audit
 from alpamayo_dflash.evaluate.config import EvaluateConfig
 from alpamayo_dflash.evaluate.rows import ClipRow, Failure, Identity, Named, RowStore, Trajectory
 from alpamayo_dflash.evaluate.trace import LEGEND, RoundPrinter, piece_of
+from alpamayo_dflash.report.evaluation import read_evaluation
 from alpamayo_dflash.target.alpamayo import open_target
 from alpamayo_dflash.target.prompt import Prompt
 from alpamayo_dflash.world.facts import Facts
@@ -95,6 +96,8 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         path = config.output_dir / RESULT
         found = read_json(path) if path.exists() else None
         is_ours = found is not None and _is_head(found.get("head"), head, models, path)
+        if is_ours:
+            read_evaluation(path)
         if found is not None and is_ours and not config.verbose and not _failed(found, path):
             console.print(
                 f"nothing to do: {path} is this evaluation",

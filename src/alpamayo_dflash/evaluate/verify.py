@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from alpamayo_dflash.common.artefacts import parse_json
+from alpamayo_dflash.common.json_text import read_json_value
 from alpamayo_dflash.common.records import unsealed
 from alpamayo_dflash.common.tensors import TensorFile
 from alpamayo_dflash.distill.shards import (
@@ -149,7 +149,7 @@ def _guarded(read: Callable[[Path], _Found], path: Path) -> _Found:
 
 
 def _read_object(path: Path) -> _Found:
-    value = parse_json(path)
+    value = read_json_value(path)
     recorded = isinstance(value, dict) and unsealed(value, str(path))[1]
     return _Found(sound=int(recorded), not_recorded=int(not recorded))
 

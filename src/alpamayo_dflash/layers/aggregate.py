@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from alpamayo_dflash.common.artefacts import file_hash, provenance, read_json, write_record
+from alpamayo_dflash.common.fields import checked, naming
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import require_same
 from alpamayo_dflash.layers.choice import CHOICE_FILE, RULE, choose_taps, progress, reasons
@@ -16,6 +18,67 @@ from alpamayo_dflash.layers.config import LayersConfig
 from alpamayo_dflash.layers.score import Scores
 
 _NAME = re.compile(r"scores-rank(\d+)of(\d+)\.json")
+
+
+class Sums(TypedDict):
+    """`Scores` as JSON: state sums [L, C], and the early-exit sums by candidate layer."""
+
+    tokens: int
+    state_sums: list[list[float]]
+    ce_sums: dict[str, float]
+
+
+class Counts(TypedDict):
+    """What became of a rank's clips."""
+
+    attempted: int
+    done: int
+    failed: int
+
+
+class FailureEntry(TypedDict):
+    """A clip that failed; older files lack the kind and the clip's files."""
+
+    clip_id: str
+    reason: str
+    kind: NotRequired[str]
+    files: NotRequired[dict[str, list[int] | None]]
+
+
+class Settings(TypedDict):
+    """The setting that is read; others are only compared."""
+
+    target: str
+
+
+class ScoresFile(TypedDict):
+    """A rank's file of scores."""
+
+    settings: Settings
+    scores: Sums
+    clips: Counts
+    failures: list[FailureEntry]
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """Read a rank's file of scores.
+
+    Raises:
+        ValueError: it is missing or none; the message names file and key.
+    """
+    content = read_json(path)
+    scores = checked(content, ScoresFile, str(path))["scores"]
+    widths = {len(state) for state in scores["state_sums"]}
+    if len(widths) != 1 or 0 in widths:
+        raise ValueError(f"{path}: scores.state_sums has layers of widths {sorted(widths)[:9]}; one is right")
+    layers = {str(layer) for layer in range(len(scores["state_sums"]))}
+    strange = [layer for layer in scores["ce_sums"] if layer not in layers]
+    if strange or not scores["ce_sums"]:
+        found = f"{strange[0]!r:.100}" if strange else "no layer"
+        raise ValueError(f"{path}: scores.ce_sums names {found}; there are layers 0 to {len(layers) - 1}")
+    if scores["tokens"] < 0:
+        raise ValueError(f"{path}: scores.tokens is {scores['tokens']}; it must be at least 0")
+    return content
 
 
 def aggregate(config: LayersConfig, world_size: int | None) -> dict[str, Any]:
@@ -36,6 +99,8 @@ def aggregate(config: LayersConfig, world_size: int | None) -> dict[str, Any]:
     scores, about = pool(paths)
     num_layers = len(scores.state_sums)
     cosine, early_exit_ce = scores.cosine(), scores.early_exit_ce()
+    if not all(map(math.isfinite, (*cosine, *early_exit_ce.values()))):
+        raise ValueError(f"{config.output_dir}: the pooled scores are not finite")
     candidates = parse_layers(config.layers) or tuple(sorted(set(early_exit_ce) - {num_layers - 1}))
     check_layers(candidates, num_layers)
     unscored = [layer for layer in candidates if layer not in early_exit_ce]
@@ -102,15 +167,14 @@ def pool(paths: Sequence[Path]) -> tuple[Scores, dict[str, Any]]:
     scores: Scores | None = None
     about: dict[str, Any] = {"clips": {"attempted": 0, "done": 0, "failed": 0}, "failures": []}
     for path in paths:
-        content = read_json(path)
-        if not isinstance(content, dict) or not {"settings", "scores", "clips", "failures"} <= content.keys():
-            raise ValueError(f"{path}: not a file of layer scores")
+        content = read_scores(path)
         part = Scores.from_plain(content["scores"])
         if scores is None:
             scores, about["settings"] = part, content["settings"]
         else:
             require_same(content["settings"], about["settings"], path)
-            scores.add(part)
+            with naming(str(path)):
+                scores.add(part)
         for key in about["clips"]:
             about["clips"][key] += content["clips"][key]
         about["failures"] += content["failures"]

@@ -17,13 +17,13 @@ from alpamayo_dflash.clips.source import (
     progressing_windows,
 )
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.common.artefacts import IDENTITY, list_hash, provenance, read_json, write_record
+from alpamayo_dflash.common.artefacts import IDENTITY, list_hash, provenance, write_record
 from alpamayo_dflash.common.identity import Fingerprint, agreed
 from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import own_device, require_same, share_of
 from alpamayo_dflash.decode.rollouts import Rollouts
-from alpamayo_dflash.layers.aggregate import aggregate, scores_path
+from alpamayo_dflash.layers.aggregate import aggregate, read_scores, scores_path
 from alpamayo_dflash.layers.choice import CHOICE_FILE
 from alpamayo_dflash.layers.config import LayersConfig
 from alpamayo_dflash.layers.score import Scores, score_response
@@ -75,7 +75,7 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
     paths = sorted(config.output_dir.glob(f"scores-rank*of{world_size}.json"))
     settings = agreed(
         scoring_settings(config, target, identity, clip_ids, world_size),
-        {path: read_json(path, "settings")["settings"] for path in paths},
+        {path: read_scores(path)["settings"] for path in paths},
         {"target": identity},
     )
     path = scores_path(config.output_dir, rank, world_size)
@@ -115,7 +115,7 @@ def _scored(
     """A rank's scores of before; None if there are none, or a clip that failed is to be tried again."""
     if not path.exists():
         return None
-    content = read_json(path, "settings", "scores", "clips", "failures")
+    content = read_scores(path)
     require_same(content["settings"], settings, path)
     again = any(retry or source.changed(failure) for failure in content["failures"])
     return None if again else content

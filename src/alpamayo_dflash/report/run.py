@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alpamayo_dflash.common.artefacts import read_json, write_text
+from alpamayo_dflash.common.artefacts import write_text
 from alpamayo_dflash.report.config import ReportConfig
+from alpamayo_dflash.report.evaluation import read_evaluation
 from alpamayo_dflash.report.plots import all_plots
 from alpamayo_dflash.report.tables import Table, all_tables, sources
-
-_NEEDED = ("clips", "lossless", "acceptance_length", "acceptance_rate", "arms", "speedup")
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -31,10 +30,7 @@ def run(config: ReportConfig) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing or is not an evaluation's JSON object.
     """
-    result = read_json(config.evaluation)
-    missing = [name for name in _NEEDED if not isinstance(result, dict) or name not in result]
-    if missing:
-        raise ValueError(f"{config.evaluation}: not an evaluation; it lacks {', '.join(missing)}")
+    result = read_evaluation(config.evaluation)
     return write_report(result, config.out or config.evaluation.parent)
 
 

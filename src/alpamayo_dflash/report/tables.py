@@ -183,7 +183,9 @@ def sources(result: Mapping[str, Any]) -> Table:
     """Who proposed the tokens after the first; older evaluations have not recorded it."""
     found: Mapping[str, int] = result.get("sources") or {}
     whole = sum(found.values())
-    rows = tuple((name, _number(count, 0), _share(count / whole)) for name, count in found.items())
+    rows = tuple(
+        (name, _number(count, 0), _share(count / whole if whole else None)) for name, count in found.items()
+    )
     header = ("source", "tokens", "share")
     return Table("Where tokens come from", header, rows or (("not recorded", "–", "–"),))
 

@@ -33,6 +33,7 @@ from alpamayo_dflash.clips.window import (
     Window,
 )
 from alpamayo_dflash.common.artefacts import atomic_file, provenance, read_json, to_plain, write_json
+from alpamayo_dflash.common.fields import shown, value_of
 from alpamayo_dflash.common.machine import check_device
 from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.standins.blueprint import (
@@ -222,11 +223,11 @@ def _already(folder: Path, config: RandomCheckpointConfig) -> dict[str, Any]:
         ValueError: the folder holds another checkpoint.
     """
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    made = record.pop("provenance", {}).get("config")
+    made = value_of(record, "provenance", dict, {}, where=str(folder / RECORD)).get("config")
+    record.pop("provenance", None)
     if made != to_plain(config):
-        raise ValueError(
-            f"{folder}: holds another checkpoint ({made or 'not a random one'}); give an empty folder"
-        )
+        found = shown(made) if made else "not a random one"
+        raise ValueError(f"{folder}: holds another checkpoint ({found}); give an empty folder")
     return record | {"nothing_to_do": True}
 
 

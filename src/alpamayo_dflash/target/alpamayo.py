@@ -49,6 +49,9 @@ from alpamayo_dflash.target.vlm import Qwen3VLTarget
 DenoiseObserver = Callable[[int, Tensor, Tensor, Tensor], None]
 """(step, t [], x [S, N, 2] before the step, velocity [S, N, 2]) -> None"""
 
+# What transformers and torch raise for a config whose values do not fit each other.
+_BUILDING_ERRORS = (ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError)
+
 
 class Alpamayo(nn.Module, Qwen3VLTarget):
     """An Alpamayo R1 or 1.5 checkpoint.
@@ -117,10 +120,12 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         folder = checkpoint_folder(name_or_folder, local_files_only=local_files_only)
         config = AlpamayoConfig.from_file(folder / "config.json")
         files = vlm_files(config, folder, override=vlm, local_files_only=local_files_only)
+        tokenizer = load_tokenizer(files.folder, config)
+        vlm_config = read_vlm_config(files.folder, config)
         try:
             with torch.device("meta"):
-                model = cls._build(config, files)
-        except (RuntimeError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
+                model = cls(config, vlm_config, tokenizer, files)
+        except (*_BUILDING_ERRORS, StrictDataclassError) as error:
             reason = str(error).splitlines()[0] if str(error) else ""
             raise ValueError(
                 f"{folder / CONFIG} and {files.folder / CONFIG} ask for what cannot be built "

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig
 
 from alpamayo_dflash.common.artefacts import atomic_file, read_json, write_json
-from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.fields import checked, file_name, naming, value_of
 from alpamayo_dflash.common.hub import ended
 from alpamayo_dflash.common.identity import Fingerprint, identity_of
+from alpamayo_dflash.common.options import check_range
 from alpamayo_dflash.common.tensors import opened, save_tensors
 from alpamayo_dflash.target.config import CONFIG, AlpamayoConfig
 from alpamayo_dflash.target.rotary import rope_settings, vision_rope_theta, with_rope
@@ -52,6 +53,32 @@ OPTIONAL_TENSORS = frozenset(
 )
 _TEXT = "vlm.model.language_model."
 _NAMES_SHOWN = 20
+_FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+_LAYERS, _WIDTH, _COUNT = 1024, 2**20, 2**14
+# The most that the sizes of a Qwen3-VL may be: far beyond any model, and below what no machine can hold.
+_SIZES = {
+    "text_config": {
+        "hidden_size": _WIDTH,
+        "intermediate_size": _WIDTH,
+        "num_hidden_layers": _LAYERS,
+        "num_attention_heads": _COUNT,
+        "num_key_value_heads": _COUNT,
+        "head_dim": _COUNT,
+        "vocab_size": 2**24,
+    },
+    "vision_config": {
+        "depth": _LAYERS,
+        "hidden_size": _WIDTH,
+        "intermediate_size": _WIDTH,
+        "num_heads": _COUNT,
+        "in_channels": 64,
+        "patch_size": 1024,
+        "spatial_merge_size": 64,
+        "temporal_patch_size": 64,
+        "out_hidden_size": _WIDTH,
+        "num_position_embeddings": 2**20,
+    },
+}
 # How much of a file is read through one mapping: enough to make opening it again cost nothing.
 _MAPPED_BYTES = 256 * 2**20
 
@@ -155,7 +182,8 @@ def vlm_files(
             return VLMFiles(folder)
     if not _is_hub_id(name):
         raise ValueError(
-            f"vlm_name_or_path is {name!r}, but neither {' nor '.join(map(str, folders))} holds a config.json"
+            f"{checkpoint / CONFIG}: vlm_name_or_path is {name!r}, but neither "
+            f"{' nor '.join(map(str, folders))} holds a config.json"
         )
     try:
         return VLMFiles(_download(name, _VLM_PATTERNS, local_files_only=True), name)
@@ -198,7 +226,26 @@ def read_vlm_config(folder: Path, config: AlpamayoConfig) -> Qwen3VLConfig:
         vlm_config: Qwen3VLConfig = Qwen3VLConfig.from_dict(raw)
     except (TypeError, AttributeError, LookupError, StrictDataclassError) as error:
         raise ValueError(f"{path}: transformers cannot read it ({type(error).__name__}: {error})") from None
+    _check_sizes(vlm_config, str(path))
     return vlm_config
+
+
+def _check_sizes(config: Any, where: str) -> None:
+    """Refuse sizes that no model has, before modules are made of them."""
+    for part, sizes in _SIZES.items():
+        for size, most in sizes.items():
+            value = checked(getattr(getattr(config, part), size), int, f"{where}: {part}.{size}")
+            with naming(f"{where}: {part}"):
+                check_range(1, most, **{size: value})
+    text, vision = config.text_config, config.vision_config
+    for part, above, below in (
+        (text, "num_attention_heads", "num_key_value_heads"),
+        (vision, "hidden_size", "num_heads"),
+    ):
+        if getattr(part, above) % getattr(part, below):
+            raise ValueError(
+                f"{where}: {above} {getattr(part, above)} is no multiple of {below} {getattr(part, below)}"
+            )
 
 
 def load_weights(model: nn.Module, folder: Path, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -340,7 +387,7 @@ def _cache_of(repo_id: str) -> Path:
 def _blank_ended_ref(repo_id: str) -> str | None:
     """The cached `main`, where its file ends in a line end, which the hub's library would take along."""
     reference = _cache_of(repo_id) / "refs" / "main"
-    text = reference.read_text(encoding="utf-8") if reference.is_file() else ""
+    text = reference.read_bytes().decode("utf-8", "replace") if reference.is_file() else ""
     return text.strip() if text.strip() != text else None
 
 
@@ -356,10 +403,7 @@ def _shards(folder: Path) -> dict[str, Path]:
         named: dict[str, Path] = {}
     elif index.is_file():
         weight_map = value_of(read_json(index), "weight_map", dict, where=str(index))
-        named = {name: folder / value_of(weight_map, name, str, where=str(index)) for name in weight_map}
-        outside = [str(path) for path in named.values() if path.parent != folder]
-        if outside:
-            raise ValueError(f"{index}: names {outside[0]}, which lies in another folder")
+        named = {name: folder / file_name(file, f"{index}: {name:.200}") for name, file in weight_map.items()}
         files = sorted(set(named.values()))
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -380,14 +424,18 @@ def _check_tensors(expected: Mapping[str, tuple[int, ...]], shards: Mapping[str,
     problems = []
     missing = [name for name in expected if name not in shards and name not in OPTIONAL_TENSORS]
     surplus = [name for name in shards if name not in expected]
-    misshapen = []
+    misshapen, strange = [], []
     for path in dict.fromkeys(shards.values()):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118
-                shape = tuple(file.get_slice(name).get_shape())
+                view = file.get_slice(name)
+                shape, dtype = tuple(view.get_shape()), view.get_dtype()
                 if name in expected and shape != expected[name]:
                     misshapen.append(f"{name} is {list(shape)} and must be {list(expected[name])}")
-    for label, names in (("missing", missing), ("surplus", surplus), ("misshapen", misshapen)):
+                if dtype not in _FLOATS:
+                    strange.append(f"{name} is {dtype} and must be one of {', '.join(_FLOATS)}")
+    faults = {"missing": missing, "surplus": surplus, "misshapen": misshapen, "of another dtype": strange}
+    for label, names in faults.items():
         if names:
             problems.append(f"{len(names)} {label}: {_listed(names)}")
     if problems:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from alpamayo_dflash.common.artefacts import read_json
-from alpamayo_dflash.common.fields import build, value_of
+from alpamayo_dflash.common.fields import build, path_text, value_of
+from alpamayo_dflash.common.options import check_range
 
 Version = Literal["r1", "1.5"]
 
@@ -27,6 +28,8 @@ _Part = TypeVar("_Part")
 CONFIG = "config.json"
 _NEEDED = ("vlm_name_or_path", "vocab_size", "traj_token_start_idx", "traj_vocab_size", "expert_cfg")
 _DTYPES = ("float32", "float16", "bfloat16")
+# The most that sizes may be: far beyond any checkpoint, and below what no machine can hold.
+_IDS, _WIDTH, _LAYERS, _POINTS, _STEPS = 2**24, 2**20, 1024, 2**14, 10_000
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class ActionProjectionConfig:
     num_fourier_feats: int = 20
 
     def __post_init__(self) -> None:
+        check_range(1, _WIDTH, hidden_size=self.hidden_size, num_fourier_feats=self.num_fourier_feats)
+        check_range(1, _LAYERS, num_enc_layers=self.num_enc_layers)
         if self.num_fourier_feats < 4 or self.num_fourier_feats % 2:
             raise ValueError(f"num_fourier_feats is {self.num_fourier_feats}; it must be even and at least 4")
         if self.num_enc_layers < 1 or self.hidden_size < 1 or self.max_freq <= 0:
@@ -89,6 +94,7 @@ class ActionSpaceConfig:
     kappa_ridge: float = 1e-4
 
     def __post_init__(self) -> None:
+        check_range(1, _POINTS, n_waypoints=self.n_waypoints)
         if self.dt <= 0 or self.n_waypoints < 1:
             raise ValueError(
                 f"action space: dt {self.dt} and n_waypoints {self.n_waypoints} must be positive"
@@ -121,6 +127,7 @@ class HistoryTokenizerConfig:
     predict_yaw: bool = False
 
     def __post_init__(self) -> None:
+        check_range(1, _IDS, num_bins=self.num_bins)
         if self.num_bins < 2:
             raise ValueError(f"history tokenizer: num_bins is {self.num_bins}; it must be at least 2")
         if any(low >= high for low, high in zip(self.ego_xyz_min, self.ego_xyz_max, strict=True)):
@@ -201,6 +208,11 @@ class AlpamayoConfig:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; known are {', '.join(_DTYPES)}")
+        check_range(1, _IDS, vocab_size=self.vocab_size, traj_vocab_size=self.traj_vocab_size)
+        check_range(0, _IDS, traj_token_start_idx=self.traj_token_start_idx)
+        check_range(0, _POINTS, tokens_per_history_traj=self.tokens_per_history_traj)
+        check_range(0, _POINTS, tokens_per_future_traj=self.tokens_per_future_traj)
+        check_range(1, _STEPS, num_inference_steps=self.num_inference_steps)
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ValueError(
                 f"min_pixels {self.min_pixels} must be positive and at most max_pixels {self.max_pixels}"
@@ -261,7 +273,7 @@ class AlpamayoConfig:
         dtypes = [value(key, str) for key in ("dtype", "torch_dtype", "model_dtype") if raw.get(key)]
         return cls(
             version=_version(raw),
-            vlm_name_or_path=value("vlm_name_or_path", str),
+            vlm_name_or_path=path_text(raw["vlm_name_or_path"], f"{CONFIG}: vlm_name_or_path"),
             vocab_size=value("vocab_size", int),
             traj_token_start_idx=start,
             traj_vocab_size=value("traj_vocab_size", int),

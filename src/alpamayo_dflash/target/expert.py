@@ -20,12 +20,15 @@ from torch.nn import functional
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer, Qwen3VLTextRMSNorm
 
+from alpamayo_dflash.common.fields import checked
+from alpamayo_dflash.common.options import check_range
 from alpamayo_dflash.target.config import ActionProjectionConfig
 from alpamayo_dflash.target.qwen3 import Attend, check_activation, rms_norm
 from alpamayo_dflash.target.rotary import Rope, rope_settings, rope_values
 
 Join = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(layer, k, v [S, N, K, D]) -> keys and values of prefix and way-points, [S, K, T + N, D]."""
+_WIDTH = 2**20  # the most of any size, far beyond every expert
 
 _MLP_NORM_EPS = 1e-5
 ACTION_CHANNELS = 2
@@ -222,6 +225,8 @@ def expert_text_config(vlm_config: Qwen3VLConfig, changes: dict[str, Any]) -> Qw
     shared: dict[str, Any] = text.to_dict()
     values = shared | changes
     config: Qwen3VLTextConfig = Qwen3VLTextConfig.from_dict(values)
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads"):
+        check_range(1, _WIDTH, **{f"expert_cfg.{key}": checked(values[key], int, f"expert_cfg.{key}")})
     for key in ("head_dim", "num_key_value_heads", "num_hidden_layers"):
         if values[key] != shared[key]:
             raise ValueError(

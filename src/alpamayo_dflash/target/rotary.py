@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from alpamayo_dflash.common.fields import is_number
 
 _GROUPS = ("rope_scaling", "rope_parameters")
 _VISION_THETA = 10_000.0
@@ -91,12 +92,14 @@ def with_rope(text: Mapping[str, Any], rope: Rope) -> dict[str, Any]:
 
 
 def _is_base(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return is_number(value) and value > 0
 
 
 def _is_sections(value: Any) -> bool:
     return (
-        isinstance(value, (list, tuple)) and len(value) == 3 and all(type(n) is int and n >= 0 for n in value)
+        isinstance(value, (list, tuple))
+        and len(value) == 3
+        and all(type(n) is int and 0 <= n < 2**31 for n in value)
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from tokenizers import AddedToken, Tokenizer
 
+from alpamayo_dflash.common.fields import naming
 from alpamayo_dflash.target.config import AlpamayoConfig
 
 # 29 names give 28 new ids: image_pad is Qwen's own.
@@ -157,7 +158,8 @@ def load_tokenizer(folder: Path, config: AlpamayoConfig) -> Tokenizer:
     tokenizer.add_special_tokens(
         [AddedToken(f"<|{name}|>", normalized=False) for name in special_names(config)]
     )
-    check_ids(tokenizer, config)
+    with naming(str(path)):
+        check_ids(tokenizer, config)
     return tokenizer
 
 

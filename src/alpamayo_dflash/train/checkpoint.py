@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_folder, read_json, write_record
-from alpamayo_dflash.common.fields import value_of
-from alpamayo_dflash.common.tensors import header_hash, read_tensors, save_tensors
+from alpamayo_dflash.common.fields import checked, value_of
+from alpamayo_dflash.common.tensors import FLOATS, header_hash, read_tensors, save_tensors
 from alpamayo_dflash.draft.formats import KEPT_IDS, WEIGHTS, read_draft, write_files
 from alpamayo_dflash.draft.model import DFlashDraft
 
@@ -22,7 +22,26 @@ STATE = "trainer.json"
 OPTIMIZER = "optimizer.safetensors"
 _RANDOM = "random_state"
 _FILES = "files"  # by name, the hash of the header that vouches for its tensors
-_STATE_KINDS = {"config": dict, "world_size": int, "parents": dict, "progress": dict, "total_steps": int}
+
+
+class ProgressEntry(TypedDict):
+    """The trainer's `Progress` as JSON."""
+
+    step: int
+    best_length: float
+    best_step: int
+    evaluations: list[dict[str, Any]]
+    losses: list[dict[str, Any]]
+
+
+class State(TypedDict):
+    """What `trainer.json` holds."""
+
+    config: dict[str, Any]
+    world_size: int
+    parents: dict[str, str | None]
+    progress: ProgressEntry
+    total_steps: int
 
 
 def save_training(
@@ -56,9 +75,13 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     if not (folder / STATE).exists():
         return None
     state, where = read_json(folder / STATE), str(folder / STATE)
-    for key, kind in _STATE_KINDS.items():
-        value_of(state, key, kind, where=where)
-    for name, written in value_of(state, _FILES, dict, {}, where=where).items():
+    checked(state, State, where)
+    if not 0 <= state["progress"]["step"] <= state["total_steps"]:
+        found = state["progress"]["step"]
+        raise ValueError(
+            f"{where}: progress.step is {found}; it must be 0 to total_steps {state['total_steps']}"
+        )
+    for name, written in value_of(state, _FILES, dict[str, str], {}, where=where).items():
         if header_hash(folder / name) != written:
             raise ValueError(f"{folder / name}: corrupt, or of another checkpoint: not that of {STATE}")
     return state
@@ -77,10 +100,10 @@ def load_training(folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optim
         raise ValueError(f"{folder}: the checkpoint's head keeps other tokens than this run's")
     draft.load_state_dict(weights)
     tensors = read_tensors(folder / OPTIMIZER)
-    try:
-        torch.set_rng_state(tensors.pop(_RANDOM))
-    except KeyError:
-        raise ValueError(f"{folder / OPTIMIZER}: no {_RANDOM}") from None
+    random = tensors.pop(_RANDOM, None)
+    now = torch.get_rng_state()
+    if random is None or (random.dtype, random.shape) != (now.dtype, now.shape):
+        raise ValueError(f"{folder / OPTIMIZER}: no {_RANDOM} of torch, {len(now)} bytes")
     by_name: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(":")
@@ -88,9 +111,24 @@ def load_training(folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optim
     trained = {name for name, parameter in draft.named_parameters() if parameter.requires_grad}
     if set(by_name) != trained:
         raise ValueError(f"{folder / OPTIMIZER}: not of this draft: {sorted(set(by_name) ^ trained)[:4]}")
+    _check_optimizer(by_name, dict(draft.named_parameters()), folder / OPTIMIZER)
+    torch.set_rng_state(random)
     names = {parameter: name for name, parameter in draft.named_parameters()}
     # The optimizer counts its parameters through its groups; load_state_dict puts tensors on their devices.
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     groups = optimizer.state_dict()["param_groups"]
     state = {index: by_name[names[parameter]] for index, parameter in enumerate(order)}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check_optimizer(
+    found: Mapping[str, Mapping[str, Tensor]], parameters: Mapping[str, Tensor], path: Path
+) -> None:
+    """Refuse an optimizer's tensors of other names, shapes or kinds than AdamW keeps."""
+    for name, tensors in found.items():
+        shape = tuple(parameters[name].shape)
+        wanted = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        if shapes != wanted or any(tensor.dtype not in FLOATS for tensor in tensors.values()):
+            kinds = {key: f"{tensor.dtype} {list(tensor.shape)}" for key, tensor in tensors.items()}
+            raise ValueError(f"{path}: {name} has {kinds}; AdamW keeps numbers of shapes {wanted}")

@@ -20,6 +20,7 @@ from alpamayo_dflash.common.artefacts import (
     to_plain,
     write_record,
 )
+from alpamayo_dflash.common.fields import build, shown
 from alpamayo_dflash.common.identity import Fingerprint, is_made_from
 from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.processes import Processes, join
@@ -91,7 +92,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
                     return {**read_json(summary), "nothing_to_do": True}
             trainer, counts = _trainer(config, data, target, processes, parents=parents, started=started)
             if state is not None:
-                trainer.resume(checkpoint, Progress(**state["progress"]), state["total_steps"])
+                trainer.resume(
+                    checkpoint,
+                    build(Progress, state["progress"], str(checkpoint / STATE)),
+                    state["total_steps"],
+                )
             elif processes.first:
                 check_place(config.output_dir / "draft")  # before anything is removed
                 # What an earlier run left must not be taken for this one's after an interruption.
@@ -150,8 +155,8 @@ def _earlier(config: TrainConfig, world_size: int, data: DistillData) -> dict[st
     for key in now.keys() - _FREE:
         if before.get(key) != now[key]:
             raise ValueError(
-                f"{folder}: made with {key} {before.get(key)!r}, not {now[key]!r}; use the same options, "
-                "another output_dir, or --resume never to start over"
+                f"{folder}: made with {key} {shown(before.get(key))}, not {now[key]!r}; use the same "
+                "options, another output_dir, or --resume never to start over"
             )
     return state
 

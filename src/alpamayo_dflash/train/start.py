@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.clips.lists import parse_chunks
-from alpamayo_dflash.common.fields import value_of
+from alpamayo_dflash.common.fields import naming, value_of
 from alpamayo_dflash.common.identity import Fingerprint, is_made_from
 from alpamayo_dflash.common.options import parse_layers
 from alpamayo_dflash.draft.config import DraftConfig
@@ -167,15 +167,18 @@ def acting_options(
     layers = first.num_layers if first else DEFAULT_NUM_LAYERS
     taps = first.target_layer_ids if first else tuple(manifest["taps"])
     chunks = given("held_out_chunks", str, "")
+    with naming(where):
+        wanted = parse_layers(given("target_layers", str, ",".join(map(str, taps))))
+        held_out_chunks = parse_chunks(chunks or None)
     return {
         **values,
         "block_size": block,
         "num_draft_layers": given("num_draft_layers", int, layers),
         "context_len": given("context_len", int, first.context_len if first else manifest["context_len"]),
-        "target_layers": parse_layers(given("target_layers", str, ",".join(map(str, taps)))),
+        "target_layers": wanted,
         "draft_vocab_size": given("draft_vocab_size", int, (first.draft_vocab_size if first else 0) or 0),
-        "prefix_weight_gamma": decay_gamma(block, values.get("prefix_weight_gamma")),
-        "held_out_chunks": parse_chunks(chunks or None),
+        "prefix_weight_gamma": given("prefix_weight_gamma", float, decay_gamma(block, None)),
+        "held_out_chunks": held_out_chunks,
         "held_out": None if chunks else values.get("held_out"),
     }
 

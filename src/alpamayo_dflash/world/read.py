@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alpamayo_dflash.clips.cache import find_snapshot
+from alpamayo_dflash.clips.layout import check_clip_id
+from alpamayo_dflash.common.fields import naming
+from alpamayo_dflash.common.tables import read_columns
 from alpamayo_dflash.world.facts import Event, Facts
 
 SCENES_FILE = "metadata/world_scenes.parquet"
+_COLUMNS = {"clip_id": str, "chunk": int, "seed": int, "event": str, "side": str, "actor": str, "coc": str}
 
 
 @dataclass(frozen=True)
@@ -36,21 +40,21 @@ def read_scenes(cache_dir: Path | str) -> list[SceneRecord]:
     Raises:
         ValueError: the folder holds no world.
     """
-    import pandas as pd
-
     path = find_snapshot(cache_dir) / SCENES_FILE
     if not path.is_file():
         raise ValueError(f"{path.parent.parent} is no synthetic world: it has no {SCENES_FILE}")
-    return [
-        SceneRecord(
-            str(row.Index),
-            int(row.chunk),
-            int(row.seed),
-            Facts(Event(row.event), row.side, row.actor),
-            str(row.coc),
-        )
-        for row in pd.read_parquet(path).itertuples()
-    ]
+    rows = read_columns(path, _COLUMNS, str(path)).to_pylist()
+    with naming(str(path)):
+        return [
+            SceneRecord(
+                check_clip_id(row["clip_id"], "clip_id"),
+                row["chunk"],
+                row["seed"],
+                Facts(Event(row["event"]), row["side"], row["actor"]),
+                row["coc"],
+            )
+            for row in rows
+        ]
 
 
 def read_facts(cache_dir: Path | str) -> dict[str, Facts]:

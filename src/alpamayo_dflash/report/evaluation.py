@@ -1,0 +1,183 @@
+"""The shape of an evaluation's JSON object: what tables, plots and page read, checked before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
+
+from alpamayo_dflash.common.artefacts import read_json
+from alpamayo_dflash.common.fields import checked, naming
+from alpamayo_dflash.common.options import check_range
+from alpamayo_dflash.report.tables import ARM_NAMES, WORLD_FIGURES
+
+_MOST = 1e15
+"""Beyond any time, count or error that was measured, and within what a plot's axis takes."""
+
+
+class _Failure(TypedDict):
+    clip_id: str
+    error: str
+
+
+class _Clips(TypedDict):
+    attempted: int
+    done: int
+    failed: int
+    failures: list[_Failure]
+
+
+class _Lossless(TypedDict):
+    greedy_identical: int
+    sampled_identical: int
+    autoregressive_equals_transformers: int
+    of: int
+    near_ties: NotRequired[int]
+    not_near_ties: NotRequired[int]
+
+
+class _Arm(TypedDict):
+    prefill_ms: float
+    decode_ms: float
+    action_ms: float
+    total_ms: float
+    tokens_per_s: float | None
+
+
+class _Place(TypedDict):
+    token: int | None
+    piece: str | None
+
+
+class _Difference(TypedDict):
+    clip_id: str
+    sample: int
+    kind: Literal["token", "round", "coc"]
+    message: str
+    position: NotRequired[int]
+    stored: NotRequired[_Place]
+    own: NotRequired[_Place]
+
+
+class _Audit(TypedDict):
+    clips: int
+    equal: int
+    near_ties: int
+    differences: list[_Difference]
+    failures: list[_Failure]
+    passed: bool
+
+
+class _Trajectory(TypedDict):
+    min_ade_m: float
+    constant_velocity_min_ade_m: float
+
+
+class _Named(TypedDict):
+    both: float
+
+
+class _Part(TypedDict):
+    ms: float
+    share: float | None
+
+
+class _Entry(TypedDict):
+    step: int
+    acceptance_length: float | None
+
+
+class _Training(TypedDict):
+    evaluations: list[_Entry]
+
+
+class _Times(TypedDict):
+    tokens: int
+    decode_ms: float
+
+
+class _Acceptance(TypedDict):
+    tokens_after_first: int
+    passes: int
+
+
+class _Row(TypedDict):
+    clip_id: str
+    coc: list[str]
+    arms: dict[str, _Times]
+    acceptance: _Acceptance
+
+
+class _Origin(TypedDict):
+    versions: dict[str, str]
+    device: str
+    revision: str | None
+    created: str
+    command: str
+
+
+class Evaluation(TypedDict):
+    """What is read of an evaluation, or of a demo's summary; older ones lack what need not be there."""
+
+    clips: _Clips
+    lossless: _Lossless
+    acceptance_length: float | None
+    acceptance_rate: float | None
+    arms: dict[str, _Arm]
+    speedup: dict[str, Any] | None
+    clip_rows: NotRequired[list[_Row]]
+    trajectory: NotRequired[_Trajectory | None]
+    coc_names: NotRequired[_Named | None]
+    decode_parts: NotRequired[dict[str, _Part] | None]
+    sources: NotRequired[dict[str, int] | None]
+    audit: NotRequired[_Audit | None]
+    training: NotRequired[_Training | None]
+    world: NotRequired[dict[str, float] | None]
+    world_here: NotRequired[dict[str, float] | None]
+    world_bounds: NotRequired[dict[str, tuple[float, float]] | None]
+    provenance: NotRequired[_Origin | None]
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Read an evaluation's JSON object, or a demo's summary.
+
+    Raises:
+        ValueError: it is missing or none; the message names file and key.
+    """
+    result = read_json(path)
+    lacking = [key for key in ("clips", "lossless", "arms", "acceptance_length") if key not in result]
+    if lacking:
+        raise ValueError(f"{path}: not an evaluation; it lacks {', '.join(lacking)}")
+    with naming(str(path)):
+        _check(checked(result, Evaluation, "evaluation"))
+    return result
+
+
+def _check(result: dict[str, Any]) -> None:
+    """What the kinds of the values do not say: which arms, figures and parts belong together."""
+    arms, rows = result["arms"], result.get("clip_rows", [])
+    for found in (arms, *(row["arms"] for row in rows)):
+        if not set(found) <= set(ARM_NAMES) or (rows and set(found) != set(rows[0]["arms"])):
+            raise ValueError(f"arms are {sorted(found)!r:.200}; known are {', '.join(ARM_NAMES)}")
+    if rows and len(rows[0]["arms"]) not in (1, len(ARM_NAMES)):
+        raise ValueError(f"clip_rows have the arms {sorted(rows[0]['arms'])}; one or all are compared")
+    for key in ("world", "world_bounds"):
+        lacking = [name for name in WORLD_FIGURES if name not in (result.get(key) or {})]
+        if lacking and result.get(key):
+            raise ValueError(f"{key} lacks {', '.join(lacking)}")
+    for each in (result.get("audit") or {}).get("differences", []):
+        if each["kind"] == "token" and not {"stored", "own"} <= each.keys():
+            raise ValueError("audit.differences: one of kind 'token' lacks stored or own")
+    for name, value in (result["speedup"] or {}).items():
+        if name != "quartiles":
+            checked(value, float | None, f"speedup.{name}")
+    _check_sizes(result, "")
+
+
+def _check_sizes(value: Any, place: str) -> None:
+    """Numbers that a table or a plot cannot show are refused by name."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if key not in ("head", "provenance", "settings", "clip_rows", "audit"):
+                _check_sizes(each, f"{place}.{key}" if place else key)
+    elif isinstance(value, (int, float)):
+        check_range(-_MOST, _MOST, **{place[:200]: value})
