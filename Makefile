@@ -12,7 +12,7 @@ COMPAT := .venv-compat-$(COMPAT_TORCH)
 LAID := $(VENV)/oldest-transformers
 LAID_OVER := transformers|huggingface-hub|tokenizers|requests|urllib3|charset-normalizer|certifi
 
-.PHONY: demo test golden faults compat compat-quick lint types check clean
+.PHONY: demo test golden faults fuzz compat compat-quick lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
@@ -27,6 +27,11 @@ golden: $(STAMP)
 # Stages killed 200 times and before each change of a file, and on full and read-only disks (as root).
 faults: $(STAMP)
 	$(BIN)/python tests/faults/kills.py --kills 200 --disks
+
+# Every reader with 60,000 damaged and hostile inputs; ALPAMAYO_FUZZ_SEED takes others.
+fuzz: $(STAMP)
+	ALPAMAYO_FUZZ=large $(BIN)/python -m pytest tests/faults/test_fuzz_json.py tests/faults/test_fuzz_tensors.py \
+		tests/faults/test_fuzz_clips.py
 
 # Every test again, golden ones too, in a second environment with the oldest versions that are promised.
 compat: $(COMPAT)/installed

@@ -25,6 +25,7 @@ from alpamayo_dflash.clips.lists import chosen_clips, parse_cameras, parse_chunk
 from alpamayo_dflash.clips.members import MOST_MEMBER_BYTES
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.clips.video import Video
+from alpamayo_dflash.common.artefacts import read_json, write_json
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.read import SCENES_FILE, read_scenes
@@ -460,6 +461,11 @@ def test_scenes_of_a_world(world):
 
 def test_tables_of_samples(tmp_path):
     write_distill(tmp_path)
+    manifest = tmp_path / "manifest-rank0.json"
+    content = read_json(manifest)  # of before there were hashes of rows
+    for shard in content["shards"]:
+        shard.pop("rows", None)
+    write_json(manifest, content)
     read = partial(DistillData, tmp_path)
     fuzz_file(
         "distill: table of samples",

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from fuzzing import fuzz_file, fuzzed, json_files, tried
 from hypothesis import given
+from hypothesis import strategies as st
 from small_artefacts import (
     CLIPS,
     MADE,
@@ -25,6 +26,7 @@ from alpamayo_dflash import Alpamayo, DFlashDraft
 from alpamayo_dflash.clips.lists import read_clip_list
 from alpamayo_dflash.common.artefacts import write_json
 from alpamayo_dflash.common.fields import build
+from alpamayo_dflash.common.records import KEY
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import MANIFEST_FILE, training_counts, write_merged
 from alpamayo_dflash.distill.writer import RankWriter
@@ -54,7 +56,14 @@ def saved(tmp_path_factory):
 
 
 def fuzz(reader, inputs, folder, file, read):
-    fuzz_file(reader, inputs, read, lambda sound: json_files(json.loads(sound)), file=file, folder=folder)
+    """Fuzz a file without its checksum, which is read as it stands; one input in six keeps it."""
+
+    def made(sound):
+        raw = json.loads(sound)
+        plain = {key: raw[key] for key in raw if key != KEY}
+        return st.sampled_from([plain] * 5 + [raw]).flatmap(json_files)
+
+    fuzz_file(reader, inputs, read, made, file=file, folder=folder)
 
 
 @pytest.fixture

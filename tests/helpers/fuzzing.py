@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 LARGE = os.environ.get("ALPAMAYO_FUZZ") == "large"
 SEED = int(os.environ.get("ALPAMAYO_FUZZ_SEED", "0"))
-TIMES = 30 if LARGE else 1
+TIMES = 20 if LARGE else 2 / 3
 SECONDS, GROWTH_BYTES = 20, 2**30
 """The most that one input may take of time, and of address space beyond what the process has."""
 
@@ -32,11 +32,11 @@ COUNTS: dict[str, collections.Counter] = collections.defaultdict(collections.Cou
 
 
 def fuzzed(inputs):
-    """A test of so many inputs (times `TIMES` in the large profile), drawn by hypothesis."""
+    """A test of so many inputs times `TIMES`, drawn by hypothesis."""
 
     def wrap(test):
         profile = settings(
-            max_examples=inputs * TIMES,
+            max_examples=max(1, round(inputs * TIMES)),
             deadline=None,  # `bounded` is the bound: hypothesis' own would count the first call's imports
             database=None,
             suppress_health_check=list(HealthCheck),

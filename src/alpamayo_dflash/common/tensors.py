@@ -21,6 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from alpamayo_dflash.common.fields import checked
+from alpamayo_dflash.common.json_text import parse_json
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What weights may be stored in."""
 
@@ -34,6 +37,7 @@ _UNPICKLING_ERRORS = (
 )
 
 _CHECKSUMS = "sha256"
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 _LENGTH_BYTES = 8  # of the header's length, little-endian, before the header
 
 
@@ -191,11 +195,13 @@ def _header(path: Path) -> bytes:
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-            if length > path.stat().st_size:
+            if length > min(path.stat().st_size, _LONGEST_HEADER):
                 raise ValueError(f"{path}: not a whole safetensors file")
             return stream.read(length)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
 def _checksums(metadata: Mapping[str, str] | None, path: Path) -> dict[str, str] | None:
@@ -203,10 +209,6 @@ def _checksums(metadata: Mapping[str, str] | None, path: Path) -> dict[str, str]
     text = (metadata or {}).get(_CHECKSUMS)
     if text is None:
         return None
-    try:
-        found = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: its checksums are not valid JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: its checksums are {found!r}; they must be an object")
+    where = f"{path}: its checksums"
+    found: dict[str, str] = checked(parse_json(text, where), dict[str, str], where)
     return found

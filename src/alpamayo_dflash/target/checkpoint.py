@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig
 
 from alpamayo_dflash.common.artefacts import atomic_file, read_json, write_json
-from alpamayo_dflash.common.fields import checked, file_name, naming, value_of
+from alpamayo_dflash.common.fields import file_name, value_of
 from alpamayo_dflash.common.hub import ended
 from alpamayo_dflash.common.identity import Fingerprint, identity_of
-from alpamayo_dflash.common.options import check_range
 from alpamayo_dflash.common.tensors import opened, save_tensors
 from alpamayo_dflash.target.config import CONFIG, AlpamayoConfig
 from alpamayo_dflash.target.rotary import rope_settings, vision_rope_theta, with_rope
+from alpamayo_dflash.target.sizes import check_sizes
 from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from alpamayo_dflash.target.weights import allocate
 
@@ -54,31 +54,6 @@ OPTIONAL_TENSORS = frozenset(
 _TEXT = "vlm.model.language_model."
 _NAMES_SHOWN = 20
 _FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
-_LAYERS, _WIDTH, _COUNT = 1024, 2**20, 2**14
-# The most that the sizes of a Qwen3-VL may be: far beyond any model, and below what no machine can hold.
-_SIZES = {
-    "text_config": {
-        "hidden_size": _WIDTH,
-        "intermediate_size": _WIDTH,
-        "num_hidden_layers": _LAYERS,
-        "num_attention_heads": _COUNT,
-        "num_key_value_heads": _COUNT,
-        "head_dim": _COUNT,
-        "vocab_size": 2**24,
-    },
-    "vision_config": {
-        "depth": _LAYERS,
-        "hidden_size": _WIDTH,
-        "intermediate_size": _WIDTH,
-        "num_heads": _COUNT,
-        "in_channels": 64,
-        "patch_size": 1024,
-        "spatial_merge_size": 64,
-        "temporal_patch_size": 64,
-        "out_hidden_size": _WIDTH,
-        "num_position_embeddings": 2**20,
-    },
-}
 # How much of a file is read through one mapping: enough to make opening it again cost nothing.
 _MAPPED_BYTES = 256 * 2**20
 
@@ -226,26 +201,8 @@ def read_vlm_config(folder: Path, config: AlpamayoConfig) -> Qwen3VLConfig:
         vlm_config: Qwen3VLConfig = Qwen3VLConfig.from_dict(raw)
     except (TypeError, AttributeError, LookupError, StrictDataclassError) as error:
         raise ValueError(f"{path}: transformers cannot read it ({type(error).__name__}: {error})") from None
-    _check_sizes(vlm_config, str(path))
+    check_sizes(vlm_config, str(path))
     return vlm_config
-
-
-def _check_sizes(config: Any, where: str) -> None:
-    """Refuse sizes that no model has, before modules are made of them."""
-    for part, sizes in _SIZES.items():
-        for size, most in sizes.items():
-            value = checked(getattr(getattr(config, part), size), int, f"{where}: {part}.{size}")
-            with naming(f"{where}: {part}"):
-                check_range(1, most, **{size: value})
-    text, vision = config.text_config, config.vision_config
-    for part, above, below in (
-        (text, "num_attention_heads", "num_key_value_heads"),
-        (vision, "hidden_size", "num_heads"),
-    ):
-        if getattr(part, above) % getattr(part, below):
-            raise ValueError(
-                f"{where}: {above} {getattr(part, above)} is no multiple of {below} {getattr(part, below)}"
-            )
 
 
 def load_weights(model: nn.Module, folder: Path, *, device: torch.device, dtype: torch.dtype) -> None:
