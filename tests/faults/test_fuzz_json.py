@@ -24,6 +24,7 @@ from small_artefacts import (
 
 from alpamayo_dflash import Alpamayo, DFlashDraft
 from alpamayo_dflash.clips.lists import read_clip_list
+from alpamayo_dflash.common import locks
 from alpamayo_dflash.common.artefacts import write_json
 from alpamayo_dflash.common.fields import build
 from alpamayo_dflash.common.records import KEY
@@ -32,11 +33,19 @@ from alpamayo_dflash.distill.shards import MANIFEST_FILE, training_counts, write
 from alpamayo_dflash.distill.writer import RankWriter
 from alpamayo_dflash.draft.formats import draft_identity
 from alpamayo_dflash.evaluate.metrics import evaluation_summary
+from alpamayo_dflash.evaluate.recorded import (
+    contradiction,
+    is_recorded,
+    read_rows,
+    recorded_texts,
+    round_of,
+)
 from alpamayo_dflash.evaluate.rows import FORMAT, RowStore
 from alpamayo_dflash.layers import aggregate as aggregate_module
 from alpamayo_dflash.layers.aggregate import aggregate
 from alpamayo_dflash.layers.choice import read_choice
 from alpamayo_dflash.report import run as report_run
+from alpamayo_dflash.report.evaluation import read_evaluation
 from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
 from alpamayo_dflash.standins.untrained import RECORD, write_random_checkpoint
 from alpamayo_dflash.target.checkpoint import read_target, read_vlm_config, target_identity
@@ -207,6 +216,31 @@ def test_an_evaluation_for_a_report_with_plots(tmp_path):
         file,
         partial(report_run.run, SimpleNamespace(evaluation=file, out=None)),
     )
+
+
+def test_an_evaluation_for_an_audit(tmp_path):
+    file = tmp_path / "evaluation.json"
+    write_json(file, evaluation())
+
+    def read():
+        for row in read_rows(read_evaluation(file), str(file)):
+            if is_recorded(row, str(file)):
+                for text in recorded_texts(row, 1, f"{file}: clip {row['clip_id']}"):
+                    contradiction(text[0], row["rounds"][0])
+                    round_of(row["rounds"][0], 1)
+
+    fuzz("evaluate --audit: evaluation.json", 120, tmp_path, file, read)
+
+
+def test_a_lock(tmp_path):
+    about = {"mark": "a", "host": "b", "pid": 7, "since": 1.5e9}
+
+    @fuzzed(60)
+    @given(json_files(about))
+    def each(data):
+        tried("locks", "", lambda: locks._message(tmp_path, locks._about(data.decode("utf-8", "replace"))))
+
+    each()
 
 
 def test_rows_of_an_evaluation(tmp_path):

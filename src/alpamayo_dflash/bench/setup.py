@@ -202,10 +202,14 @@ def coc_quantiles(path: Path) -> dict[str, int]:
         ValueError: the file has other columns, or no CoC.
     """
     with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if not {"tokens", "steps"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}: has columns {reader.fieldnames}; it must have tokens and steps")
-        counts = sorted((int(row["tokens"]), int(row["steps"])) for row in reader if int(row["tokens"]) > 0)
+        try:
+            reader = csv.DictReader(file)
+            if not {"tokens", "steps"} <= set(reader.fieldnames or ()):
+                raise ValueError(f"has columns {reader.fieldnames}; it must have tokens and steps")
+            rows = [(int(row["tokens"]), int(row["steps"])) for row in reader]
+        except (ValueError, TypeError, csv.Error) as error:  # a row may be short, or hold no numbers
+            raise ValueError(f"{path}: {error}") from None
+    counts = sorted(row for row in rows if row[0] > 0)
     total = sum(steps for _, steps in counts)
     if not total:
         raise ValueError(f"{path}: holds no CoC")

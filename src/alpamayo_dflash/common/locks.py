@@ -16,11 +16,22 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypedDict
 
 from alpamayo_dflash.common.artefacts import clear_temporaries, to_plain
+from alpamayo_dflash.common.fields import checked
+from alpamayo_dflash.common.json_text import parse_json
+from alpamayo_dflash.common.options import check_range
 
 _NAME = ".run-rank{}.lock"
+_LATEST = 2**33  # seconds; a time that calendars have
+
+
+class _About(TypedDict):
+    mark: str
+    host: str
+    pid: int
+    since: float
 
 
 def mark_of(settings: Any) -> str:
@@ -47,7 +58,7 @@ def owned(folder: Path, mark: str, rank: int = 0, *, take_over: bool = False) ->
     path = folder / _NAME.format(rank)
     about = {"mark": mark, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
     with _registry(folder, take_over):
-        handle = path.open("a+", encoding="utf-8")
+        handle = path.open("a+", encoding="utf-8", errors="replace")
         try:
             if not take_over:
                 _lock(handle, folder)
@@ -132,7 +143,7 @@ def _others(folder: Path, mark: str, own: Path) -> int:
     for other in folder.glob(_NAME.format("*")):
         if other == own:
             continue
-        with other.open("r", encoding="utf-8") as handle:
+        with other.open("r", encoding="utf-8", errors="replace") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -146,14 +157,15 @@ def _others(folder: Path, mark: str, own: Path) -> int:
 def _about(text: str) -> dict[str, Any]:
     """What a lock's file says."""
     try:
-        about = json.loads(text)
-    except json.JSONDecodeError:
-        return {}
-    return about if isinstance(about, dict) else {}
+        about: dict[str, Any] = checked(parse_json(text, "a lock"), _About, "a lock")
+        check_range(0, _LATEST, since=about["since"])
+    except ValueError:
+        return {}  # of another version perhaps; that somebody holds it is what counts
+    return about
 
 
 def _message(folder: Path, about: dict[str, Any]) -> str:
     since = about.get("since")
     when = f" since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))}" if since else ""
-    who = f"process {about['pid']} on {about['host']}" if "pid" in about else "another process"
+    who = f"process {about['pid']} on {about['host']}" if about else "another process"
     return f"{folder}: {who} is at work there{when}; wait for it, or use another output folder"

@@ -94,7 +94,7 @@ def audit(path: Path, arms: Arms, source: ClipSource, parents: Mapping[str, str]
     result = read_evaluation(path)
     value_of(result, "provenance", dict, where=str(path))
     rows = drawn(read_rows(result, str(path)), config.audit, config.seed)
-    old = sum(not is_recorded(row) for row in rows)
+    old = sum(not is_recorded(row, str(path)) for row in rows)
     if old:
         raise ValueError(
             f"{path}: {old} of the {len(rows)} clips to audit keep no token ids, as an older version wrote "

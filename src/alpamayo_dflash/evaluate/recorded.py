@@ -24,9 +24,13 @@ def read_rows(result: Mapping[str, Any], where: str) -> list[ClipRow]:
     return rows
 
 
-def is_recorded(row: Mapping[str, Any]) -> bool:
-    """Whether a row keeps the ids of its texts; those of older versions may not."""
-    return "rounds" in row and ("first_tokens" in row or all(value_of(row, "rounds", list, where="a row")))
+def is_recorded(row: Mapping[str, Any], where: str) -> bool:
+    """Whether a row keeps the ids of its texts; those of older versions may not.
+
+    Raises:
+        ValueError: its rounds are no list; `where`, the row's file, is named.
+    """
+    return "rounds" in row and ("first_tokens" in row or all(value_of(row, "rounds", list, where=where)))
 
 
 def recorded_texts(row: Mapping[str, Any], samples: int, where: str) -> list[list[int]]:
