@@ -24,8 +24,6 @@ from alpamayo_dflash.draft.formats import MASK_FILE, to_json
 from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
 from alpamayo_dflash.standins.untrained import write_random_checkpoint
 from alpamayo_dflash.target.checkpoint import read_target
-from alpamayo_dflash.target.config import AlpamayoConfig
-from alpamayo_dflash.target.tokenizer import load_tokenizer, special_tokens
 from alpamayo_dflash.train.checkpoint import OPTIMIZER, load_training
 from alpamayo_dflash.train.config import TrainConfig
 
@@ -239,10 +237,8 @@ def tokenizer_files(draw, data):
 
 def test_tokenizers(saved, tmp_path):
     target = shutil.copytree(saved, tmp_path / "target")
-    config = AlpamayoConfig.from_file(target / "config.json")
-
-    def read():
-        special_tokens(load_tokenizer(target / "vlm", config))
+    found = read_target(target)
+    read = found.special
 
     file = target / "vlm" / "tokenizer.json"
     fuzz_file("target: tokenizer.json", 60, read, tokenizer_files, file=file, folder=target)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLConfig
 
 from alpamayo_dflash.common.artefacts import atomic_file, read_json, write_json
-from alpamayo_dflash.common.fields import file_name, value_of
+from alpamayo_dflash.common.fields import file_name, naming, value_of
 from alpamayo_dflash.common.hub import ended
 from alpamayo_dflash.common.identity import Fingerprint, identity_of
 from alpamayo_dflash.common.tensors import opened, save_tensors
@@ -109,7 +109,9 @@ class FrozenTarget:
         Raises:
             ValueError: the tokenizer is not found or does not fit the checkpoint.
         """
-        return special_tokens(load_tokenizer(self.vlm_files.folder, self.config))
+        tokenizer = load_tokenizer(self.vlm_files.folder, self.config)
+        with naming(str(self.vlm_files.folder / "tokenizer.json")):
+            return special_tokens(tokenizer)
 
 
 def checkpoint_folder(name: str | Path, *, local_files_only: bool = False) -> Path:

@@ -167,11 +167,16 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """Read a tokenizer.json.
 
     Raises:
-        ValueError: it is none; the library raises bare exceptions, and only here are they caught.
+        ValueError: it is none, or none that can encode; the library raises bare exceptions and panics, and
+            only here are they caught.
     """
     try:
         tokenizer: Tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:
+        tokenizer.encode(".", add_special_tokens=False)
+    except BaseException as error:
+        # A panic of the library's Rust is no Exception, and its class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"{path}: not a tokenizer ({error})") from None
     return tokenizer
 
