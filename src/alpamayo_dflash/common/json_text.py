@@ -14,6 +14,7 @@ MOST_BYTES = 2**29
 MOST_DEPTH = 64
 """How deep values may be nested; what is read here has ten levels at most."""
 
+_PIECE_BYTES = 2**20
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -24,16 +25,19 @@ def read_json_value(path: Path) -> Any:
         ValueError: it is missing, longer than `MOST_BYTES`, or not JSON as `parse_json` takes it; the message
             names it.
     """
+    data = bytearray()
     try:
         with path.open("rb") as stream:
-            data = stream.read(MOST_BYTES + 1)
+            # In pieces: a device has no length, and a read of so many bytes takes them all beforehand.
+            while len(data) <= MOST_BYTES and (piece := stream.read(_PIECE_BYTES)):
+                data += piece
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder, not a file") from None
     if len(data) > MOST_BYTES:
         raise ValueError(f"{path}: longer than {MOST_BYTES} bytes, the most that is read as JSON")
-    return parse_json(data, str(path))
+    return parse_json(bytes(data), str(path))
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
