@@ -216,8 +216,12 @@ def test_shards_of_distillation(tmp_path):
 def test_shards_that_are_not_what_was_written(tmp_path):
     write_distill(tmp_path)
 
+    file = tmp_path / "shards" / "rank0-0.safetensors"
+    sound = file.read_bytes()
+
     def read():
         DistillData(tmp_path).verify()
+        assert file.read_bytes() == sound  # what is taken is what was written
 
     fuzz(
         "distill: shards against their hash", 30, tmp_path, tmp_path / "shards" / "rank0-0.safetensors", read
