@@ -79,12 +79,12 @@ def test_fused_weights_lie_together(tmp_path: Path) -> None:
 
 
 def test_an_experts_weights_are_fused_with_the_texts(tmp_path: Path) -> None:
-    target = random_target(tmp_path)
-    kept = [parameter.clone() for parameter in target.expert.parameters()]
-    accelerate(TheirAlpamayo(target), fuse=True)
-    mlp = target.expert.layers[2].mlp
+    theirs = TheirAlpamayo(random_target(tmp_path))
+    kept = [parameter.clone() for parameter in theirs.expert.parameters()]
+    accelerate(theirs, fuse=True)
+    mlp: Any = theirs.expert.layers[2].mlp
     assert len({p.weight.untyped_storage().data_ptr() for p in (mlp.gate_proj, mlp.up_proj)}) == 1
-    assert all(torch.equal(a, b) for a, b in zip(kept, target.expert.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(kept, theirs.expert.parameters(), strict=True))
 
 
 def test_fuse_refuses_what_is_not_a_plain_linear_layer_and_moves_nothing(tmp_path: Path) -> None:

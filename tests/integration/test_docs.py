@@ -83,6 +83,7 @@ SUBSTITUTIONS = {
         "--target DIR": "--target random",
         "--out FILE": "--out figures.json",
         "--size r1-10b": "--size small",
+        "--target random:r1-10b --device cuda": "--target random:small --device cpu --repeats 2",
         "--device cuda": "--device cpu",
     },
 }
@@ -286,7 +287,7 @@ def test_the_guide(run_page: Callable[[str], Page]) -> None:
 
 def test_the_commands(run_page: Callable[[str], Page]) -> None:
     page = run_page("commands.md")
-    assert page.ran == {"write-random-target": 1, "measure-target": 1}
+    assert page.ran == {"write-random-target": 1, "measure-target": 1, "bench": 1}
 
 
 @pytest.mark.parametrize("name", ["architecture.md", "performance.md", "reliability.md"])
