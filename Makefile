@@ -12,7 +12,7 @@ COMPAT := .venv-compat-$(COMPAT_TORCH)
 LAID := $(VENV)/oldest-transformers
 LAID_OVER := transformers|huggingface-hub|tokenizers|requests|urllib3|charset-normalizer|certifi
 
-.PHONY: demo test golden faults fuzz compat compat-quick lint types check clean
+.PHONY: demo test golden faults kills fuzz compat compat-quick lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
@@ -24,8 +24,12 @@ test: $(STAMP)
 golden: $(STAMP)
 	ALPAMAYO_GOLDEN="$${ALPAMAYO_GOLDEN:-../shared/golden}" $(BIN)/python -m pytest tests/integration/test_golden.py
 
-# Stages killed 200 times and before each change of a file, and on full and read-only disks (as root).
+# All that breaks things on purpose, on two cores.
 faults: $(STAMP)
+	$(MAKE) --jobs 2 kills fuzz
+
+# Stages killed 200 times and before each change of a file, and on full and read-only disks (as root).
+kills: $(STAMP)
 	$(BIN)/python tests/faults/kills.py --kills 200 --disks
 
 # Every reader with 60,000 damaged and hostile inputs; ALPAMAYO_FUZZ_SEED takes others.
