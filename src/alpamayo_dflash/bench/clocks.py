@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -11,6 +11,7 @@ from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.observer import Observer, RoundTrace
 
 _WARM = 3
+_A_TURN = 5
 
 
 def wall_ms(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -43,6 +44,17 @@ def event_ms(call: Callable[[], object], repeats: int, device: torch.device) -> 
         torch.cuda.synchronize()
         times.append(round(start.elapsed_time(end), 4))
     return times[_WARM:]
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """`event_ms` of several calls, a few runs of each in turn, so that what drifts falls on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(-(-repeats // _A_TURN)):
+        for name, call in calls.items():
+            times[name] += event_ms(call, _A_TURN, device)
+    return times
 
 
 def ceilings(repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:

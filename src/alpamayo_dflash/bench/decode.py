@@ -33,7 +33,7 @@ def timings(bench: Bench) -> dict[str, Any]:
     with torch.inference_mode():
         raw: dict[str, Any] = {
             "block_size": config.block_size,
-            "coc_tokens": config.coc_tokens,
+            "coc_tokens": config.text_tokens,
             "prompt_tokens": len(bench.prompt.input_ids),
             "weight_bytes": _weight_bytes(bench),
             **_shapes(bench),
@@ -72,7 +72,7 @@ def _shapes(bench: Bench) -> dict[str, Any]:
         vocab=draft.draft_vocab_size or draft.vocab_size,
     )
     with FlopCounterMode(display=False) as counter:
-        target.embed(bench.prompt)
+        target.see(bench.prompt)
     return {
         "shape": asdict(shape),
         "draft_shape": asdict(heads),
@@ -84,7 +84,8 @@ def _shapes(bench: Bench) -> dict[str, Any]:
 def _prompts(bench: Bench) -> dict[str, dict[str, list[float]]]:
     """Vision, and the language model's pass over the prompt, by arm."""
     config, target, prompt = bench.config, bench.target, bench.prompt
-    verifier, embeddings = bench.decoder(None).verifier, target.embed(prompt)
+    verifier, features = bench.decoder(None).verifier, target.see(prompt)
+    embeddings = target.embed(prompt)
     text, visual = target.vlm.model.language_model, target.vlm.model.visual
     seen = (prompt.input_ids == target.special.image_pad)[None]
     pixels = prompt.pixel_values.to(target.dtype)
@@ -100,8 +101,8 @@ def _prompts(bench: Bench) -> dict[str, dict[str, list[float]]]:
         )
         target.vlm.lm_head(out.last_hidden_state[:, -1:])
 
-    vision = {"project": wall_ms(lambda: target.embed(prompt), config.repeats, bench.device)}
-    prefill = {"project": wall_ms(lambda: verifier.read(prompt, embeddings), config.repeats, bench.device)}
+    vision = {"project": wall_ms(lambda: target.see(prompt), config.repeats, bench.device)}
+    prefill = {"project": wall_ms(lambda: verifier.read(prompt, features), config.repeats, bench.device)}
     if config.transformers:
         vision["transformers"] = wall_ms(
             lambda: visual(pixels, prompt.image_grid_thw), config.repeats, bench.device
@@ -115,7 +116,7 @@ def _passes(bench: Bench) -> dict[str, list[float]]:
     config, device = bench.config, bench.device
     verifier = bench.decoder(None).verifier
     prefilled = verifier.prefill(bench.prompt)
-    least = per_sample_slots(config.coc_tokens, config.block_size)
+    least = per_sample_slots(config.text_tokens, config.block_size)
     out = {}
     for rows in config.row_counts:
         slots = max(least, per_sample_slots(rows, 0))
@@ -144,7 +145,7 @@ def _drafts(bench: Bench) -> dict[str, list[float]]:
 def _draft(bench: Bench, draft: DFlashDraft, samples: int) -> list[float]:
     config, verifier = bench.config, bench.decoder(draft).verifier
     prefilled = verifier.prefill(bench.prompt)
-    per_sample = per_sample_slots(config.coc_tokens, config.block_size)
+    per_sample = per_sample_slots(config.text_tokens, config.block_size)
     slots = samples * per_sample
     verifier.begin(prefilled, slots)
     state = State(
@@ -159,7 +160,7 @@ def _draft(bench: Bench, draft: DFlashDraft, samples: int) -> list[float]:
     block = static_block(draft, verifier.cache, samples=samples, per_sample=per_sample, slots=slots)
     block.begin(verifier.cache.prompt_length)
     # As after a round that accepted five tokens.
-    state.lengths.fill_(min(config.coc_tokens, 9))
+    state.lengths.fill_(min(config.text_tokens, 9))
     state.previous.copy_((state.lengths - 6).clamp_min(0))
     return graph_ms(lambda: block(state), config.repeats, bench.device)
 
@@ -194,7 +195,7 @@ def _texts(bench: Bench) -> dict[str, Any]:
     for samples in _SAMPLES:
         clock, kept = RoundClock(), []
         for index in range(config.texts):
-            options = bench.options(samples, index, config.coc_tokens)
+            options = bench.options(samples, index, config.text_tokens)
             found = pair.decode(options, clock if index else None)
             kept += [found] if index else []
         for arm, results in zip(("autoregressive", "speculative"), zip(*kept, strict=True), strict=True):
@@ -227,7 +228,7 @@ def _transformers(bench: Bench, samples: int) -> tuple[list[float], list[int]]:
             temperature=config.temperature,
             top_p=Sampling().top_p,
             num_traj_samples=samples,
-            max_new_tokens=config.coc_tokens,
+            max_new_tokens=config.text_tokens,
             seed=index,
         )
         if index:

@@ -55,9 +55,44 @@ def window_figures(raw: Mapping[str, Any]) -> dict[str, float]:
     """The keys of `bench --window`; one whose arms were not timed is left out. Medians.
 
     Args:
-        raw: `expert_ms` by form and samples; `expert_bytes` of a step, `expert_operations` of a step by
-            samples, `steps`, and the lists `read_bytes_per_s` and `product_flop_per_s`.
+        raw: of `bench.window.measured`.
     """
+    keys = _whole_windows(raw) | _window_parts(raw) | _expert_figures(raw)
+    return {key: round(value, 4) for key, value in keys.items()}
+
+
+def _whole_windows(raw: Mapping[str, Any]) -> dict[str, float]:
+    median, times = statistics.median, raw.get("window_ms", {})
+    if not times:
+        return {}
+    one = median(times["1"])
+    keys = {
+        "window_ms": one,
+        "window_six_over_one": median(times[str(SIX)]) / one,
+        "window_overhead": median(raw["window_overhead"]["1"]),
+        "window_p99_over_p50": p99(raw["equal_window_ms"]) / median(raw["equal_window_ms"]),
+    }
+    for arm, key in (("transformers", "window_vs_transformers"), ("compiled", "window_vs_compiled")):
+        if f"{arm}_window_ms" in raw:
+            keys[key] = median(raw[f"{arm}_window_ms"]["1"]) / one
+    if "reuse_window_ms" in raw:
+        reuse = raw["reuse_window_ms"]
+        keys["vision_reuse_over_none"] = median(reuse["twelve"]) / median(reuse["none"])
+    return keys
+
+
+def _window_parts(raw: Mapping[str, Any]) -> dict[str, float]:
+    median, keys = statistics.median, {}
+    for name, key in (("pinned", "preprocess_ms"), ("pageable", "preprocess_pageable_ms")):
+        if name in raw.get("preprocess_ms", {}):
+            keys[key] = median(raw["preprocess_ms"][name])
+    for name, key in (("vision_ms", "vision_over_before"), ("prompt_pass_ms", "prompt_over_before")):
+        if name in raw:
+            keys[key] = median(raw[name]["now"]) / median(raw[name]["before"])
+    return keys
+
+
+def _expert_figures(raw: Mapping[str, Any]) -> dict[str, float]:
     median, times = statistics.median, raw["expert_ms"]
     read = raw["steps"] * raw["expert_bytes"] / median(raw["read_bytes_per_s"]) * 1e3
     # A product's slow runs are the card's, not the work's: a floor takes a fast one.
@@ -70,7 +105,12 @@ def window_figures(raw: Mapping[str, Any]) -> dict[str, float]:
     if f"fused_{SIX}" in times:
         keys["expert_six_over_floor"] = median(times[f"fused_{SIX}"]) / done
         keys["expert_six_vs_plain"] = median(times[f"plain_{SIX}"]) / median(times[f"fused_{SIX}"])
-    return {key: round(value, 4) for key, value in keys.items()}
+    return keys
+
+
+def p99(values: Sequence[float]) -> float:
+    """The value that one in a hundred exceeds."""
+    return statistics.quantiles(values, n=100, method="inclusive")[-1]
 
 
 def third_quartile(values: Sequence[float]) -> float:

@@ -22,8 +22,8 @@ def profile(bench: Bench) -> dict[str, Any] | None:
         return None
     fast, replay = bench.replaying()
     read = fast.prefill(bench.prompt)
-    fast.generate(read, **bench.options(1, 0, bench.config.coc_tokens))
-    replay.load([[1] * bench.config.coc_tokens], 0)
+    fast.generate(read, **bench.options(1, 0, bench.config.text_tokens))
+    replay.load([[1] * bench.config.text_tokens], 0)
     round_ = next(iter(fast.device_rounds.kept.values()))
     with torch.inference_mode():
         sample, most = Sample(0), round_.shape.per_sample - round_.block
