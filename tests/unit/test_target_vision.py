@@ -17,7 +17,7 @@ def visual():
         depth=3,
         hidden_size=32,
         num_heads=2,
-        intermediate_size=48,
+        intermediate_size=40,
         out_hidden_size=40,
         num_position_embeddings=64,
         deepstack_visual_indexes=[0, 2],
@@ -40,6 +40,51 @@ def test_equal_to_transformers(visual, grids):
     torch.testing.assert_close(ours.embeds, embeds, atol=2e-5, rtol=1e-5)
     for level, expected in enumerate(deepstack):
         torch.testing.assert_close(ours.deepstack[level], expected, atol=2e-5, rtol=1e-5)
+
+
+def features(visual, images_NTK, grid, **options):
+    """Of the last image, by encoding all. The largest grid has a GELU that three threads share unevenly."""
+    grids = torch.tensor([[1, *grid]] * len(images_NTK))
+    with torch.no_grad():
+        found = encode_images(visual, images_NTK.flatten(0, 1), grids, **options)
+    tokens = len(found.embeds) // len(images_NTK)
+    return torch.cat((found.embeds[None], found.deepstack))[:, -tokens:]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("grid", [(2, 2), (4, 6), (20, 22)])
+def test_company_does_not_matter(visual, grid, threads):
+    images = torch.randn(16, grid[0] * grid[1], 384)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        alone = features(visual, images[-1:], grid)
+        for first in (14, 13, 12, 11, 0):
+            assert torch.equal(features(visual, images[first:], grid), alone), 16 - first
+        together = features(visual, images, grid, group=None)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-5)
+
+
+def test_company_of_other_sizes_does_not_matter(visual):
+    one, other = torch.randn(24, 384), torch.randn(4, 384)
+    grid = torch.tensor([[1, 4, 6], [1, 2, 2], [1, 4, 6]])
+    with torch.no_grad():
+        found = encode_images(visual, torch.cat((one, other, one)), grid).embeds
+    assert torch.equal(found[:6], found[7:])
+    assert torch.equal(found[:6], features(visual, one[None], (4, 6))[0])
+
+
+def test_tables_that_are_kept_can_be_trained_with(visual):
+    """They are made in inference mode first, and then asked for where gradients are taken."""
+    pixels, grid = torch.randn(60, 384), torch.tensor([[1, 6, 10]])
+    with torch.inference_mode():
+        expected = encode_images(visual, pixels, grid).embeds
+    got = encode_images(visual, pixels, grid).embeds
+    got.sum().backward()
+    assert torch.equal(got, expected)
+    visual.zero_grad()
 
 
 def test_refuses_patches_that_do_not_fill_the_grids(visual):

@@ -1,14 +1,21 @@
-"""The vision tower over many images at once.
+"""The vision tower over many images, four at a time.
 
 transformers runs full attention image by image in a loop of Python; images of one size need no loop.
 The same maths (specification 6) runs here on a batch of equal images, over the weights of transformers'
 modules. A test holds the two equal.
 
-Shapes: N images, T patches of an image in merge-block order, C vision hidden, M patches of a merged block.
+How a product rounds depends on its number of rows. So images always go four together, the last of them with
+images of zeros, and what comes of an image does not depend on its company. `vision_fused` is the fast form.
+
+Shapes: N images, T patches of an image in merge-block order, C vision hidden, M patches of a merged block,
+K values of a patch.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +26,16 @@ from torch.nn import functional
 from alpamayo_dflash.target.qwen3 import rotate
 from alpamayo_dflash.target.rotary import vision_rope_theta
 from alpamayo_dflash.target.weights import hooked, why_module
+
+GROUP = 4
+"""Images that the tower takes together."""
+
+Grid = tuple[int, int]
+"""Patches of an image from top to bottom, and from left to right."""
+
+
+_Call = Callable[[Any, Tensor], Tensor]
+"""(a module that is a tower's MLP or merger, hidden [N, T, C]) -> its output [..., columns]."""
 
 
 @dataclass(frozen=True)
@@ -42,43 +59,83 @@ def merge_order(grid_h: int, grid_w: int, merge: int) -> tuple[Tensor, Tensor]:
     return rows.expand(shape).flatten(), columns.expand(shape).flatten()
 
 
-def interpolated_positions(table_VC: Tensor, grid_h: int, grid_w: int, merge: int) -> Tensor:
-    """The learned square table of positions, bilinearly interpolated to a grid: [T, C] in merge order."""
-    side = round(table_VC.shape[0] ** 0.5)
+@functools.lru_cache(maxsize=16)
+def _corners(side: int, grid_h: int, grid_w: int, merge: int) -> list[tuple[Tensor, Tensor]]:
+    """Four entries of a square table for each patch, int64 [T], and their weights, float32 [T]."""
     row, column = merge_order(grid_h, grid_w, merge)
-    device = table_VC.device
 
-    def corners(index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def between(index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         at = torch.linspace(0, side - 1, count, dtype=torch.float32, device="cpu")[index]
         low = at.long()
-        return low.to(device), (low + 1).clamp(max=side - 1).to(device), (at - low).to(device)
+        return low, (low + 1).clamp(max=side - 1), at - low
 
-    top, bottom, down = corners(row, grid_h)
-    left, right, across = corners(column, grid_w)
-    weights = (
-        (top, left, (1 - down) * (1 - across)),
-        (top, right, (1 - down) * across),
-        (bottom, left, down * (1 - across)),
-        (bottom, right, down * across),
-    )
-    parts = [table_VC[r * side + c] * w[:, None].to(table_VC.dtype) for r, c, w in weights]
+    top, bottom, down = between(row, grid_h)
+    left, right, across = between(column, grid_w)
+    return [
+        (top * side + left, (1 - down) * (1 - across)),
+        (top * side + right, (1 - down) * across),
+        (bottom * side + left, down * (1 - across)),
+        (bottom * side + right, down * across),
+    ]
+
+
+def interpolated_positions(table_VC: Tensor, grid_h: int, grid_w: int, merge: int) -> Tensor:
+    """The learned square table of positions, bilinearly interpolated to a grid: [T, C] in merge order."""
+    device = table_VC.device
+    with torch.inference_mode(False):  # what is kept serves training too
+        corners = _corners(round(table_VC.shape[0] ** 0.5), grid_h, grid_w, merge)
+    parts = [
+        table_VC[index.to(device)] * weight.to(device)[:, None].to(table_VC.dtype)
+        for index, weight in corners
+    ]
     return parts[0] + parts[1] + parts[2] + parts[3]
+
+
+@functools.lru_cache(maxsize=16)
+def _angles(grid_h: int, grid_w: int, merge: int, head_dim: int, theta: float) -> Tensor:
+    """Radians by which the tower's axial rotary embedding turns, float32 [T, head_dim] (specification 6)."""
+    row, column = merge_order(grid_h, grid_w, merge)
+    half = head_dim // 2
+    inverse = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
+    angles = torch.cat((row[:, None] * inverse, column[:, None] * inverse), dim=-1)
+    return torch.cat((angles, angles), dim=-1)
 
 
 def rotary_tables_2d(
     grid_h: int, grid_w: int, merge: int, head_dim: int, device: torch.device, *, theta: float = 10_000.0
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the tower's axial rotary embedding, float32 [T, head_dim] (specification 6)."""
-    row, column = merge_order(grid_h, grid_w, merge)
-    half = head_dim // 2
-    inverse = 1.0 / theta ** (torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
-    angles = torch.cat((row[:, None] * inverse, column[:, None] * inverse), dim=-1)
-    angles = torch.cat((angles, angles), dim=-1).to(device)
+    with torch.inference_mode(False):
+        angles = _angles(grid_h, grid_w, merge, head_dim, theta).to(device)
     return angles.cos(), angles.sin()
 
 
+@dataclass(frozen=True)
+class GridTables:
+    """What of the tower depends on the images' size alone.
+
+    Attributes:
+        positions: [T, C].
+        cos: float32 [T, D].
+        sin: float32 [T, D].
+    """
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+def grid_tables(visual: Any, grid_h: int, grid_w: int) -> GridTables:
+    """The tables for one grid, on the tower's device."""
+    config, merge = visual.config, visual.config.spatial_merge_size
+    positions = interpolated_positions(_table(visual.pos_embed), grid_h, grid_w, merge)
+    head_dim, theta = config.hidden_size // config.num_heads, vision_rope_theta(config)
+    cos, sin = rotary_tables_2d(grid_h, grid_w, merge, head_dim, positions.device, theta=theta)
+    return GridTables(positions, cos, sin)
+
+
 def encode_equal_images(
-    visual: Any, pixel_values: Tensor, grid_h: int, grid_w: int
+    visual: Any, pixel_values: Tensor, grid_h: int, grid_w: int, *, group: int | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """Encode images of one grid.
 
@@ -87,31 +144,62 @@ def encode_equal_images(
         pixel_values: [N * T, channels * temporal * patch * patch].
         grid_h: patches from top to bottom.
         grid_w: patches from left to right.
+        group: how many images go together; None for all, which is how the tower is trained.
 
     Returns:
         the merged features [N * T / M, text hidden] and the deepstack features, one such tensor a level.
     """
-    config = visual.config
-    merge, heads = config.spatial_merge_size, config.num_heads
-    patches = grid_h * grid_w
-    hidden_NTC = _embed_patches(visual.patch_embed, pixel_values).view(-1, patches, config.hidden_size)
-    hidden_NTC = hidden_NTC + interpolated_positions(_table(visual.pos_embed), grid_h, grid_w, merge)
-    cos, sin = rotary_tables_2d(
-        grid_h, grid_w, merge, config.hidden_size // heads, hidden_NTC.device, theta=vision_rope_theta(config)
+    tables, tokens = (
+        grid_tables(visual, grid_h, grid_w),
+        len(pixel_values) // visual.config.spatial_merge_size**2,
     )
+    if group is None:
+        return _encode_together(visual, pixel_values, tables, _all_at_once)
+    threads = pixel_values.device.type == "cpu" and torch.get_num_threads() > 1
+    call = _image_by_image if threads else _all_at_once
+    rows = group * grid_h * grid_w
+    parts = [
+        _encode_together(visual, functional.pad(some, (0, 0, 0, rows - len(some))), tables, call)
+        for some in pixel_values.split(rows)
+    ]
+    merged, deepstack = zip(*parts, strict=True)
+    tokens = len(pixel_values) // visual.config.spatial_merge_size**2
+    return torch.cat(merged)[:tokens], [torch.cat(level)[:tokens] for level in zip(*deepstack, strict=True)]
 
+
+def _encode_together(
+    visual: Any, pixel_values: Tensor, tables: GridTables, call: _Call
+) -> tuple[Tensor, list[Tensor]]:
+    config = visual.config
+    heads, patches = config.num_heads, len(tables.positions)
+    hidden_NTC = _embed_patches(visual.patch_embed, pixel_values).view(-1, patches, config.hidden_size)
+    hidden_NTC = hidden_NTC + tables.positions
     deepstack: list[Tensor] = []
     for index, block in enumerate(visual.blocks):
         qkv = block.attn.qkv(block.norm1(hidden_NTC)).view(-1, patches, 3, heads, config.hidden_size // heads)
         q, k, v = qkv.unbind(2)
-        q, k = (rotate(x.float(), cos, sin).to(v.dtype).transpose(1, 2) for x in (q, k))
+        q, k = (rotate(x.float(), tables.cos, tables.sin).to(v.dtype).transpose(1, 2) for x in (q, k))
         attended = functional.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2)
         hidden_NTC = hidden_NTC + block.attn.proj(attended.flatten(2))
-        hidden_NTC = hidden_NTC + block.mlp(block.norm2(hidden_NTC))
+        hidden_NTC = hidden_NTC + call(block.mlp, block.norm2(hidden_NTC))
         if index in config.deepstack_visual_indexes:
             merger = visual.deepstack_merger_list[config.deepstack_visual_indexes.index(index)]
-            deepstack.append(merger(hidden_NTC.flatten(0, 1)))
-    return visual.merger(hidden_NTC.flatten(0, 1)), deepstack
+            deepstack.append(call(merger, hidden_NTC).flatten(0, -2))
+    return call(visual.merger, hidden_NTC).flatten(0, -2), deepstack
+
+
+def _all_at_once(module: Any, hidden_NTC: Tensor) -> Tensor:
+    out: Tensor = module(hidden_NTC)
+    return out
+
+
+def _image_by_image(module: Any, hidden_NTC: Tensor) -> Tensor:
+    """Call a module with a GELU on each image alone, so that an image's place in a group does not matter.
+
+    A CPU's threads share a GELU's values out without regard to images, and what is left over of a share when
+    it is cut into vectors is computed another way: with three threads, bits differed.
+    """
+    return torch.stack([module(hidden_TC) for hidden_TC in hidden_NTC])
 
 
 def _embed_patches(patch_embed: Any, pixel_values: Tensor) -> Tensor:
@@ -133,13 +221,38 @@ def _table(pos_embed: nn.Module) -> Tensor:
     return called
 
 
-def encode_images(visual: Any, pixel_values: Tensor, image_grid_thw: Tensor) -> VisionFeatures:
-    """Encode images of any sizes: runs of equal grids go together.
+def encode_images(
+    visual: Any, pixel_values: Tensor, image_grid_thw: Tensor, *, group: int | None = GROUP
+) -> VisionFeatures:
+    """Encode images of any sizes.
 
     Args:
         visual: transformers' Qwen3-VL vision model.
         pixel_values: [patches, channels * temporal * patch * patch], all images after one another.
         image_grid_thw: int64 [images, 3], in patches; t is 1, images are stills.
+        group: how many equal images go together; None for all, whose features then depend on their company.
+
+    Raises:
+        ValueError: an image's temporal grid is not 1, or the patches do not add up.
+    """
+    grids = image_grids(image_grid_thw, len(pixel_values))
+    runs: list[tuple[Tensor, list[Tensor]]] = []
+    start = 0
+    for (grid_h, grid_w), count in equal_runs(grids):
+        stop = start + count * grid_h * grid_w
+        runs.append(encode_equal_images(visual, pixel_values[start:stop], grid_h, grid_w, group=group))
+        start = stop
+    embeds = torch.cat([merged for merged, _ in runs])
+    levels = [torch.cat(level) for level in zip(*(deepstack for _, deepstack in runs), strict=True)]
+    return VisionFeatures(embeds, torch.stack(levels) if levels else embeds.new_zeros(0, *embeds.shape))
+
+
+def image_grids(image_grid_thw: Tensor, patches: int) -> list[Grid]:
+    """The images' grids, for the host.
+
+    Args:
+        image_grid_thw: int64 [images, 3]; on a GPU the host waits for it.
+        patches: that there are of all images.
 
     Raises:
         ValueError: an image's temporal grid is not 1, or the patches do not add up.
@@ -147,23 +260,11 @@ def encode_images(visual: Any, pixel_values: Tensor, image_grid_thw: Tensor) -> 
     grids = [tuple(int(n) for n in row) for row in image_grid_thw.tolist()]
     if any(t != 1 for t, _, _ in grids):
         raise ValueError(f"image_grid_thw has a temporal grid other than 1: {grids}")
-    if sum(h * w for _, h, w in grids) != pixel_values.shape[0]:
-        raise ValueError(f"{pixel_values.shape[0]} patches do not fill the image grids {grids}")
-    embeds: list[Tensor] = []
-    levels: list[list[Tensor]] = []
-    start = first = 0
-    while first < len(grids):
-        last = first
-        while last < len(grids) and grids[last] == grids[first]:
-            last += 1
-        _, grid_h, grid_w = grids[first]
-        stop = start + (last - first) * grid_h * grid_w
-        merged, deepstack = encode_equal_images(visual, pixel_values[start:stop], grid_h, grid_w)
-        embeds.append(merged)
-        levels.append(deepstack)
-        start, first = stop, last
-    stacked = [torch.cat([run[level] for run in levels]) for level in range(len(levels[0]))]
-    return VisionFeatures(
-        embeds=torch.cat(embeds),
-        deepstack=torch.stack(stacked) if stacked else embeds[0].new_zeros(0, *torch.cat(embeds).shape),
-    )
+    if sum(h * w for _, h, w in grids) != patches:
+        raise ValueError(f"{patches} patches do not fill the image grids {grids}")
+    return [(h, w) for _, h, w in grids]
+
+
+def equal_runs(grids: Iterable[Grid]) -> list[tuple[Grid, int]]:
+    """Grids that follow each other as one, with how many there are of it."""
+    return [(grid, len(list(run))) for grid, run in itertools.groupby(grids)]
