@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from alpamayo_dflash.bench.clocks import RoundClock, ceilings, graph_ms, wall_ms
+from alpamayo_dflash.bench.compiled import compiled_texts, why_not_compiled
 from alpamayo_dflash.bench.figures import SIX
 from alpamayo_dflash.bench.floors import DraftShape, TextShape
+from alpamayo_dflash.bench.generation import Texts
 from alpamayo_dflash.bench.setup import Bench, replayed
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
@@ -192,6 +194,7 @@ def _texts(bench: Bench) -> dict[str, Any]:
     passes: dict[str, list[int]] = {}
     clocks: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
+    ran: dict[str, Any] = {}
     for samples in _SAMPLES:
         clock, kept = RoundClock(), []
         for index in range(config.texts):
@@ -207,9 +210,13 @@ def _texts(bench: Bench) -> dict[str, Any]:
         if config.transformers:
             name = f"transformers_{samples}"
             times[name], passes[name] = _transformers(bench, samples)
+            ran[str(samples)], more = _compiled(bench, samples)
+            times |= more
+            passes |= {arm: [config.text_tokens - 1] * len(ms) for arm, ms in more.items()}
     out = {
         "text_ms": times,
         "text_rounds": passes,
+        "compiled": ran,
         "round_ms": clocks,
         "replay": counts | {"rate": round(bench.rate, 6)},
     }
@@ -235,6 +242,19 @@ def _transformers(bench: Bench, samples: int) -> tuple[list[float], list[int]]:
             times.append(round(given.decode_ms, 4))
             passes.append(max(map(len, given.token_ids)) - 1)
     return times, passes
+
+
+def _compiled(bench: Bench, samples: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """On what transformers' fast way ran, or why not; and its decode times, of texts with all passes."""
+    config = bench.config
+    because = why_not_compiled(bench.device, None)
+    if because is not None:
+        return {"because": because}, {}
+    texts = Texts(config.text_tokens, samples, config.temperature)
+    most = min(config.texts, _FEW_TEXTS if samples == 1 else _TEXTS_OF_SIX) - 1
+    found = compiled_texts(bench.target, bench.prompt, texts, repeats=most)
+    times = found.pop("decode_ms")
+    return found, {f"compiled_{samples}": times} if times else {}
 
 
 def _lengths(bench: Bench, pair: _Pair) -> list[dict[str, Any]]:
