@@ -342,7 +342,8 @@ def test_a_small_run_of_whole_windows(tmp_path, capsys):
     out = tmp_path / "window.json"
     options = ["--target", "random:small", "--device", "cpu", "--repeats", "2", "--out", str(out)]
     assert cli.main(["bench", "--window", "--texts", "3", "--windows", "3", *options]) == 0
-    assert "action expert, 10 steps" in capsys.readouterr().err
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "A window, camera to trajectory" in printed and "action expert, 10 steps" in printed
     written = read_json(out)
     raw = written["raw"]
     assert written["figures"] == window_figures(raw)

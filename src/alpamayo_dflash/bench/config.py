@@ -40,6 +40,8 @@ class BenchConfig:
         coc_counts: CSV of CoC lengths (columns tokens, steps); empty leaves the table of lengths out.
         transformers: time transformers too.
         window: time whole windows instead, from camera frames to a trajectory, and their parts.
+        quick: with `window`: our windows and the floors alone, few of each, and a table beside the cards that
+            were measured before.
         windows: how many of equal rounds are timed for the spread of a window's time.
         seed: of weights, prompts and noise.
         out: the JSON file to write.
@@ -65,6 +67,7 @@ class BenchConfig:
     coc_counts: str = ""
     transformers: bool = True
     window: bool = False
+    quick: bool = False
     windows: int = 400
     seed: int = 0
     out: Path = Path("docs/results/engine.json")
@@ -79,6 +82,8 @@ class BenchConfig:
         check_at_least(0, lossless_prompts=self.lossless_prompts)
         check_whole(seed=self.seed)
         Sampling(self.temperature)
+        if self.quick and not self.window:
+            raise ValueError("quick goes with window; the decoder's own benchmark has no quick form")
         _ = self.row_counts, self.layer_counts
 
     @property

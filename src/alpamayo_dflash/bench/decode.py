@@ -38,7 +38,7 @@ def timings(bench: Bench) -> dict[str, Any]:
             "coc_tokens": config.text_tokens,
             "prompt_tokens": len(bench.prompt.input_ids),
             "weight_bytes": _weight_bytes(bench),
-            **_shapes(bench),
+            **shapes(bench),
             **ceilings(config.repeats, bench.device, target.dtype),
             **_prompts(bench),
             "verify_ms": _passes(bench),
@@ -54,7 +54,7 @@ def _weight_bytes(bench: Bench) -> int:
     return int(decoder + head.numel() * head.element_size())
 
 
-def _shapes(bench: Bench) -> dict[str, Any]:
+def shapes(bench: Bench) -> dict[str, Any]:
     """What `floors` counts from."""
     target, draft = bench.target, bench.draft.config
     shape = TextShape(

@@ -15,6 +15,11 @@ REPLAYED = (
 )
 """Keys whose timings are of texts with replayed proposals."""
 _BASELINES = ("transformers", "compiled")
+WINDOW_REPLAYED = (
+    *("window_ms", "window_six_over_one", "window_p99_over_p50", "window_overhead"),
+    *("window_vs_transformers", "window_vs_compiled", "vision_reuse_over_none"),
+)
+"""Keys of whole windows, whose proposals are replayed."""
 _RESAMPLES = 400
 Figures = Callable[[Mapping[str, Any]], dict[str, float]]
 
@@ -104,7 +109,7 @@ def _window_parts(raw: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _expert_figures(raw: Mapping[str, Any]) -> dict[str, float]:
-    median, times = statistics.median, raw["expert_ms"]
+    median, times = statistics.median, raw.get("expert_ms", {})
     read = raw["steps"] * raw["expert_bytes"] / median(raw["read_bytes_per_s"]) * 1e3
     # A product's slow runs are the card's, not the work's: a floor takes a fast one.
     rate = third_quartile(raw["product_flop_per_s"])

@@ -6,7 +6,6 @@ window, and beside it in its older form or its floor, in turns.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,21 +14,34 @@ from typing import Any
 
 import torch
 
+from alpamayo_dflash.bench.baselines import compiled_windows, eager_windows
+from alpamayo_dflash.bench.cards import read_cards
 from alpamayo_dflash.bench.clocks import ceilings
 from alpamayo_dflash.bench.config import BenchConfig
-from alpamayo_dflash.bench.expert import expert
-from alpamayo_dflash.bench.figures import SIX, spread, timing_quartiles, window_figures
+from alpamayo_dflash.bench.decode import shapes
+from alpamayo_dflash.bench.expert import expert, expert_counts
+from alpamayo_dflash.bench.figures import (
+    SIX,
+    WINDOW_REPLAYED,
+    spread,
+    timing_quartiles,
+    window_figures,
+    window_parts,
+)
 from alpamayo_dflash.bench.floors import window_floors
+from alpamayo_dflash.bench.profile import profile_window
 from alpamayo_dflash.bench.prompt import prompt_pass
 from alpamayo_dflash.bench.setup import Bench, gpu
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import provenance, write_json
 from alpamayo_dflash.common.machine import current
 from alpamayo_dflash.decode.decoder import Result
+from alpamayo_dflash.report.tables import WINDOW_PARTS
 from alpamayo_dflash.standins.untrained import noise_window
 
-PARTS = ("preprocess", "vision", "prompt", "decode", "action")
 _WARM = 3
+_FEWER = 3
+"""Windows of the baselines, which are slow, are this many times fewer than the repeats."""
 _SEEDS = 8
 """Texts of equal rounds that take turns where the spread of a window's time is looked at."""
 
@@ -43,34 +55,58 @@ def run(config: BenchConfig) -> dict[str, Any]:
     started = time.time()
     bench = Bench(config)
     with torch.inference_mode(), current(bench.device):
-        raw = measured(bench)
+        windows = Windows(bench)
+        raw = measured(bench, windows)
+    floor = window_floors(raw)
     found = {
         "figures": window_figures(raw),
         "spread": spread(raw, window_figures),
-        "floors": window_floors(raw),
-        "replayed": list(REPLAYED),
+        "floors": floor,
+        "parts": window_parts(raw, floor["parts"]),
+        "cards": read_cards(),
+        "replayed": list(WINDOW_REPLAYED),
         "coc_lengths": [],
     }
-    rest = {"timings": timing_quartiles(raw), "raw": raw, "gpu": gpu(bench.device)}
-    write_json(config.out, found | rest | {"provenance": provenance(config, started)})
-    return found | {"timings": rest["timings"], "out": str(config.out)}
+    shown = found | {"gpu": gpu(bench.device)}
+    kept = shown | {
+        "timings": timing_quartiles(raw),
+        "raw": raw,
+        "profile": profile_window(lambda: windows.timed(1, 0), bench.device),
+    }
+    del kept["cards"]
+    write_json(config.out, kept | {"provenance": provenance(config, started)})
+    return shown | {"out": str(config.out)}
 
 
-REPLAYED = (
-    *("window_ms", "window_six_over_one", "window_p99_over_p50", "window_overhead"),
-    *("window_vs_transformers", "window_vs_compiled", "vision_reuse_over_none"),
-)
-"""Keys of windows whose proposals are replayed."""
-
-
-def measured(bench: Bench) -> dict[str, Any]:
-    """All raw timings."""
+def measured(bench: Bench, windows: Windows) -> dict[str, Any]:
+    """All raw timings; with `quick` those of our windows and the floors alone."""
     config = bench.config
-    windows = Windows(bench)
     raw: dict[str, Any] = ceilings(config.repeats, bench.device, bench.target.dtype)
-    raw |= windows.raw()
+    raw |= counted(bench) | windows.raw()
+    if config.quick:
+        return raw
     raw |= prompt_pass(windows.decoder.verifier, windows.prompt, config.repeats)
-    return raw | expert(config, bench.target)
+    raw |= expert(config, bench.target)
+    if config.transformers:
+        window = noise_window(config.seed)
+        how: dict[str, Any] = {
+            "tokens": config.text_tokens,
+            "temperature": config.temperature,
+            "repeats": max(3, config.repeats // _FEWER),
+        }
+        eager = eager_windows(bench.target, window, **how)
+        raw |= eager | compiled_windows(bench.target, window, eager, **how)
+    return raw
+
+
+def counted(bench: Bench) -> dict[str, Any]:
+    """What the floors of a window's parts are counted from."""
+    return {
+        **shapes(bench),
+        **expert_counts(bench.target),
+        "draft_layers": bench.draft.config.num_layers,
+        "prompt_tokens": len(bench.prompt),
+    }
 
 
 @dataclass(frozen=True)
@@ -92,11 +128,16 @@ class Windows:
 
     Args:
         bench: target, draft and replay.
-        reuse_mib: memory for features of images seen before.
+
+    Attributes:
+        device: where.
+        decoder: what decodes them.
+        window: the one that is decoded, its frames in pinned memory.
+        prompt: of it, on the CPU.
     """
 
     def __init__(self, bench: Bench) -> None:
-        self._bench = bench
+        self._bench, self.device = bench, bench.device
         self.decoder, self._replay = bench.replaying()
         self.window = staged(noise_window(bench.config.seed), bench.device)
         self.prompt = bench.target.prompt(self.window)
@@ -166,9 +207,4 @@ def staged(window: Window, device: torch.device) -> Window:
 
 
 def _by_part(found: Sequence[Timed]) -> dict[str, list[float]]:
-    return {part: [each.parts_ms[part] for each in found] for part in PARTS}
-
-
-def median_parts(raw: dict[str, Any], samples: int) -> dict[str, float]:
-    """Median milliseconds of each part of our windows."""
-    return {part: statistics.median(times) for part, times in raw["window_parts_ms"][str(samples)].items()}
+    return {part: [each.parts_ms[part] for each in found] for part in WINDOW_PARTS}
