@@ -29,6 +29,7 @@ from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.evaluate.reference import action_prefix
 from alpamayo_dflash.report.tables import WINDOW_PARTS
 from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.prompt import Prompt, build_prompt
 
 _SAMPLES = (1, SIX)
 
@@ -48,7 +49,7 @@ class TransformersWindow:
         """The trajectories, float32 [S, N, 3] on the host; marks every one of `WINDOW_PARTS` on the clock."""
         target, texts = self._target, self._generate.texts
         clock.start()
-        prompt = target.prompt(window)
+        prompt = cpu_prompt(target, window)
         inputs = target.transformers_inputs(prompt)
         clock.mark("preprocess")
         output = self._generate(inputs, clock)
@@ -61,6 +62,11 @@ class TransformersWindow:
         xyz = xyz.cpu()
         clock.mark("action")
         return xyz
+
+
+def cpu_prompt(target: Alpamayo, window: Window) -> Prompt:
+    """The prompt with its frames resized on the CPU, wherever the target is."""
+    return build_prompt(window, target.config, target.tokenizer, target.special, target.patch_shape)
 
 
 def eager_windows(

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from alpamayo_dflash.common.machine import uploaded
-from alpamayo_dflash.target.prompt import PatchShape, Prompt, PromptEmbeddings, read_inputs
+from alpamayo_dflash.target.images import PatchShape
+from alpamayo_dflash.target.prompt import Prompt, PromptEmbeddings, read_inputs
 from alpamayo_dflash.target.qwen3 import AfterLayer, rotary_tables
 from alpamayo_dflash.target.rotary import rope_settings
 from alpamayo_dflash.target.tokenizer import SpecialTokens
