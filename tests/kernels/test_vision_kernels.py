@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from small_vision import small_vision
 from torch.nn import functional
 
 from alpamayo_dflash.target.qwen3 import rotate
-from alpamayo_dflash.target.vision import rotary_tables_2d
+from alpamayo_dflash.target.vision import encode_images, rotary_tables_2d
+from alpamayo_dflash.target.vision_fused import FusedVision, VisionPlan
 
 vision = pytest.importorskip("alpamayo_dflash.kernels.vision")
 attention = pytest.importorskip("alpamayo_dflash.kernels.attention")
@@ -87,3 +89,61 @@ def test_the_librarys_attention_is_the_same():
     qkv = normal(24, 3 * 2 * 72)
     got = vision.attend_images(qkv, 12, 2, "flash")
     torch.testing.assert_close(got, plain_attention(qkv, 12, 2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def visual():
+    """Heads of 72, as R1's."""
+    return small_vision(hidden_size=144, depth=2, deepstack_visual_indexes=[0, 1]).requires_grad_(False)
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(vision, "PLAN", attention.Plan(16, 32, 1, 4, 2))
+
+
+def same(got, expected):
+    assert got.deepstack.shape == expected.deepstack.shape
+    torch.testing.assert_close(got.embeds, expected.embeds, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.deepstack, expected.deepstack, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("kind", ["split", "flash"])
+def test_the_fast_tower_is_the_plain_one(visual, kind):
+    grid = torch.tensor([[1, 2, 6]] * 5 + [[1, 2, 2]])
+    pixels = normal(64, 384)
+    got = FusedVision(visual, VisionPlan(attention=kind))(pixels, grid)
+    same(got, encode_images(visual, pixels, grid))
+
+
+def test_a_tower_whose_last_block_is_not_tapped_and_one_without_levels():
+    for tapped in ([0], []):
+        visual = small_vision(depth=2, deepstack_visual_indexes=tapped).requires_grad_(False)
+        pixels, grid = normal(4, 384), torch.tensor([[1, 2, 2]])
+        got = FusedVision(visual)(pixels, grid)
+        assert len(got.deepstack) == len(tapped)
+        same(got, encode_images(visual, pixels, grid))
+
+
+def test_company_does_not_matter_to_the_fast_tower(visual):
+    fused, pixels, grid = (
+        FusedVision(visual, VisionPlan(streams=2)),
+        normal(24, 384),
+        torch.tensor([[1, 2, 2]]),
+    )
+    found = fused(pixels, grid.expand(6, 3)).embeds
+    for image in (0, 3, 5):
+        assert torch.equal(fused(pixels[4 * image : 4 * image + 4], grid).embeds[0], found[image])
+
+
+def test_few_sizes_are_kept(visual):
+    fused = FusedVision(visual)
+    for width in (2, 4, 6, 8, 2, 10):
+        fused._lanes((2, width))
+    assert list(fused.kept) == [(2, 6), (2, 8), (2, 2), (2, 10)]
+
+
+def test_patches_that_do_not_fill_the_grids_are_refused(visual):
+    with pytest.raises(ValueError, match="23 patches"):
+        FusedVision(visual)(normal(23, 384), torch.tensor([[1, 4, 6]]))
