@@ -2,31 +2,17 @@
 
 import pytest
 import torch
+from small_vision import small_vision
+from torch import nn
 from transformers_versions import image_features
 
 from alpamayo_dflash.target.vision import encode_images
+from alpamayo_dflash.target.vision_fused import misfit_vision, why_plain_vision
 
 
 @pytest.fixture(scope="module")
 def visual():
-    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
-
-    torch.manual_seed(0)
-    config = Qwen3VLVisionConfig(
-        depth=3,
-        hidden_size=32,
-        num_heads=2,
-        intermediate_size=40,
-        out_hidden_size=40,
-        num_position_embeddings=64,
-        deepstack_visual_indexes=[0, 2],
-        patch_size=8,
-    )
-    model = Qwen3VLVisionModel(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
+    return small_vision()
 
 
 @pytest.mark.parametrize("grids", [[(1, 4, 6)] * 5, [(1, 4, 6), (1, 2, 2), (1, 2, 2), (1, 8, 10)]])
@@ -95,3 +81,36 @@ def test_refuses_patches_that_do_not_fill_the_grids(visual):
 def test_refuses_video(visual):
     with pytest.raises(ValueError, match="temporal"):
         encode_images(visual, torch.randn(48, 384), torch.tensor([[2, 4, 6]]))
+
+
+def test_why_a_tower_runs_in_its_plain_form(tmp_path):
+    from random_target import random_target
+
+    target = random_target(tmp_path)
+    assert why_plain_vision(target) == "the weights are on the cpu, not on a GPU"
+
+
+def test_towers_that_are_more_than_their_weights():
+    tower, float32 = small_vision(), torch.float32
+    assert misfit_vision(tower, float32) is None
+    assert misfit_vision(tower, torch.bfloat16) == (
+        "visual.patch_embed is torch.float32, the embedding torch.bfloat16"
+    )
+    for path, found in (
+        ("patch_embed", "Qwen3VLVisionPatchEmbed with hooks"),
+        ("blocks.1.mlp", "Qwen3VLVisionMLP with hooks"),
+        ("blocks.1.mlp.act_fn", "GELUTanh with hooks"),
+        ("merger.norm", "LayerNorm with hooks"),
+    ):
+        handle = tower.get_submodule(path).register_forward_hook(lambda *_: None)
+        name, _, kind = found.partition(" ")
+        assert misfit_vision(tower, float32).endswith(f"visual.{path} is a {name} {kind}"), path
+        handle.remove()
+    tower.merger.act_fn = nn.SiLU()
+    assert misfit_vision(tower, float32) == "visual.merger.act_fn is a SiLU"
+    tower = small_vision()
+    tower.blocks[2].attn.qkv.bias = None
+    assert misfit_vision(tower, float32) == "visual.blocks.2.attn.qkv is a Linear without a bias"
+    assert "'silu'" in misfit_vision(small_vision(hidden_act="silu"), float32)
+    assert "heads are 8 wide" in misfit_vision(small_vision(hidden_size=16), float32)
+    assert "heads are 20 wide" in misfit_vision(small_vision(hidden_size=40), float32)

@@ -153,6 +153,11 @@ def why_plain(layers: Iterable[Any], like: Tensor, head: Any = None) -> str | No
         like: a tensor on their device, in their dtype.
         head: the linear module behind them, where it is to be run in the fast form too.
     """
+    return why_device(like) or misfit(layers, like.dtype, head)
+
+
+def why_device(like: Tensor) -> str | None:
+    """Why kernels cannot run on a tensor's device and dtype; None where they can."""
     if not like.is_cuda:
         return f"the weights are on the {like.device.type}, not on a GPU"
     if like.dtype != torch.bfloat16:
@@ -162,7 +167,7 @@ def why_plain(layers: Iterable[Any], like: Tensor, head: Any = None) -> str | No
     capability = torch.cuda.get_device_capability(like.device)
     if capability < _LEAST_CAPABILITY:
         return f"the GPU's compute capability is {'.'.join(map(str, capability))}; the kernels need 8.0"
-    return misfit(layers, like.dtype, head)
+    return None
 
 
 def misfit(layers: Iterable[Any], dtype: torch.dtype, head: Any = None) -> str | None:

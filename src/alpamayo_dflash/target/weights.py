@@ -2,6 +2,8 @@
 
 The modules keep views with their own names and shapes, so that the weights can be run one by one or as one
 product, and nothing is held twice.
+
+Shapes: R rows, I inputs, N outputs, J parts.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 # Siblings that read the same input.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -36,11 +39,16 @@ def why_module(module: nn.Module, plain: type[nn.Module]) -> str | None:
     return f"{plain.__name__} with hooks" if hooked(module) else None
 
 
-def not_plain(linear: Any) -> str | None:
-    """What a projection is, if it is more than a weight: an adapter and a quantised layer have one too."""
+def not_plain(linear: Any, *, biased: bool = False) -> str | None:
+    """What a projection is, if it is more than a weight: an adapter and a quantised layer have one too.
+
+    Args:
+        linear: the module.
+        biased: whether it must have a bias, or must have none.
+    """
     name = type(linear).__name__
-    if getattr(linear, "bias", None) is not None:
-        return f"{name} with a bias"
+    if (getattr(linear, "bias", None) is not None) != biased:
+        return f"{name} {'without' if biased else 'with'} a bias"
     why = why_module(linear, nn.Linear)
     if why is not None:
         return why
@@ -193,3 +201,37 @@ class Linear:
 def fused_linear(parts: Sequence[Any]) -> Linear:
     """The product of several linear modules that read one input."""
     return Linear(*(part.weight.detach() for part in parts))
+
+
+class BiasedLinear:
+    """A weight with a bias, and how many rows (an image's patches) are multiplied: by the library.
+
+    Args:
+        weight: [N, I].
+        bias: [N], added before the product is rounded.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x_RI: Tensor) -> Tensor:
+        """X @ weight.T + bias, [R, N]."""
+        return functional.linear(x_RI, self.weight, self.bias)
+
+    def gelu_tanh(self, x_RI: Tensor, *, rounded: bool = True) -> Tensor:
+        """The product's GELU in its tanh form, [R, N].
+
+        Args:
+            x_RI: the rows.
+            rounded: round the product before the GELU, as the plain form does. Otherwise the product's own
+                epilogue takes the GELU of the unrounded sums, which saves a pass over [R, N]; on a GPU only.
+        """
+        if rounded:
+            return functional.gelu(self(x_RI), approximate="tanh")
+        assert x_RI.is_cuda, "a CPU's epilogue has the other GELU"
+        return torch._addmm_activation(self.bias, x_RI, self.weight.t(), use_gelu=True)
+
+
+def biased_linear(module: Any) -> BiasedLinear:
+    """The product of a linear module, or of a convolution whose steps are its size."""
+    return BiasedLinear(module.weight.detach().flatten(1), module.bias.detach())
