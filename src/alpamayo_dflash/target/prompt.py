@@ -219,13 +219,8 @@ def build_prompt(
             a route or question holds a control token.
     """
     order = _camera_order(window)
-    count, per_camera, *side = window.frames.shape[:4]
-    height, width = smart_size(
-        *side,
-        factor=shape.patch * shape.merge,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-    )
+    count, per_camera, full_height, full_width = window.frames.shape[:4]
+    height, width = resized_size(full_height, full_width, config, shape)
     grid = patch_grid(count * per_camera, height, width, shape.patch)
     for name, given in (("route", route), ("question", question)):
         _check_plain_text(name, given, tokenizer)
@@ -246,6 +241,21 @@ def build_prompt(
     position_ids, delta = mrope_positions(ids, grid, image_pad=special.image_pad, merge=shape.merge)
     pixel_values = patches_of(window.frames, order, height, width, shape)
     return Prompt(ids, pixel_values, grid, position_ids, delta, window.key, xyz, rot)
+
+
+def resized_size(height: int, width: int, config: AlpamayoConfig, shape: PatchShape) -> tuple[int, int]:
+    """The height and width that a checkpoint's images are resized to.
+
+    Raises:
+        ValueError: the aspect ratio is above 200.
+    """
+    return smart_size(
+        height,
+        width,
+        factor=shape.patch * shape.merge,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+    )
 
 
 def _camera_order(window: Window) -> list[int]:
