@@ -29,6 +29,7 @@ from alpamayo_dflash.bench.figures import (
     window_parts,
 )
 from alpamayo_dflash.bench.floors import window_floors
+from alpamayo_dflash.bench.images import preprocess
 from alpamayo_dflash.bench.profile import profile_window
 from alpamayo_dflash.bench.prompt import prompt_pass
 from alpamayo_dflash.bench.setup import Bench, gpu
@@ -38,6 +39,7 @@ from alpamayo_dflash.common.machine import current
 from alpamayo_dflash.decode.decoder import Result
 from alpamayo_dflash.report.tables import WINDOW_PARTS
 from alpamayo_dflash.standins.untrained import noise_window
+from alpamayo_dflash.target.images import FrameStaging
 
 _WARM = 3
 _FEWER = 3
@@ -82,7 +84,7 @@ def measured(bench: Bench, windows: Windows) -> dict[str, Any]:
     """All raw timings; with `quick` those of our windows and the floors alone."""
     config = bench.config
     raw: dict[str, Any] = ceilings(config.repeats, bench.device, bench.target.dtype)
-    raw |= counted(bench) | windows.raw()
+    raw |= counted(bench) | preprocess(bench.target, config.repeats) | windows.raw()
     if config.quick:
         return raw
     raw |= prompt_pass(windows.decoder.verifier, windows.prompt, config.repeats)
@@ -203,7 +205,10 @@ def staged(window: Window, device: torch.device) -> Window:
     """The window with its frames in pinned memory, where a stream would have written them."""
     if device.type != "cuda":
         return window
-    return replace(window, frames=torch.from_numpy(window.frames).pin_memory().numpy())
+    cameras, per_camera, height, width = window.frames.shape[:4]
+    staging = FrameStaging((cameras, per_camera, height, width))
+    staging.frames[:] = window.frames
+    return replace(window, frames=staging.frames)
 
 
 def _by_part(found: Sequence[Timed]) -> dict[str, list[float]]:
