@@ -13,7 +13,7 @@ context, F taps·C features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from alpamayo_dflash.common.machine import current
 from alpamayo_dflash.decode.cache import ROOT, Cache
 from alpamayo_dflash.decode.forward import text_model
 from alpamayo_dflash.decode.tree import Tree
+from alpamayo_dflash.decode.vision import VisionReader
 from alpamayo_dflash.target.prompt import Prompt, PromptEmbeddings, check_history
 from alpamayo_dflash.target.qwen3 import AfterLayer
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
@@ -73,6 +74,10 @@ class Verifier:
         context_len: X, how many of the prompt's last positions keep them.
         prompt_capacity: the longest prompt, tokens.
         row_width: the one number of rows that every pass has, or None.
+        vision_reuse_bytes: what images seen before may take with their features; 0 keeps none.
+
+    Attributes:
+        vision: reads prompts' images.
 
     Raises:
         ValueError: a tap is not a layer of the target.
@@ -86,6 +91,7 @@ class Verifier:
         context_len: int = 0,
         prompt_capacity: int,
         row_width: int | None = None,
+        vision_reuse_bytes: int = 0,
     ) -> None:
         wrong = [tap for tap in taps if not 0 <= tap < target.num_layers]
         if wrong:
@@ -99,6 +105,7 @@ class Verifier:
             target, prompt_capacity=prompt_capacity, num_taps=len(self.taps), context_len=context_len
         )
         self._model = text_model(target, self.cache)
+        self.vision = VisionReader(target, reuse_bytes=vision_reuse_bytes)
         self._reading = object()
         self._begun = False
 
@@ -115,9 +122,10 @@ class Verifier:
             )
         if len(prompt.ego_history_xyz):
             check_history(prompt.ego_history_xyz, prompt.ego_history_rot, f"prompt {prompt.key!r}")
-        prompt = prompt.to(self.target.device)
+        grids = prompt.image_grid_thw  # which the host alone reads
+        prompt = replace(prompt.to(self.target.device), image_grid_thw=grids)
         with torch.inference_mode(), current(self.target.device):
-            return self.read(prompt, self.target.embed(prompt))
+            return self.read(prompt, self.target.embed(prompt, self.vision))
 
     @torch.inference_mode()
     def read(self, prompt: Prompt, embeddings: PromptEmbeddings) -> Prefilled:
@@ -137,6 +145,7 @@ class Verifier:
         """The error for a target that has no word to say; its prompt is forgotten, and what it left."""
         with torch.inference_mode():
             self.cache.clear()
+        self.vision.forget()
         self._reading = object()
         return ValueError(
             f"the target's logits are not finite after {where}: weights, images or dtype are at fault"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from alpamayo_dflash.target.prompt import PatchShape, Prompt, PromptEmbeddings, 
 from alpamayo_dflash.target.qwen3 import AfterLayer, rotary_tables
 from alpamayo_dflash.target.rotary import rope_settings
 from alpamayo_dflash.target.tokenizer import SpecialTokens
-from alpamayo_dflash.target.vision import encode_images
+from alpamayo_dflash.target.vision import VisionFeatures, encode_images
 from alpamayo_dflash.target.weights import why_module
 
 
@@ -151,14 +151,25 @@ class Qwen3VLTarget:
             raise ValueError("inputs: the ids hold <|traj_history|> placeholders; fuse the history first")
         return prompt.input_ids
 
-    def embed(self, prompt: Prompt) -> PromptEmbeddings:
-        """Run the vision tower and put its features into the token embeddings.
+    def see(self, prompt: Prompt) -> VisionFeatures:
+        """Run the vision tower in its plain form over the images of a prompt on the model's device."""
+        return encode_images(self.vlm.model.visual, prompt.pixel_values.to(self.dtype), prompt.image_grid_thw)
+
+    def embed(
+        self, prompt: Prompt, see: Callable[[Prompt], VisionFeatures] | None = None
+    ) -> PromptEmbeddings:
+        """Put the features of a prompt's images into its token embeddings.
 
         Args:
             prompt: on the model's device.
+            see: gives the features; left out, `see` of this model. It is called after what the host reads, so
+                that it need not wait for the features.
+
+        Raises:
+            ValueError: the images do not give as many features as the prompt has image tokens.
         """
         positions = (prompt.input_ids == self.special.image_pad).nonzero().flatten()
-        seen = encode_images(self.vlm.model.visual, prompt.pixel_values.to(self.dtype), prompt.image_grid_thw)
+        seen = (see or self.see)(prompt)
         hidden = self.embed_ids(prompt.input_ids)
         if len(positions) != len(seen.embeds):
             raise ValueError(
