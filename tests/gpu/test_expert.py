@@ -102,12 +102,12 @@ def test_the_fast_expert_is_the_plain_one_in_float32(in_float32, monkeypatch, sa
     target, cache, fast = in_float32
     generator = torch.Generator("cuda").manual_seed(samples)
     for length in (3007, 1, 64, 1000, 3072, 3007):
-        cache.set_prompt(length, None)
+        cache.begin_prompt(length)
         paths = [list(range(51 * s, 51 * s + (7 * s + length) % 50)) for s in range(samples)]
         offsets = [len(path) + s % 2 for s, path in enumerate(paths)]
         noise = torch.randn(samples, target.n_waypoints, 2, generator=generator, device="cuda")
         texts = SampleTexts(paths, [length + offset - 40 for offset in offsets])
-        action, xyz, rot = fast(noise, texts, *history())
+        action, xyz, rot = fast(noise, texts, fast.start(*history()))
         expected = target.denoise(noise, cache.prefix(paths, offsets, -40))
         assert relative(action, expected) < TO, length
         expected_xyz, expected_rot = target.trajectory(expected, *history())
@@ -123,14 +123,15 @@ def test_in_bfloat16_one_step_is_as_near_as_the_plain_one(tmp_path, samples):
     target = r1_expert(tmp_path, torch.bfloat16)
     assert why_plain_expert(target) is None
     cache = filled(target)
-    cache.set_prompt(3007, None)
+    cache.begin_prompt(3007)
     paths = [list(range(60 * s, 60 * s + 14 + s)) for s in range(samples)]
     offsets = [len(path) for path in paths]
     noise = torch.randn(samples, target.n_waypoints, 2, device="cuda")
     prefix = cache.prefix(paths, offsets, 0)
     plain = target.denoise(noise, prefix)
     texts = SampleTexts(paths, [3007 + offset for offset in offsets])
-    fast = FusedExpert(target, cache)(noise, texts, *history())[0]
+    expert = FusedExpert(target, cache)
+    fast = expert(noise, texts, expert.start(*history()))[0]
     wide = type(prefix)(prefix.keys.float(), prefix.values.float(), prefix.lengths, prefix.positions)
     expected = target.float().denoise(noise, wide)
     print(f"{samples} samples: fast {relative(fast, expected):.3e}, plain {relative(plain, expected):.3e}")
@@ -162,12 +163,12 @@ def test_in_bfloat16_windows_are_as_near_as_by_the_plain_form(views):
             forced = verifier.force(read, ids)
             offsets = [len(text) for text in ids]
             prefix = verifier.cache.prefix(forced.paths, offsets, prompt.rope_delta)
-            past = read.prompt.ego_history_xyz, read.prompt.ego_history_rot
+            past = read.prompt.ego_history_xyz.cuda(), read.prompt.ego_history_rot.cuda()
             found[name] = verifier.target.trajectory(verifier.target.denoise(noise, prefix), *past)[0]
         fast = fast or FusedExpert(target, verifiers[1].cache)
         first = len(prompt.input_ids) + prompt.rope_delta
         texts = SampleTexts(forced.paths, [first + offset for offset in offsets])
-        found["fast"] = fast(noise, texts, *past)[1]
+        found["fast"] = fast(noise, texts, fast.start(*past))[1]
         for name, distances in away.items():
             distances.append(float((found[name] - found["exact"]).norm(dim=-1).mean()))
     means = {name: sum(distances) / len(distances) for name, distances in away.items()}
@@ -200,7 +201,7 @@ def test_a_poisoned_window_is_an_error_and_leaves_nothing_behind(views):
     again = decoder.generate(views[0], **options)
     assert again.token_ids == good.token_ids
     assert torch.equal(again.pred_xyz, good.pred_xyz) and torch.equal(again.pred_rot, good.pred_rot)
-    assert decoder._expert is not None and list(decoder._expert[1].kept) == [3]
+    assert list(decoder._trajectories._fused[1].kept) == [3]
 
 
 def test_threads(views):

@@ -133,7 +133,7 @@ def reference_generate(target: Alpamayo, prompt: Prompt, limit: int) -> Any:
         **target.transformers_inputs(prompt),
         do_sample=False,
         max_new_tokens=limit,
-        logits_processor=[MaskIds(target.traj_ids, target.device)],
+        logits_processor=[MaskIds(target.traj_ids)],
         stopping_criteria=[OneAfter(target.special.traj_future_start, len(prompt))],
         eos_token_id=target.special.eos,
         pad_token_id=target.special.pad,

@@ -10,13 +10,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alpamayo_dflash.kernels import attention, product, vision, waypoints
+from alpamayo_dflash.kernels import attention, product, resize, vision, waypoints
 
 HEADS, KV_HEADS, DIM = 32, 8, 128  # R1's
 EXPERT_HEADS = 16
 VISION_HEADS, VISION_DIM = 16, 72
 POINTERS = {"length_ptr": "*i64", "mask_ptr": "*u8", "top_ptr": "*fp32", "mass_ptr": "*fp32"}
 POINTERS |= {"texts_ptr": "*i32", "slots_ptr": "*i32"}
+POINTERS |= {"images_ptr": "*u8", "first_ptr": "*i32", "weights_ptr": "*i32", "resized_ptr": "*u8"}
 
 
 def shared(kernel, constants, *, warps, stages, capability, floats=()):
@@ -83,6 +84,7 @@ def compile_for(capability, available):
             floats=() if alone else ("out_ptr",),
         )
         print(capability, f"way-points' attention, {folded} folded rows, {fitted}", taken, sep="\t")
+    compile_images_for(capability)
     main, rest = vision.head_parts(VISION_DIM)
     fitted = vision.PLAN.fitted(main + rest, available)
     constants = {"HEADS": VISION_HEADS, "DIM": VISION_DIM, "MAIN": main, "REST": rest}
@@ -91,6 +93,19 @@ def compile_for(capability, available):
         vision.images_kernel, constants, warps=fitted.warps, stages=fitted.stages, capability=capability
     )
     print(capability, f"images' attention, {fitted}", taken, sep="\t")
+
+
+def compile_images_for(capability):
+    for kernel, tile, names in (
+        (resize.across_kernel, resize.ACROSS, ("BLOCK_R", "BLOCK_B")),
+        (resize.down_kernel, resize.DOWN, ("BLOCK_R", "BLOCK_X")),
+    ):
+        constants = {"TAPS": 14, "BITS": 16, "UNROLL": tile.unroll}
+        constants |= dict(zip(names, (tile.rows, tile.columns), strict=True))
+        if kernel is resize.down_kernel:
+            constants |= {"PATCH": 16, "MERGE": 2, "TEMPORAL": 2}
+        taken = shared(kernel, constants, warps=tile.warps, stages=3, capability=capability)
+        print(capability, kernel.fn.__name__, taken, sep="\t")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def filled(target, length, slots=64):
     cache.grow(slots)
     cache.keys.copy_(normal(*cache.keys.shape, seed=length))
     cache.values.copy_(normal(*cache.values.shape, seed=length + 1))
-    cache.set_prompt(length, None)
+    cache.begin_prompt(length)
     return cache
 
 
@@ -146,7 +146,7 @@ def test_the_fast_expert_is_the_plain_one(wide_target, monkeypatch, samples, tog
     offsets = [len(path) + 1 for path in paths]
     noise = normal(samples, target.n_waypoints, 2)
     texts = SampleTexts(paths, [45 - 7 + offset for offset in offsets])
-    got = fast(noise, texts, *history())
+    got = fast(noise, texts, fast.start(*history()))
     for found, expected in zip(got, plain(target, cache, noise, paths, offsets, delta=-7), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert list(fast.kept) == [samples]
@@ -156,7 +156,7 @@ def test_one_batch_serves_any_prompt_and_number_of_samples(target):
     cache = filled(target, 45)
     fast = FusedExpert(target, cache)
     for length, samples, seed in ((45, 4, 0), (7, 3, 1), (80, 4, 2)):
-        cache.set_prompt(length, None)
+        cache.begin_prompt(length)
         paths = [list(range(sample * 9, sample * 10 + 2 * seed)) for sample in range(samples)]
         noise, offsets = normal(samples, target.n_waypoints, 2, seed=seed), [len(path) for path in paths]
         texts = SampleTexts(paths, [length + offset for offset in offsets])
@@ -172,7 +172,7 @@ def test_more_samples_than_a_batch_holds_take_turns(target, monkeypatch):
     cache = filled(target, 10)
     fast = FusedExpert(target, cache)
     noise, paths = normal(3, target.n_waypoints, 2), [[1], [2], [3]]
-    got = fast(noise, SampleTexts(paths, [11] * 3), *history())
+    got = fast(noise, SampleTexts(paths, [11] * 3), fast.start(*history()))
     for found, expected in zip(got, plain(target, cache, noise, paths, [1] * 3), strict=True):
         torch.testing.assert_close(found, expected, **CLOSE)
     assert sorted(fast.kept) == [1, 2]
@@ -182,13 +182,13 @@ def test_what_went_wrong_stays_with_its_window(target):
     cache = filled(target, 10)
     fast = FusedExpert(target, cache)
     noise, texts = normal(2, target.n_waypoints, 2), SampleTexts([[1], [2]], [11] * 2)
-    good = fast(noise, texts, *history())
+    good = fast(noise, texts, fast.start(*history()))
     bad = noise.clone()
     bad[1, 3] = float("nan")
-    action, xyz, _ = fast(bad, texts, *history())
+    action, xyz, _ = fast(bad, texts, fast.start(*history()))
     assert action[0].isfinite().all() and torch.equal(action[0], good[0][0])
     assert not xyz[1].isfinite().all()
-    for found, expected in zip(fast(noise, texts, *history()), good, strict=True):
+    for found, expected in zip(fast(noise, texts, fast.start(*history())), good, strict=True):
         assert torch.equal(found, expected)
 
 
@@ -202,18 +202,18 @@ def test_projections_that_are_more_than_their_weights(target):
 def test_the_decoder_takes_the_fast_expert_where_it_runs(wide_target, monkeypatch):
     from random_target import random_prompt
 
-    from alpamayo_dflash.decode import decoder as decoder_module
+    from alpamayo_dflash.decode import trajectory
     from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 
     target, options = wide_target, {"num_traj_samples": 2, "max_new_tokens": 5, "seed": 3}
     monkeypatch.setattr(waypoints, "PLANS", {2048: waypoints.WaypointPlan(128, 32, 2, 4, 2)})
     prompt = random_prompt(target, seed=1)
     expected = SpeculativeDecoder(target).generate(prompt, **options)
-    monkeypatch.setattr(decoder_module, "why_plain_expert", lambda _: None)
+    monkeypatch.setattr(trajectory, "why_plain_expert", lambda _: None)
     decoder = SpeculativeDecoder(target)
     got = decoder.generate(prompt, **options)
     assert got.token_ids == expected.token_ids
     torch.testing.assert_close(got.pred_xyz, expected.pred_xyz, **CLOSE)
     torch.testing.assert_close(got.pred_rot, expected.pred_rot, **CLOSE)
-    [batch] = decoder._expert[1].kept
+    [batch] = decoder._trajectories._fused[1].kept
     assert batch == 2

@@ -32,11 +32,13 @@ def test_generation_ends_one_token_after_the_stop() -> None:
 
 
 def test_masked_ids_cannot_be_chosen() -> None:
-    mask = MaskIds(range(1, 3), torch.device("cpu"))
+    first: list[str] = []
+    mask = MaskIds(range(1, 3), lambda: first.append("came"))
     scores = torch.zeros(1, 5)
-    assert mask(torch.empty(0), scores)[0].tolist() == [0.0, -torch.inf, -torch.inf, 0.0, 0.0]
+    for _ in range(2):
+        assert mask(torch.empty(0), scores)[0].tolist() == [0.0, -torch.inf, -torch.inf, 0.0, 0.0]
     assert scores.sum() == 0  # the input is left alone
-    assert mask.first_logits_at is not None
+    assert first == ["came"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
-"""How things are timed: whole calls by the host's clock, graphs by the device's, rounds from end to end."""
+"""How things are timed: whole calls and rounds by the host's clock, graphs and parts by the device's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
 
@@ -10,17 +12,19 @@ from alpamayo_dflash.common.graphs import CapturedCall
 from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.observer import Observer, RoundTrace
 
-_WARM = 3
+WARM = 3
+"""Calls before those that count."""
+_A_TURN = 5
 
 
 def wall_ms(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
     """Milliseconds of whole calls, launches included."""
     clock, times = Clock(device), []
-    for _ in range(repeats + _WARM):
+    for _ in range(repeats + WARM):
         start = clock.now_ms()
         call()
         times.append(round(clock.now_ms() - start, 4))
-    return times[_WARM:]
+    return times[WARM:]
 
 
 def graph_ms(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
@@ -35,14 +39,25 @@ def event_ms(call: Callable[[], object], repeats: int, device: torch.device) -> 
     if device.type != "cuda":
         return wall_ms(call, repeats, device)
     times = []
-    for _ in range(repeats + _WARM):
+    for _ in range(repeats + WARM):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
         end.record()
         torch.cuda.synchronize()
         times.append(round(start.elapsed_time(end), 4))
-    return times[_WARM:]
+    return times[WARM:]
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """`event_ms` of several calls, a few runs of each in turn, so that what drifts falls on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(-(-repeats // _A_TURN)):
+        for name, call in calls.items():
+            times[name] += event_ms(call, _A_TURN, device)
+    return times
 
 
 def ceilings(repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str, list[float]]:
@@ -55,6 +70,50 @@ def ceilings(repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = [2 * side**3 / (ms / 1e3) for ms in graph_ms(lambda: a @ b, repeats, device)]
     return {"read_bytes_per_s": read, "product_flop_per_s": product}
+
+
+class PartClock:
+    """Splits time into parts as it passes, by events on the device's stream; on a CPU by its clock.
+
+    No mark waits for the device.
+
+    Args:
+        device: where the parts run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu = device.type == "cuda"
+        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
+
+    def start(self) -> None:
+        """Begin anew."""
+        self._marks = [("", self._now())]
+
+    def mark(self, part: str) -> None:
+        """What has passed since the last mark belongs to this part, which may be marked many times."""
+        self._marks.append((part, self._now()))
+
+    def parts_ms(self) -> dict[str, float]:
+        """Milliseconds of each part, in the order of their first marks."""
+        found: dict[str, float] = {}
+        for (_, before), (part, after) in pairwise(self._marks):
+            found[part] = found.get(part, 0.0) + _between_ms(before, after)
+        return {part: round(ms, 4) for part, ms in found.items()}
+
+    def _now(self) -> torch.cuda.Event | float:
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _between_ms(before: torch.cuda.Event | float, after: torch.cuda.Event | float) -> float:
+    if isinstance(before, float) or isinstance(after, float):
+        assert isinstance(before, float) and isinstance(after, float), "marks of one clock"
+        return (after - before) * 1e3
+    after.synchronize()
+    return float(before.elapsed_time(after))
 
 
 class RoundClock(Observer):

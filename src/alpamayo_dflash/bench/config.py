@@ -30,7 +30,7 @@ class BenchConfig:
         block_size: of the drafts.
         context_len: of the drafts.
         draft_vocab: tokens of the drafts' reduced head.
-        coc_tokens: tokens of the text that decode figures are for.
+        coc_tokens: tokens of the text that decode figures are for; left out, 17, and with `window` 14.
         acceptance: acceptance length that the replay gives texts of that length.
         temperature: of sampling.
         repeats: of each timing.
@@ -39,7 +39,10 @@ class BenchConfig:
         row_width: rows of both loops' passes where they must be equal; the block's by default.
         coc_counts: CSV of CoC lengths (columns tokens, steps); empty leaves the table of lengths out.
         transformers: time transformers too.
-        window: time what is around decoding instead: for now the action expert.
+        window: time whole windows instead, from camera frames to a trajectory, and their parts.
+        quick: with `window`: our windows and the floors alone, few of each, and a table beside the cards that
+            were measured before.
+        windows: how many of equal rounds are timed for the spread of a window's time.
         seed: of weights, prompts and noise.
         out: the JSON file to write.
 
@@ -54,7 +57,7 @@ class BenchConfig:
     block_size: int = 8
     context_len: int = 64
     draft_vocab: int = 4096
-    coc_tokens: int = 17
+    coc_tokens: int | None = None
     acceptance: float = 6.25
     temperature: float = 0.6
     repeats: int = 30
@@ -64,6 +67,8 @@ class BenchConfig:
     coc_counts: str = ""
     transformers: bool = True
     window: bool = False
+    quick: bool = False
+    windows: int = 400
     seed: int = 0
     out: Path = Path("docs/results/engine.json")
 
@@ -71,13 +76,20 @@ class BenchConfig:
         """Check the ranges."""
         check_range(2, MOST_BLOCK, block_size=self.block_size)
         check_positive(context_len=self.context_len, draft_vocab=self.draft_vocab, row_width=self.row_width)
-        check_at_least(2, coc_tokens=self.coc_tokens, repeats=self.repeats)
-        check_at_least(3, texts=self.texts)
+        check_at_least(2, coc_tokens=self.text_tokens, repeats=self.repeats)
+        check_at_least(3, texts=self.texts, windows=self.windows)
         check_at_least(1, acceptance=self.acceptance)
         check_at_least(0, lossless_prompts=self.lossless_prompts)
         check_whole(seed=self.seed)
         Sampling(self.temperature)
+        if self.quick and not self.window:
+            raise ValueError("quick goes with window; the decoder's own benchmark has no quick form")
         _ = self.row_counts, self.layer_counts
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the texts that are timed: the mean of real CoCs, or for a window their median."""
+        return self.coc_tokens or (14 if self.window else 17)
 
     @property
     def row_counts(self) -> list[int]:

@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from alpamayo_dflash.bench.clocks import RoundClock, ceilings, graph_ms, wall_ms
+from alpamayo_dflash.bench.compiled import compiled_texts, why_not_compiled
 from alpamayo_dflash.bench.figures import SIX
 from alpamayo_dflash.bench.floors import DraftShape, TextShape
+from alpamayo_dflash.bench.generation import Texts
 from alpamayo_dflash.bench.setup import Bench, replayed
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
@@ -33,10 +35,10 @@ def timings(bench: Bench) -> dict[str, Any]:
     with torch.inference_mode():
         raw: dict[str, Any] = {
             "block_size": config.block_size,
-            "coc_tokens": config.coc_tokens,
+            "coc_tokens": config.text_tokens,
             "prompt_tokens": len(bench.prompt.input_ids),
             "weight_bytes": _weight_bytes(bench),
-            **_shapes(bench),
+            **shapes(bench),
             **ceilings(config.repeats, bench.device, target.dtype),
             **_prompts(bench),
             "verify_ms": _passes(bench),
@@ -52,7 +54,7 @@ def _weight_bytes(bench: Bench) -> int:
     return int(decoder + head.numel() * head.element_size())
 
 
-def _shapes(bench: Bench) -> dict[str, Any]:
+def shapes(bench: Bench) -> dict[str, Any]:
     """What `floors` counts from."""
     target, draft = bench.target, bench.draft.config
     shape = TextShape(
@@ -72,7 +74,7 @@ def _shapes(bench: Bench) -> dict[str, Any]:
         vocab=draft.draft_vocab_size or draft.vocab_size,
     )
     with FlopCounterMode(display=False) as counter:
-        target.embed(bench.prompt)
+        target.see(bench.prompt)
     return {
         "shape": asdict(shape),
         "draft_shape": asdict(heads),
@@ -84,7 +86,8 @@ def _shapes(bench: Bench) -> dict[str, Any]:
 def _prompts(bench: Bench) -> dict[str, dict[str, list[float]]]:
     """Vision, and the language model's pass over the prompt, by arm."""
     config, target, prompt = bench.config, bench.target, bench.prompt
-    verifier, embeddings = bench.decoder(None).verifier, target.embed(prompt)
+    verifier, features = bench.decoder(None).verifier, target.see(prompt)
+    embeddings = target.embed(prompt)
     text, visual = target.vlm.model.language_model, target.vlm.model.visual
     seen = (prompt.input_ids == target.special.image_pad)[None]
     pixels = prompt.pixel_values.to(target.dtype)
@@ -100,8 +103,8 @@ def _prompts(bench: Bench) -> dict[str, dict[str, list[float]]]:
         )
         target.vlm.lm_head(out.last_hidden_state[:, -1:])
 
-    vision = {"project": wall_ms(lambda: target.embed(prompt), config.repeats, bench.device)}
-    prefill = {"project": wall_ms(lambda: verifier.read(prompt, embeddings), config.repeats, bench.device)}
+    vision = {"project": wall_ms(lambda: target.see(prompt), config.repeats, bench.device)}
+    prefill = {"project": wall_ms(lambda: verifier.read(prompt, features), config.repeats, bench.device)}
     if config.transformers:
         vision["transformers"] = wall_ms(
             lambda: visual(pixels, prompt.image_grid_thw), config.repeats, bench.device
@@ -115,7 +118,7 @@ def _passes(bench: Bench) -> dict[str, list[float]]:
     config, device = bench.config, bench.device
     verifier = bench.decoder(None).verifier
     prefilled = verifier.prefill(bench.prompt)
-    least = per_sample_slots(config.coc_tokens, config.block_size)
+    least = per_sample_slots(config.text_tokens, config.block_size)
     out = {}
     for rows in config.row_counts:
         slots = max(least, per_sample_slots(rows, 0))
@@ -144,7 +147,7 @@ def _drafts(bench: Bench) -> dict[str, list[float]]:
 def _draft(bench: Bench, draft: DFlashDraft, samples: int) -> list[float]:
     config, verifier = bench.config, bench.decoder(draft).verifier
     prefilled = verifier.prefill(bench.prompt)
-    per_sample = per_sample_slots(config.coc_tokens, config.block_size)
+    per_sample = per_sample_slots(config.text_tokens, config.block_size)
     slots = samples * per_sample
     verifier.begin(prefilled, slots)
     state = State(
@@ -159,7 +162,7 @@ def _draft(bench: Bench, draft: DFlashDraft, samples: int) -> list[float]:
     block = static_block(draft, verifier.cache, samples=samples, per_sample=per_sample, slots=slots)
     block.begin(verifier.cache.prompt_length)
     # As after a round that accepted five tokens.
-    state.lengths.fill_(min(config.coc_tokens, 9))
+    state.lengths.fill_(min(config.text_tokens, 9))
     state.previous.copy_((state.lengths - 6).clamp_min(0))
     return graph_ms(lambda: block(state), config.repeats, bench.device)
 
@@ -191,10 +194,11 @@ def _texts(bench: Bench) -> dict[str, Any]:
     passes: dict[str, list[int]] = {}
     clocks: dict[str, list[float]] = {}
     counts: dict[str, int] = {}
+    ran: dict[str, Any] = {}
     for samples in _SAMPLES:
         clock, kept = RoundClock(), []
         for index in range(config.texts):
-            options = bench.options(samples, index, config.coc_tokens)
+            options = bench.options(samples, index, config.text_tokens)
             found = pair.decode(options, clock if index else None)
             kept += [found] if index else []
         for arm, results in zip(("autoregressive", "speculative"), zip(*kept, strict=True), strict=True):
@@ -206,9 +210,13 @@ def _texts(bench: Bench) -> dict[str, Any]:
         if config.transformers:
             name = f"transformers_{samples}"
             times[name], passes[name] = _transformers(bench, samples)
+            ran[str(samples)], more = _compiled(bench, samples)
+            times |= more
+            passes |= {arm: [config.text_tokens - 1] * len(ms) for arm, ms in more.items()}
     out = {
         "text_ms": times,
         "text_rounds": passes,
+        "compiled": ran,
         "round_ms": clocks,
         "replay": counts | {"rate": round(bench.rate, 6)},
     }
@@ -227,13 +235,26 @@ def _transformers(bench: Bench, samples: int) -> tuple[list[float], list[int]]:
             temperature=config.temperature,
             top_p=Sampling().top_p,
             num_traj_samples=samples,
-            max_new_tokens=config.coc_tokens,
+            max_new_tokens=config.text_tokens,
             seed=index,
         )
         if index:
             times.append(round(given.decode_ms, 4))
             passes.append(max(map(len, given.token_ids)) - 1)
     return times, passes
+
+
+def _compiled(bench: Bench, samples: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """On what transformers' fast way ran, or why not; and its decode times, of texts with all passes."""
+    config = bench.config
+    because = why_not_compiled(bench.device, None)
+    if because is not None:
+        return {"because": because}, {}
+    texts = Texts(config.text_tokens, samples, config.temperature)
+    most = min(config.texts, _FEW_TEXTS if samples == 1 else _TEXTS_OF_SIX) - 1
+    found = compiled_texts(bench.target, bench.prompt, texts, repeats=most)
+    times = found.pop("decode_ms")
+    return found, {f"compiled_{samples}": times} if times else {}
 
 
 def _lengths(bench: Bench, pair: _Pair) -> list[dict[str, Any]]:

@@ -11,9 +11,15 @@ SIX = 6
 """Samples of the figures for several."""
 REPLAYED = (
     *("round_overhead", "round_six_over_one", "decode_six_over_one"),
-    *("decode_vs_autoregressive", "decode_vs_transformers"),
+    *("decode_vs_autoregressive", "decode_vs_transformers", "decode_vs_compiled"),
 )
 """Keys whose timings are of texts with replayed proposals."""
+_BASELINES = ("transformers", "compiled")
+WINDOW_REPLAYED = (
+    *("window_ms", "window_six_over_one", "window_p99_over_p50", "window_overhead"),
+    *("window_vs_transformers", "window_vs_compiled", "vision_reuse_over_none"),
+)
+"""Keys of whole windows, whose proposals are replayed."""
 _RESAMPLES = 400
 Figures = Callable[[Mapping[str, Any]], dict[str, float]]
 
@@ -43,22 +49,67 @@ def figures(raw: Mapping[str, Any]) -> dict[str, float]:
     }
     if "transformers_1" in texts:
         prefill = raw["prefill_ms"]
-        # Its noise is its own, so its texts may end elsewhere: at as many passes as our loop's.
-        passes = raw["text_rounds"]
-        same = mean(passes["autoregressive_1"]) / mean(passes["transformers_1"])
-        keys["decode_vs_transformers"] = same * mean(texts["transformers_1"]) / mean(texts["speculative_1"])
+        keys["decode_vs_transformers"] = _text_over_ours(raw, "transformers_1")
         keys["prefill_vs_transformers"] = median(prefill["transformers"]) / median(prefill["project"])
+    if texts.get("compiled_1"):
+        keys["decode_vs_compiled"] = _text_over_ours(raw, "compiled_1")
     return {key: round(value, 4) for key, value in keys.items()}
+
+
+def _text_over_ours(raw: Mapping[str, Any], arm: str) -> float:
+    """An arm's texts over speculative ones.
+
+    Its noise is its own, so its texts may end elsewhere: at as many passes as our loop's.
+    """
+    mean, texts, passes = statistics.fmean, raw["text_ms"], raw["text_rounds"]
+    same = mean(passes["autoregressive_1"]) / mean(passes[arm])
+    return same * mean(texts[arm]) / mean(texts["speculative_1"])
 
 
 def window_figures(raw: Mapping[str, Any]) -> dict[str, float]:
     """The keys of `bench --window`; one whose arms were not timed is left out. Medians.
 
     Args:
-        raw: `expert_ms` by form and samples; `expert_bytes` of a step, `expert_operations` of a step by
-            samples, `steps`, and the lists `read_bytes_per_s` and `product_flop_per_s`.
+        raw: of `bench.window.measured`.
     """
-    median, times = statistics.median, raw["expert_ms"]
+    keys = _whole_windows(raw) | _window_parts(raw) | _expert_figures(raw)
+    return {key: round(value, 4) for key, value in keys.items()}
+
+
+def _whole_windows(raw: Mapping[str, Any]) -> dict[str, float]:
+    median, times = statistics.median, raw.get("window_ms", {})
+    if not times:
+        return {}
+    one = median(times["1"])
+    keys = {
+        "window_ms": one,
+        "window_six_over_one": median(times[str(SIX)]) / one,
+        "window_overhead": median(raw["window_overhead"]["1"]),
+        "window_p99_over_p50": p99(raw["equal_window_ms"]) / median(raw["equal_window_ms"]),
+    }
+    for arm in _BASELINES:
+        theirs = raw.get(f"{arm}_window_ms", {}).get("1")
+        if theirs:
+            keys[f"window_vs_{arm}"] = median(theirs) / one
+    if "reuse_window_ms" in raw:
+        reuse = raw["reuse_window_ms"]
+        keys["vision_reuse_over_none"] = median(reuse["twelve"]) / median(reuse["none"])
+    return keys
+
+
+def _window_parts(raw: Mapping[str, Any]) -> dict[str, float]:
+    median, keys = statistics.median, {}
+    for name, key in (("pinned", "preprocess_ms"), ("pageable", "preprocess_pageable_ms")):
+        if name in raw.get("preprocess_ms", {}):
+            keys[key] = median(raw["preprocess_ms"][name])
+    for name, key in (("vision_ms", "vision_over_before"), ("prompt_pass_ms", "prompt_over_before")):
+        if name in raw:
+            keys[key] = median(raw[name]["now"]) / median(raw[name]["before"])
+    return keys
+
+
+def _expert_figures(raw: Mapping[str, Any]) -> dict[str, float]:
+    median, times = statistics.median, raw.get("expert_ms", {})
     read = raw["steps"] * raw["expert_bytes"] / median(raw["read_bytes_per_s"]) * 1e3
     # A product's slow runs are the card's, not the work's: a floor takes a fast one.
     rate = third_quartile(raw["product_flop_per_s"])
@@ -70,7 +121,33 @@ def window_figures(raw: Mapping[str, Any]) -> dict[str, float]:
     if f"fused_{SIX}" in times:
         keys["expert_six_over_floor"] = median(times[f"fused_{SIX}"]) / done
         keys["expert_six_vs_plain"] = median(times[f"plain_{SIX}"]) / median(times[f"fused_{SIX}"])
-    return {key: round(value, 4) for key, value in keys.items()}
+    return keys
+
+
+def p99(values: Sequence[float]) -> float:
+    """The value that one in a hundred exceeds."""
+    return statistics.quantiles(values, n=100, method="inclusive")[-1]
+
+
+def window_parts(raw: Mapping[str, Any], floor: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a window's parts by arm and samples ("ours_1"), as reports read them.
+
+    Args:
+        raw: whole windows by samples, and their parts by samples: `window_ms` and `window_parts_ms`, and with
+            `transformers_` and `compiled_` before `window_ms` and `parts_ms`. An arm that was not timed is
+            left out.
+        floor: of each part, with one sample.
+
+    Returns:
+        by arm, `whole` beside the parts; and `floor`, whose whole is the sum of its parts.
+    """
+    found = {}
+    names = {"ours": ("window_ms", "window_parts_ms")}
+    names |= {arm: (f"{arm}_window_ms", f"{arm}_parts_ms") for arm in _BASELINES}
+    for arm, (whole, parts) in names.items():
+        for samples, times in raw.get(whole, {}).items():
+            found[f"{arm}_{samples}"] = medians({**raw[parts][samples], "whole": times})
+    return found | {"floor": {**floor, "whole": round(sum(floor.values()), 6)}}
 
 
 def third_quartile(values: Sequence[float]) -> float:

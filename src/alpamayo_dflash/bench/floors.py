@@ -108,16 +108,42 @@ def floors(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def window_floors(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`floors` of `bench --window`; the rate of products by its third quartile."""
+    """`floors` of `bench --window`, and `parts`: each part's floor with one sample.
+
+    The rate of products is its third quartile: slow runs are the card's, not the work's.
+    """
     read = statistics.median(raw["read_bytes_per_s"])
     product = third_quartile(raw["product_flop_per_s"])
     rows = []
-    for name, times in raw["expert_ms"].items():
+    for name, times in raw.get("expert_ms", {}).items():
         form, _, samples = name.partition("_")
         step = Work(raw["expert_bytes"], raw["expert_operations"][samples])
         what = _of(f"action expert, {raw['steps']} steps", int(samples))
         rows.append(_row(read, product, what, form, statistics.median(times), (raw["steps"], step)))
-    return {"read_bytes_per_s": read, "product_flop_per_s": product, "rows": rows}
+    parts = {}
+    for part, (rounds, *works) in _part_works(raw).items():
+        arm = _REPLAYED if part == "decode" else "project"
+        measured = statistics.median(raw["window_parts_ms"]["1"][part])
+        row = _row(read, product, f"window, {part}", arm, measured, *((rounds, work) for work in works))
+        parts[part] = row["floor_ms"]
+        rows.append(row)
+    if "copy_ms" in raw:
+        parts = {"preprocess": round(statistics.median(raw["copy_ms"]), 4), **parts}
+    return {"read_bytes_per_s": read, "product_flop_per_s": product, "rows": rows, "parts": parts}
+
+
+def _part_works(raw: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Of each part of a window with one sample how many times what work is done."""
+    if "window_parts_ms" not in raw:
+        return {}
+    shape, draft, prompt = TextShape(**raw["shape"]), DraftShape(**raw["draft_shape"]), raw["prompt_tokens"]
+    round_ = draft_work(shape, draft, raw["draft_layers"], 1), pass_work(shape, prompt, draft.block_size)
+    return {
+        "vision": (1, Work(raw["vision_bytes"], raw["vision_operations"])),
+        "prompt": (1, prefill_work(shape, prompt)),
+        "decode": (statistics.fmean(raw["window_rounds"]["1"]), *round_),
+        "action": (raw["steps"], Work(raw["expert_bytes"], raw["expert_operations"]["1"])),
+    }
 
 
 def _row(

@@ -53,7 +53,7 @@ class Bench:
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)
         self.coc_lengths = coc_quantiles(Path(config.coc_counts)) if config.coc_counts else {}
-        self.rate = rate_for(config.acceptance, config.coc_tokens - 1, config.block_size)
+        self.rate = rate_for(config.acceptance, config.text_tokens - 1, config.block_size)
         torch.manual_seed(generator_seed(config.seed))
         self.target = load(config)
         self.prompt = self.target.prompt(noise_window(config.seed)).to(self.device)
@@ -121,7 +121,7 @@ class Bench:
         """A speculative decoder with a replay, and the replay."""
         replay = Replay(
             samples=SIX,
-            length=self.config.coc_tokens + max(self.coc_lengths.values(), default=0) + _MORE_TOKENS,
+            length=self.config.text_tokens + max(self.coc_lengths.values(), default=0) + _MORE_TOKENS,
             block=self.config.block_size,
             rate=self.rate,
             vocab=self.target.traj_ids.start or self.target.vocab_size,

@@ -32,8 +32,8 @@ def compare(bench: Bench) -> dict[str, Any]:
     for index in range(config.lossless_prompts):
         prompt = bench.random_prompt(index)
         with torch.inference_mode():
-            embeddings = bench.target.embed(prompt)
-            read = [d.verifier.read(prompt, embeddings) for d in (same, fast, one)]
+            seen = bench.target.see(prompt)
+            read = [d.verifier.read(prompt, seen) for d in (same, fast, one)]
         for temperature in (0.0, config.temperature):
             options = bench.options(1, index, _TOKENS) | {"temperature": temperature}
             expected = same.generate(read[0], **options).token_ids

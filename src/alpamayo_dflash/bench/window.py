@@ -1,32 +1,49 @@
-"""`bench --window`: the parts of a window around decoding, beside their floors. For now the action expert.
+"""`bench --window`: whole windows, from camera frames to a trajectory on the host, and each of their parts.
 
-The cache behind a prompt is filled with random keys and values: they take the same time as a prompt's.
+Texts are of a fixed length, their proposals replayed (see `replay`). Every part is timed by events inside the
+window, and beside it in its older form or its floor, in turns.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from alpamayo_dflash.bench.clocks import ceilings, event_ms, wall_ms
+from alpamayo_dflash.bench.baselines import compiled_windows, eager_windows
+from alpamayo_dflash.bench.cards import read_cards
+from alpamayo_dflash.bench.clocks import ceilings
 from alpamayo_dflash.bench.config import BenchConfig
-from alpamayo_dflash.bench.figures import SIX, spread, timing_quartiles, window_figures
-from alpamayo_dflash.bench.floors import TextShape, expert_work, window_floors
-from alpamayo_dflash.bench.setup import gpu, load
+from alpamayo_dflash.bench.decode import shapes
+from alpamayo_dflash.bench.expert import expert, expert_counts
+from alpamayo_dflash.bench.figures import (
+    SIX,
+    WINDOW_REPLAYED,
+    spread,
+    timing_quartiles,
+    window_figures,
+    window_parts,
+)
+from alpamayo_dflash.bench.floors import window_floors
+from alpamayo_dflash.bench.profile import profile_window
+from alpamayo_dflash.bench.prompt import prompt_pass
+from alpamayo_dflash.bench.setup import Bench, gpu
+from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import provenance, write_json
-from alpamayo_dflash.common.machine import check_device, current
-from alpamayo_dflash.common.options import generator_seed
-from alpamayo_dflash.decode.cache import Cache
-from alpamayo_dflash.target.alpamayo import Alpamayo
-from alpamayo_dflash.target.expert_fused import FusedExpert, SampleTexts, why_plain_expert
+from alpamayo_dflash.common.machine import current
+from alpamayo_dflash.decode.decoder import Result
+from alpamayo_dflash.report.tables import WINDOW_PARTS
+from alpamayo_dflash.standins.untrained import noise_window
 
-_PROMPT = 3007
-"""Tokens of R1's prompt with 16 images."""
-_FEW = 20
-"""The least repeats of what is slow."""
+_WARM = 3
+_FEWER = 3
+"""Windows of the baselines, which are slow, are this many times fewer than the repeats."""
+_SEEDS = 8
+"""Texts of equal rounds that take turns where the spread of a window's time is looked at."""
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
@@ -35,108 +52,159 @@ def run(config: BenchConfig) -> dict[str, Any]:
     Raises:
         ValueError: the target cannot be loaded or the device is not there.
     """
-    started, device = time.time(), check_device(config.device)
-    torch.manual_seed(generator_seed(config.seed))
-    with torch.inference_mode(), current(device):
-        target = load(config)
-        raw = {**ceilings(config.repeats, device, target.dtype), **_expert(config, target)}
+    started = time.time()
+    bench = Bench(config)
+    with torch.inference_mode(), current(bench.device):
+        windows = Windows(bench)
+        raw = measured(bench, windows)
+    floor = window_floors(raw)
     found = {
         "figures": window_figures(raw),
         "spread": spread(raw, window_figures),
-        "floors": window_floors(raw),
-        "replayed": [],
+        "floors": floor,
+        "parts": window_parts(raw, floor["parts"]),
+        "cards": read_cards(),
+        "replayed": list(WINDOW_REPLAYED),
         "coc_lengths": [],
     }
-    rest = {"timings": timing_quartiles(raw), "raw": raw, "gpu": gpu(device)}
-    write_json(config.out, found | rest | {"provenance": provenance(config, started)})
-    return found | {"timings": rest["timings"], "out": str(config.out)}
-
-
-def _expert(config: BenchConfig, target: Alpamayo) -> dict[str, Any]:
-    """The expert's forms, with one sample and six, and what their floors are counted from."""
-    shape = expert_shape(target)
-    raw: dict[str, Any] = {
-        "steps": target.config.num_inference_steps,
-        "prompt_tokens": _PROMPT,
-        "text_tokens": config.coc_tokens,
-        "expert_shape": asdict(shape),
-        "waypoints": target.n_waypoints,
-        "expert_parameter_bytes": sum(p.numel() * p.element_size() for p in _parameters(target)),
-        "expert_bytes": expert_work(shape, _PROMPT, target.n_waypoints).bytes,
-        "expert_operations": {
-            str(samples): expert_work(shape, _PROMPT, samples * target.n_waypoints).operations
-            for samples in (1, SIX)
-        },
-        "expert_plain_because": why_plain_expert(target),
-        "expert_ms": {},
-        "expert_call_ms": {},
+    shown = found | {"gpu": gpu(bench.device)}
+    kept = shown | {
+        "timings": timing_quartiles(raw),
+        "raw": raw,
+        "profile": profile_window(lambda: windows.timed(1, 0), bench.device),
     }
-    cache = _filled(target)
-    fast = FusedExpert(target, cache) if raw["expert_plain_because"] is None else None
-    repeats = max(_FEW, config.repeats) if target.device.type == "cuda" else config.repeats
-    for samples in (1, SIX):
-        _time(raw, target, cache, fast, samples=samples, repeats=repeats)
+    del kept["cards"]
+    write_json(config.out, kept | {"provenance": provenance(config, started)})
+    return shown | {"out": str(config.out)}
+
+
+def measured(bench: Bench, windows: Windows) -> dict[str, Any]:
+    """All raw timings; with `quick` those of our windows and the floors alone."""
+    config = bench.config
+    raw: dict[str, Any] = ceilings(config.repeats, bench.device, bench.target.dtype)
+    raw |= counted(bench) | windows.raw()
+    if config.quick:
+        return raw
+    raw |= prompt_pass(windows.decoder.verifier, windows.prompt, config.repeats)
+    raw |= expert(config, bench.target)
+    if config.transformers:
+        window = noise_window(config.seed)
+        how: dict[str, Any] = {
+            "tokens": config.text_tokens,
+            "temperature": config.temperature,
+            "repeats": max(3, config.repeats // _FEWER),
+        }
+        eager = eager_windows(bench.target, window, **how)
+        raw |= eager | compiled_windows(bench.target, window, eager, **how)
     return raw
 
 
-def _time(
-    raw: dict[str, Any],
-    target: Alpamayo,
-    cache: Cache,
-    fast: FusedExpert | None,
-    *,
-    samples: int,
-    repeats: int,
-) -> None:
-    """Both forms with so many samples: steps alone (`expert_ms`), and from noise to trajectories."""
-    device, each = target.device, raw["text_tokens"]
-    paths = [list(range(each * sample, each * (sample + 1))) for sample in range(samples)]
-    offsets = [each] * samples
-    noise = torch.randn(samples, target.n_waypoints, 2, device=device)
-    past = torch.zeros(16, 3, device=device), torch.eye(3, device=device).repeat(16, 1, 1)
-    past[0][:, 0] = torch.arange(-15.0, 1.0, device=device)
-    prefix = cache.prefix(paths, offsets, 0)
-
-    def plain() -> None:
-        target.trajectory(target.denoise(noise, prefix), *past)
-
-    raw["expert_ms"][f"plain_{samples}"] = wall_ms(lambda: target.denoise(noise, prefix), repeats, device)
-    raw["expert_call_ms"][f"plain_{samples}"] = wall_ms(plain, repeats, device)
-    if fast is None:
-        return
-    texts = SampleTexts(paths, [_PROMPT + offset for offset in offsets])
-
-    def fused() -> None:
-        fast(noise, texts, *past)
-
-    raw["expert_call_ms"][f"fused_{samples}"] = wall_ms(fused, repeats, device)
-    raw["expert_ms"][f"fused_{samples}"] = event_ms(lambda: fast.replay(samples), repeats, device)
+def counted(bench: Bench) -> dict[str, Any]:
+    """What the floors of a window's parts are counted from."""
+    return {
+        **shapes(bench),
+        **expert_counts(bench.target),
+        "draft_layers": bench.draft.config.num_layers,
+        "prompt_tokens": len(bench.prompt),
+    }
 
 
-def expert_shape(target: Alpamayo) -> TextShape:
-    """The sizes of a target's expert, which has no vocabulary."""
-    config: Any = target.expert.config
-    return TextShape(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        mlp=config.intermediate_size,
-        vocab=0,
-        element_bytes=target.embedding.element_size(),
-    )
+@dataclass(frozen=True)
+class Timed:
+    """One window: its wall time, the device's time by part, and the verify passes of its text."""
+
+    wall_ms: float
+    parts_ms: dict[str, float]
+    rounds: int
+
+    @property
+    def overhead(self) -> float:
+        """What of the wall time lies in no part."""
+        return 1 - sum(self.parts_ms.values()) / self.wall_ms
 
 
-def _parameters(target: Alpamayo) -> list[torch.nn.Parameter]:
-    parts = (target.expert, target.action_in_proj, target.action_out_proj)
-    return [parameter for part in parts for parameter in part.parameters()]
+class Windows:
+    """Windows decoded with replayed proposals, whole.
+
+    Args:
+        bench: target, draft and replay.
+
+    Attributes:
+        device: where.
+        decoder: what decodes them.
+        window: the one that is decoded, its frames in pinned memory.
+        prompt: of it, on the CPU.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench, self.device = bench, bench.device
+        self.decoder, self._replay = bench.replaying()
+        self.window = staged(noise_window(bench.config.seed), bench.device)
+        self.prompt = bench.target.prompt(self.window)
+        self._known: dict[tuple[int, int], list[list[int]]] = {}
+
+    def raw(self) -> dict[str, Any]:
+        """Windows with one sample and with six, each with a text of its own, and many of equal rounds."""
+        config = self._bench.config
+        found = {samples: self._each(samples, range(config.texts)) for samples in (1, SIX)}
+        counts = Counter(each.rounds for each in found[1])
+        rounds, _ = counts.most_common(1)[0]
+        seeds = [seed for seed, each in enumerate(found[1]) if each.rounds == rounds][:_SEEDS]
+        many = [seeds[index % len(seeds)] for index in range(config.windows)]
+        return {
+            "text_tokens": config.text_tokens,
+            "window_ms": {str(samples): [each.wall_ms for each in kept] for samples, kept in found.items()},
+            "window_parts_ms": {str(samples): _by_part(kept) for samples, kept in found.items()},
+            "window_overhead": {
+                str(samples): [round(each.overhead, 5) for each in kept] for samples, kept in found.items()
+            },
+            "window_rounds": {
+                str(samples): [each.rounds for each in kept] for samples, kept in found.items()
+            },
+            "equal_rounds": rounds,
+            "equal_window_ms": [each.wall_ms for each in self._each(1, many)],
+        }
+
+    def _each(self, samples: int, seeds: Sequence[int]) -> list[Timed]:
+        for _ in range(_WARM):
+            self.timed(samples, seeds[0])
+        return [self.timed(samples, seed) for seed in seeds]
+
+    def timed(self, samples: int, seed: int) -> Timed:
+        """From frames to the trajectory on the host."""
+        known = self._text(samples, seed)
+        self._replay.load(known, seed)
+        torch.cuda.synchronize() if self._bench.device.type == "cuda" else None
+        start = time.perf_counter()
+        result = self._generate(self.window, samples, seed)
+        assert result.pred_xyz is not None
+        result.pred_xyz.cpu()
+        wall = (time.perf_counter() - start) * 1e3
+        if result.token_ids != known:
+            raise RuntimeError(f"the same window and seed gave {known} and then {result.token_ids}")
+        parts = {part: round(ms, 4) for part, ms in result.timings.parts.items()}
+        return Timed(round(wall, 4), parts, result.rounds)
+
+    def _generate(self, window: Window, samples: int, seed: int) -> Result:
+        options = self._bench.options(samples, seed, self._bench.config.text_tokens)
+        return self.decoder.generate(window, **options | {"trajectories": True})
+
+    def _text(self, samples: int, seed: int) -> list[list[int]]:
+        """What the target writes at this width of rows; see `setup.replayed`."""
+        if (samples, seed) not in self._known:
+            self._replay.load([[0]], seed)
+            known = self._generate(self.window, samples, seed).token_ids
+            self._replay.load(known, seed)
+            self._known[samples, seed] = self._generate(self.window, samples, seed).token_ids
+        return self._known[samples, seed]
 
 
-def _filled(target: Alpamayo) -> Cache:
-    """A cache that holds a prompt and texts of random keys and values."""
-    cache = Cache(target, prompt_capacity=_PROMPT, num_taps=0, context_len=0)
-    for tensor in (cache.keys, cache.values):
-        tensor.normal_()
-    cache.set_prompt(_PROMPT, None)
-    return cache
+def staged(window: Window, device: torch.device) -> Window:
+    """The window with its frames in pinned memory, where a stream would have written them."""
+    if device.type != "cuda":
+        return window
+    return replace(window, frames=torch.from_numpy(window.frames).pin_memory().numpy())
+
+
+def _by_part(found: Sequence[Timed]) -> dict[str, list[float]]:
+    return {part: [each.parts_ms[part] for each in found] for part in WINDOW_PARTS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self, TypeVar
@@ -32,6 +32,60 @@ class Clock:
             # Of the whole device it would end another thread's capture of a graph.
             torch.cuda.current_stream(self._device).synchronize()
         return time.perf_counter() * 1e3
+
+
+class Stopwatch:
+    """Times what a device does without waiting for it: by events on its stream, on a CPU by the clock.
+
+    A moment is marked when the work enqueued before it is done. A part is only what is enqueued inside it, so
+    that gaps between parts belong to none. Read the times once the device is idle.
+
+    Args:
+        device: whose current stream the work is enqueued on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._parts: dict[str, list[tuple[Moment, Moment]]] = {}
+
+    def moment(self) -> Moment:
+        """Mark this place in the device's work."""
+        if self._device.type != "cuda":
+            return time.perf_counter() * 1e3
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what is enqueued inside, on top of the part's time so far."""
+        start = self.moment()
+        yield
+        self._parts.setdefault(name, []).append((start, self.moment()))
+
+    def parts_ms(self) -> dict[str, float]:
+        """Milliseconds of each part."""
+        return {name: sum(between_ms(*each) for each in found) for name, found in self._parts.items()}
+
+
+Moment = torch.cuda.Event | float
+"""A place in a device's work; on a CPU its time in milliseconds."""
+
+
+def between_ms(start: Moment, end: Moment) -> float:
+    """Milliseconds between two moments of one stopwatch."""
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float) and isinstance(end, float)
+        return end - start
+    elapsed: float = start.elapsed_time(end)
+    return elapsed
+
+
+def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device. From the CPU to a GPU it goes through pinned memory: the host does not wait."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def host_memory() -> dict[str, int]:

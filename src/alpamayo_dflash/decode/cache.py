@@ -116,20 +116,21 @@ class Cache:
         self.grow(slots)
         self.tail = Tail(slots)
 
-    def set_prompt(self, length: int, taps_NF: Tensor | None) -> None:
-        """Say that entries [0, length) are the prompt's now, and keep its last states; the tail is emptied.
+    def begin_prompt(self, length: int) -> None:
+        """Say that entries [0, length) are the prompt's from now on; the tail is emptied.
 
         Args:
             length: P.
-            taps_NF: the tapped states of the last min(X, P) positions, or None without taps.
         """
         self.prompt_length = length
         self.length_1.fill_(length)
         self.tail = Tail(self.tail.capacity)
-        if taps_NF is not None:
-            missing = self.context_len - len(taps_NF)
-            self.taps[:missing] = 0
-            self.taps[missing : self.context_len] = taps_NF
+
+    def keep_context(self, taps_NF: Tensor) -> None:
+        """Keep the tapped states of the prompt's last N positions, at most X; those before are zero."""
+        missing = self.context_len - len(taps_NF)
+        self.taps[:missing] = 0
+        self.taps[missing : self.context_len] = taps_NF
 
     def context(self, paths: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """The tapped states of the last positions at the end of each path: X of them, or all there are.

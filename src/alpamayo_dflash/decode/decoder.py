@@ -6,9 +6,12 @@ Shapes: S sample, N way-points, V vocabulary, C hidden.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +19,13 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.clips.window import Window
-from alpamayo_dflash.common.machine import Clock, current
+from alpamayo_dflash.common.machine import Clock, Moment, Stopwatch, between_ms, current
 from alpamayo_dflash.common.options import MOST_BLOCK, check_positive
 from alpamayo_dflash.common.turn import Turn
 from alpamayo_dflash.decode.config import DecodeConfig, Request, Sampling
 from alpamayo_dflash.decode.handover import Handover, hand_over
-from alpamayo_dflash.decode.loop import Decoded, Round, Sample, decode
-from alpamayo_dflash.decode.noise import flow_noise
-from alpamayo_dflash.decode.observer import Observer
+from alpamayo_dflash.decode.loop import Decoded, Round, decode
+from alpamayo_dflash.decode.observer import Observer, Observers
 from alpamayo_dflash.decode.proposer import (
     BlockDraft,
     Captured,
@@ -35,11 +37,10 @@ from alpamayo_dflash.decode.proposer import (
 from alpamayo_dflash.decode.round_device import DeviceRounds
 from alpamayo_dflash.decode.round_host import HostRound
 from alpamayo_dflash.decode.stops import StopReason, stop_rules
+from alpamayo_dflash.decode.trajectory import Trajectories, check_noise, finite, sample_prefix
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.borrow import borrow
-from alpamayo_dflash.target.expert import ActionPrefix
-from alpamayo_dflash.target.expert_fused import FusedExpert, SampleTexts, why_plain_expert
 from alpamayo_dflash.target.prompt import Prompt
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
@@ -49,24 +50,34 @@ _DRAFT_FAILED = (  # one text for all, so that Python shows it once
 )
 
 
-_NOT_ASKED = "not asked yet"
-
-
 @dataclass(frozen=True)
 class Timings:
-    """Wall time of one `generate`, milliseconds.
+    """Times of one `generate`, milliseconds.
+
+    The first four are from end to end of what they name, gaps included; on a GPU they are taken by events, so
+    that nothing is waited for. `parts` is the device's work alone: what of the whole is in none of them is
+    the host's.
 
     Attributes:
-        prefill_ms: vision and the prompt's pass; 0 for a prompt that had been read before.
+        preprocess_ms: from the call to the prompt's tensors; 0 for a prompt that had been read before.
+        prefill_ms: vision and the prompt's pass; 0 likewise.
         decode_ms: from the prompt's logits to the last token, and the cache made whole for the expert.
         action_ms: the action expert and the trajectory.
-        total_ms: everything, images to prompt included.
+        total_ms: everything, by the host's clock.
+        parts: of "preprocess", "vision", "prompt", "decode" and "action" those that ran.
     """
 
+    preprocess_ms: float
     prefill_ms: float
     decode_ms: float
     action_ms: float
     total_ms: float
+    parts: Mapping[str, float]
+
+    @property
+    def overhead(self) -> float:
+        """What of the whole lies in none of the parts: 1 − Σ parts / total."""
+        return 1 - sum(self.parts.values()) / self.total_ms
 
 
 @dataclass(frozen=True)
@@ -176,8 +187,7 @@ class SpeculativeDecoder:
         self._host_round = HostRound(self.verifier, self.rules, by_draft, listed)
         self.device_rounds = DeviceRounds(self.verifier, self.rules, Proposers(draft, listed, self._captured))
         self._finished: tuple[Prefilled, Decoded, int] | None = None  # and the thread that asked
-        self._expert: tuple[int, FusedExpert] | None = None  # and the generation of the cache that it reads
-        self._plain_expert: str | None = _NOT_ASKED  # why the expert runs in its plain form
+        self._trajectories = Trajectories(target, self.verifier) if isinstance(target, Alpamayo) else None
 
     def prefill(self, window: Window | Prompt) -> Prefilled:
         """Read a prompt, so that `generate` can start from it any number of times.
@@ -226,36 +236,45 @@ class SpeculativeDecoder:
         check_positive(num_traj_samples=num_traj_samples, max_new_tokens=max_new_tokens)
         request = Request(Sampling(temperature, top_p), seed, num_traj_samples, max_new_tokens)
         with self._alone():
-            start = before = read = self._clock.now_ms()
+            began, watch = time.perf_counter(), Stopwatch(self.target.device)
+            moments = [watch.moment()]
             self._finished = None
-            prompt = window.prompt if isinstance(window, Prefilled) else self._prompt(window)
+            if isinstance(window, Prefilled):
+                prompt = window.prompt
+            else:
+                with watch.part("preprocess"):
+                    prompt = self._prompt(window)
             driver = self._driver(prompt, trajectories)
             if driver is not None and action_noise is not None:
-                _check_noise(action_noise, (num_traj_samples, driver.n_waypoints, 2))
-            if isinstance(window, Prefilled):
-                prefilled = window
-            else:
-                before = self._clock.now_ms()
-                prefilled = self.verifier.prefill(prompt)
-                read = self._clock.now_ms()
+                check_noise(action_noise, (num_traj_samples, driver.target.n_waypoints, 2))
+            moments.append(watch.moment())
+            prefilled = window if isinstance(window, Prefilled) else self.verifier.prefill(prompt, watch)
+            moments.append(watch.moment())
             with torch.inference_mode(), current(self.target.device):
+                # Enqueued behind the prompt's pass, which hides the host's share of it.
+                start = None if driver is None else driver.start(prompt, request, action_noise)
+                round_ = self._round(request)
                 decoded = decode(
-                    self._round(request),
+                    round_,
                     self.verifier,
                     prefilled,
                     request,
                     rules=self.rules,
-                    observer=observer or Observer(),
+                    observer=Observers(observer or Observer(), _Watched(watch)),
                 )
-            written = self._clock.now_ms()
-            self._finished = (prefilled, decoded, threading.get_ident())
-            xyz = rot = None
-            if driver is not None:
-                xyz, rot = self._act(driver, prefilled, decoded, seed, action_noise)
-            end = self._clock.now_ms()
+                moments.append(watch.moment())
+                self._finished = (prefilled, decoded, threading.get_ident())
+                xyz = rot = None
+                if driver is not None and start is not None:
+                    with watch.part("action"):
+                        xyz, rot = driver(start, prefilled, decoded.samples, round_)
+                    moments.append(watch.moment())
+                    xyz, rot = finite(xyz, rot)
+            self._clock.now_ms()
+            total_ms = (time.perf_counter() - began) * 1e3
         if decoded.draft_failures:
             warnings.warn(_DRAFT_FAILED, stacklevel=2)
-        timings = Timings(read - before, written - read, end - written, end - start)
+        timings = _timings(moments, total_ms, watch.parts_ms())
         return self._result(decoded, xyz, rot, timings)
 
     @contextlib.contextmanager
@@ -280,13 +299,6 @@ class SpeculativeDecoder:
             warnings.warn(f"decoding runs in the plain, slower loop on the host: {reason}", stacklevel=3)
         return self._host_round
 
-    def _prefix(self, prefilled: Prefilled, samples: Sequence[Sample]) -> ActionPrefix:
-        return self.verifier.cache.prefix(
-            [sample.path for sample in samples],
-            [len(sample.tokens) for sample in samples],
-            prefilled.prompt.rope_delta,
-        )
-
     def handover(self, samples: Sequence[int] | None = None) -> Handover:
         """The cache of the last `generate`, as transformers' own `generate` would have left it.
 
@@ -304,7 +316,7 @@ class SpeculativeDecoder:
             self.verifier.check(prefilled)
             chosen = decoded.samples if samples is None else [decoded.samples[index] for index in samples]
             return hand_over(
-                self._prefix(prefilled, chosen),
+                sample_prefix(self.verifier, prefilled, chosen),
                 prefilled.prompt.input_ids,
                 [sample.tokens for sample in chosen],
                 rope_delta=prefilled.prompt.rope_delta,
@@ -319,63 +331,16 @@ class SpeculativeDecoder:
             raise ValueError("a bare Qwen3-VL takes prompts (target.prompt_from_inputs), not windows")
         return self.target.prompt(window)
 
-    def _driver(self, prompt: Prompt, wanted: bool | None) -> Alpamayo | None:
-        """The target as the one that predicts trajectories, or None if they are not wanted."""
+    def _driver(self, prompt: Prompt, wanted: bool | None) -> Trajectories | None:
+        """What predicts the trajectories, or None if they are not wanted."""
         lacking = ""
-        if not isinstance(self.target, Alpamayo):
+        if self._trajectories is None:
             lacking = "the target is a bare Qwen3-VL without an action expert"
         elif len(prompt.ego_history_xyz) == 0:
             lacking = f"the prompt {prompt.key!r} has no ego history"
         if wanted and lacking:
             raise ValueError(f"trajectories=True: {lacking}")
-        if lacking or wanted is False:
-            return None
-        assert isinstance(self.target, Alpamayo)
-        return self.target
-
-    def _act(
-        self,
-        target: Alpamayo,
-        prefilled: Prefilled,
-        decoded: Decoded,
-        seed: int,
-        noise: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        prompt, samples = prefilled.prompt, decoded.samples
-        if noise is None:
-            everyone = range(len(samples))
-            noise = flow_noise(seed, prompt.key, everyone, target.n_waypoints, device=target.device)
-        noise, history = noise.to(target.device), (prompt.ego_history_xyz, prompt.ego_history_rot)
-        with torch.inference_mode(), current(target.device):
-            fused = self._fused_expert(target)
-            if fused is not None:
-                _, xyz, rot = fused(noise, _texts(prefilled, samples), *history)
-            else:
-                action = target.denoise(noise, self._prefix(prefilled, samples))
-                xyz, rot = target.trajectory(action, *history)
-            bad = (~(xyz.isfinite().all(-1) & rot.isfinite().flatten(-2).all(-1)).all(-1)).tolist()
-        if any(bad):
-            raise ValueError(
-                f"sample {bad.index(True)}: the trajectory is not finite: the expert's weights or dtype, or "
-                "the history, are at fault"
-            )
-        return xyz.clone(), rot.clone()  # ordinary tensors, not inference mode's
-
-    def _fused_expert(self, target: Alpamayo) -> FusedExpert | None:
-        """The expert's fast form over the cache as it lies now, or None where the plain one runs."""
-        cache = self.verifier.cache
-        if self._plain_expert == _NOT_ASKED:
-            self._plain_expert = why_plain_expert(target)
-            if self._plain_expert is not None and target.device.type == "cuda":
-                warnings.warn(
-                    f"the action expert runs in its plain, slower form: {self._plain_expert}", stacklevel=4
-                )
-        if self._plain_expert is not None:
-            return None
-        if self._expert is None or self._expert[0] != cache.generation:
-            self._expert = None  # its graphs' memory first
-            self._expert = cache.generation, FusedExpert(target, cache)
-        return self._expert[1]
+        return None if lacking or wanted is False else self._trajectories
 
     def _result(self, decoded: Decoded, xyz: Tensor | None, rot: Tensor | None, timings: Timings) -> Result:
         samples = decoded.samples
@@ -396,22 +361,22 @@ class SpeculativeDecoder:
         )
 
 
-def _texts(prefilled: Prefilled, samples: Sequence[Sample]) -> SampleTexts:
-    """What the samples' way-points see after the prompt, as `Cache.prefix` has it."""
-    start = len(prefilled.prompt.input_ids) + prefilled.prompt.rope_delta
-    return SampleTexts(
-        [sample.path for sample in samples], [start + len(sample.tokens) for sample in samples]
-    )
+def _timings(moments: Sequence[Moment], total_ms: float, parts: Mapping[str, float]) -> Timings:
+    """Of the moments between preprocessing, the prompt, decoding and the trajectories, if there are any."""
+    spent = [between_ms(*each) for each in itertools.pairwise(moments)]
+    preprocess, prefill, decode_, action = (*spent, 0.0)[:4]
+    return Timings(preprocess, prefill, decode_, action, total_ms, parts)
 
 
-def _check_noise(noise: Tensor, shape: tuple[int, int, int]) -> None:
-    if noise.shape != shape:
-        raise ValueError(f"action_noise is {tuple(noise.shape)}; it must be {shape}")
-    bad = (~noise.isfinite().flatten(1).all(1)).tolist()
-    if any(bad):
-        raise ValueError(
-            f"action_noise of sample {bad.index(True)} is not finite; it must be standard normal values"
-        )
+class _Watched(Observer):
+    """Times the rounds' work on the device."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self._watch = watch
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """See Observer."""
+        return self._watch.part("decode")
 
 
 def accelerate(

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.target.qwen3 import AfterLayer, run_layers
@@ -24,16 +25,28 @@ from alpamayo_dflash.target.vlm import Qwen3VLTarget
 from alpamayo_dflash.target.weights import Linear, hooked, padded, why_module
 
 Rotary = tuple[Tensor, Tensor]
+FLASH_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, *FLASH_FIRST]
+"""Kernels for a prompt's attention, the preferred first: cuDNN's takes half of flash's time on Hopper."""
+_HOPPER = (9, 0)
 
 
 class TextModel(Protocol):
     """Runs the decoder layers over prompts and rows, and the head."""
 
-    def prompt(self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer) -> Tensor:
-        """Read a prompt from embeddings [P, C]: write its keys and values.
+    def prompt(
+        self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer, wanted_W: Tensor | None
+    ) -> Tensor:
+        """Read a prompt from embeddings [P, C]: write its keys and values to the first P entries.
+
+        Args:
+            hidden_PC: a row sees those before it, so that rows after the prompt's do not disturb it.
+            rotary: cos and sin [P, D].
+            after_layer: as in `run_layers`.
+            wanted_W: int64, the rows of the last layer's output that are wanted; None for all.
 
         Returns:
-            [1, C], the last row after the final norm.
+            [W, C] after the final norm.
         """
         ...
 
@@ -93,17 +106,21 @@ class PlainModel:
     def __init__(self, target: Qwen3VLTarget, cache: Cache, *, any_length: bool = False) -> None:
         self._target, self._cache, self._any_length = target, cache, any_length
 
-    def prompt(self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer) -> Tensor:
+    def prompt(
+        self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer, wanted_W: Tensor | None
+    ) -> Tensor:
         """See TextModel."""
         keys, values, length = self._cache.layer_keys, self._cache.layer_values, len(hidden_PC)
+        last = None if wanted_W is None else self._target.num_layers - 1
 
         def attend(layer: int, q_PHD: Tensor, k_PKD: Tensor, v_PKD: Tensor) -> Tensor:
             keys[layer][:length] = k_PKD
             values[layer][:length] = v_PKD
-            return _attention(q_PHD, k_PKD, v_PKD, None)
+            return _causal(q_PHD, k_PKD, v_PKD, wanted_W if layer == last else None)
 
-        hidden = run_layers(self._target.text_layers, hidden_PC, rotary, attend, after_layer)
-        return self._target.final_norm(hidden[-1:])
+        layers = self._target.text_layers
+        hidden = run_layers(layers, hidden_PC, rotary, attend, after_layer, wanted=wanted_W)
+        return self._target.final_norm(hidden)
 
     def rows(
         self,
@@ -139,25 +156,39 @@ class PlainModel:
 
 
 class FusedModel:
-    """Fused weights and the project's kernels (`target.qwen3_fused`, `kernels`)."""
+    """Fused weights and the project's kernels (`target.qwen3_fused`, `kernels`).
 
-    def __init__(self, target: Qwen3VLTarget, cache: Cache) -> None:
+    Args:
+        target: the model.
+        cache: of its prompt and rows.
+        attention: kernels for a prompt's attention, the preferred first; by default what suits the GPU.
+    """
+
+    def __init__(
+        self, target: Qwen3VLTarget, cache: Cache, *, attention: list[SDPBackend] | None = None
+    ) -> None:
         self._target, self._cache = target, cache
+        hopper = target.device.type == "cuda" and torch.cuda.get_device_capability(target.device) >= _HOPPER
+        self._attention = attention or (CUDNN_FIRST if hopper else FLASH_FIRST)
         text = target.vlm.model.language_model
         self._decoder = FusedDecoder(target.text_layers, text.norm)
         self._head = Linear(padded(target.head))
 
-    def prompt(self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer) -> Tensor:
+    def prompt(
+        self, hidden_PC: Tensor, rotary: Rotary, after_layer: AfterLayer, wanted_W: Tensor | None
+    ) -> Tensor:
         """See TextModel."""
         cache, length = self._cache, len(hidden_PC)
         entries_P = torch.arange(length, device=hidden_PC.device)
+        last = None if wanted_W is None else self._target.num_layers - 1
 
         def attend(index: int, layer: FusedLayer, normed_PC: Tensor) -> Tensor:
             q_PHD = self._store(index, layer, normed_PC, rotary, entries_P)
             keys, values = cache.layer_keys[index][:length], cache.layer_values[index][:length]
-            return _attention(q_PHD, keys, values, None).flatten(-2)
+            return _causal(q_PHD, keys, values, wanted_W if index == last else None).flatten(-2)
 
-        return self._decoder(hidden_PC, attend, after_layer, last=1)
+        with sdpa_kernel(self._attention, set_priority=True):
+            return self._decoder(hidden_PC, attend, after_layer, wanted=wanted_W)
 
     def rows(
         self,
@@ -190,6 +221,14 @@ class FusedModel:
         """Keys and values of rows to the cache; their queries [R, H, D]."""
         keys, values = self._cache.layer_keys[index], self._cache.layer_values[index]
         return layer.queries(normed_RC, rotary, keys, values, entries_R)
+
+
+def _causal(q_PHD: Tensor, k_PKD: Tensor, v_PKD: Tensor, wanted_W: Tensor | None) -> Tensor:
+    """A prompt's attention: all rows [P, H, D], or the wanted ones."""
+    if wanted_W is None:
+        return _attention(q_PHD, k_PKD, v_PKD, None)
+    keys_P = torch.arange(len(k_PKD), device=wanted_W.device)
+    return _attention(q_PHD.index_select(0, wanted_W), k_PKD, v_PKD, keys_P <= wanted_W[:, None])
 
 
 def _attention(q_RHD: Tensor, k_TKD: Tensor, v_TKD: Tensor, mask_RT: Tensor | None) -> Tensor:

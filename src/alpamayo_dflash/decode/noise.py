@@ -23,6 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from alpamayo_dflash.common.machine import uploaded
+
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -72,7 +74,8 @@ def stream_key(seed: int, window: str, sample: int) -> tuple[int, int]:
 
 def stream_keys(seed: int, window: str, samples: Sequence[int], device: torch.device | str) -> Tensor:
     """The keys of several samples, int64 [S, 2]."""
-    return torch.tensor([stream_key(seed, window, sample) for sample in samples], device=device)
+    keys = torch.tensor([stream_key(seed, window, sample) for sample in samples], device="cpu")
+    return uploaded(keys, torch.device(device))
 
 
 def _uniform(word: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.common.graphs import CapturedCall
+from alpamayo_dflash.common.machine import uploaded
 from alpamayo_dflash.common.options import MOST_BLOCK
 from alpamayo_dflash.decode import steps
 from alpamayo_dflash.decode.cache import Cache
@@ -43,6 +44,7 @@ from alpamayo_dflash.decode.proposer import (
 from alpamayo_dflash.decode.sampling import Chooser
 from alpamayo_dflash.decode.stops import StopRules
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
+from alpamayo_dflash.target.expert_fused import DeviceTexts
 
 _FAILED, _UNSETTLED, _BROKEN, _ANCHOR = (
     steps.FIELDS.index(name) for name in ("failed", "unsettled", "broken", "anchor")
@@ -100,6 +102,8 @@ class DeviceRound:
             device=device,
         )
         self._samples: Sequence[Sample] = ()
+        # Of every sample asked for: its first slot, the tokens that the action expert reads, all of them.
+        self._written = torch.zeros(3, shape.slots // shape.per_sample, dtype=torch.int64, device=device)
         self._sources: list[list[str]] = [[] for _ in range(shape.samples)]  # of what the host has listed
         self._keys = torch.zeros(shape.rows, 2, dtype=torch.int64, device=device)
         self._draft_keys = torch.zeros(shape.samples * (self.block - 1), 2, dtype=torch.int64, device=device)
@@ -147,13 +151,15 @@ class DeviceRound:
         keys_S2 = self._keys_of(samples)
         logits_SV = self._logits_V.expand(len(samples), -1)
         start = torch.zeros(len(samples), dtype=torch.int64, device=keys_S2.device)
-        choice = self._choose_first(logits_SV, keys_S2, start)
-        if not bool(choice.finite.all()):
+        with self._span("sampling"):
+            choice = self._choose_first(logits_SV, keys_S2, start)
+            report = torch.stack((choice.columns, choice.finite, choice.settled))
+        tokens, finite, settled = report.tolist()
+        if not all(finite):
             raise NotFiniteError(samples[0].index, 0)
-        settled = bool(choice.settled.all())
-        columns = choice.columns if settled else self._choose_first.exactly(logits_SV, keys_S2, start)
-        tokens: list[int] = columns.tolist()
-        return tokens
+        if not all(settled):
+            tokens = self._choose_first.exactly(logits_SV, keys_S2, start).tolist()
+        return [int(token) for token in tokens]
 
     def begin(self, samples: Sequence[Sample]) -> None:
         """See Round. Sample i's slots start at i · per_sample."""
@@ -162,7 +168,7 @@ class DeviceRound:
         self._keys[: len(samples) * self.block] = keys_S2.repeat_interleave(self.block, 0)
         self._draft_keys.copy_(keys_S2.repeat_interleave(self.block - 1, 0))
         first = [[sample.anchor, sample.index * self.shape.per_sample] for sample in samples]
-        tokens, bases = torch.tensor(first, device=device).unbind(1)
+        tokens, bases = uploaded(torch.tensor(first, device="cpu"), device).unbind(1)
         self.state.begin(tokens, bases, self._limit, self._marks)
         if self._draft is not None:
             self._draft.begin(self._verifier.cache.prompt_length)
@@ -177,9 +183,9 @@ class DeviceRound:
                 self._graph.replay()
             else:
                 self._run()
-            rows = self._read()
-            if any(row[_UNSETTLED] for row in rows):
-                rows = self._settle(rows)
+        rows = self._read()
+        if any(row[_UNSETTLED] for row in rows):
+            rows = self._settle(rows)
         live = [(i, row) for i, row in enumerate(rows) if self._samples[i].stop is None]
         for i, row in live:
             if row[_BROKEN]:
@@ -190,15 +196,31 @@ class DeviceRound:
     @torch.inference_mode()
     def close(self, samples: Sequence[Sample], cached: Sequence[int]) -> None:
         """See Round. At most the last token of a sample is missing, and its anchor's row writes that."""
-        if any(len(sample.path) < count for sample, count in zip(samples, cached, strict=True)):
-            if self._closing is not None:
-                self._closing.replay()
-            else:
-                self._write_last()
+        with self._span("round"):
+            if any(len(sample.path) < count for sample, count in zip(samples, cached, strict=True)):
+                if self._closing is not None:
+                    self._closing.replay()
+                else:
+                    self._write_last()
+            self._write_down(samples)
         for sample, count in zip(samples, cached, strict=True):
             start = sample.index * self.shape.per_sample
             assert count - len(sample.path) <= 1
             sample.path = list(range(start, start + count))
+
+    def texts(self, prefilled: Prefilled) -> DeviceTexts:
+        """What the samples' way-points see after the prompt, by the device's own record."""
+        first_slots, counts, lengths = self._written
+        start = self._verifier.cache.length_1 + prefilled.prompt.rope_delta
+        return DeviceTexts(first_slots, counts, start + lengths)
+
+    def _write_down(self, samples: Sequence[Sample]) -> None:
+        """Keep what the state says of finished samples, before others take it."""
+        state = self.state
+        last = state.tokens.gather(1, state.lengths[:, None] - 1)[:, 0]
+        read = state.lengths - (last != self._marks.traj_future_start).long()
+        at = slice(samples[0].index, samples[-1].index + 1)
+        self._written[:, at] = torch.stack((state.bases, read, state.lengths))
 
     def _chooser(self, rows: int, vocab: int, ids: Tensor | None) -> Chooser:
         target = self._verifier.target

@@ -13,18 +13,20 @@ context, F taps·C features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.common.machine import current
+from alpamayo_dflash.common.machine import Stopwatch, current
 from alpamayo_dflash.decode.cache import ROOT, Cache
 from alpamayo_dflash.decode.forward import text_model
+from alpamayo_dflash.decode.prompt_pass import PromptPass
 from alpamayo_dflash.decode.tree import Tree
 from alpamayo_dflash.decode.vision import VisionReader
-from alpamayo_dflash.target.prompt import Prompt, PromptEmbeddings, check_history
+from alpamayo_dflash.target.prompt import Prompt, check_history
 from alpamayo_dflash.target.qwen3 import AfterLayer
+from alpamayo_dflash.target.vision import VisionFeatures
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 
@@ -106,11 +108,16 @@ class Verifier:
         )
         self._model = text_model(target, self.cache)
         self.vision = VisionReader(target, reuse_bytes=vision_reuse_bytes)
+        self._read = PromptPass(target, self.cache, self._model, self.taps)
         self._reading = object()
         self._begun = False
 
-    def prefill(self, prompt: Prompt) -> Prefilled:
+    def prefill(self, prompt: Prompt, watch: Stopwatch | None = None) -> Prefilled:
         """Read a prompt in one causal pass; only its last row gets logits.
+
+        Args:
+            prompt: the prompt.
+            watch: times "vision" and "prompt".
 
         Raises:
             ValueError: the prompt is longer than the cache, or its ego history is none (`check_history`).
@@ -122,23 +129,19 @@ class Verifier:
             )
         if len(prompt.ego_history_xyz):
             check_history(prompt.ego_history_xyz, prompt.ego_history_rot, f"prompt {prompt.key!r}")
-        grids = prompt.image_grid_thw  # which the host alone reads
-        prompt = replace(prompt.to(self.target.device), image_grid_thw=grids)
         with torch.inference_mode(), current(self.target.device):
-            return self.read(prompt, self.target.embed(prompt, self.vision))
+            watch = watch or Stopwatch(self.target.device)
+            with watch.part("vision"):
+                seen = self.vision(prompt)
+            with watch.part("prompt"):
+                return self.read(prompt, seen)
 
     @torch.inference_mode()
-    def read(self, prompt: Prompt, embeddings: PromptEmbeddings) -> Prefilled:
-        """The language half of `prefill`: a prompt on the (current) device whose images have been seen."""
-        target, cache = self.target, self.cache
-        length = len(prompt.input_ids)
-        tapped: dict[int, Tensor] = {}
-        after_layer = _then(target.deepstack_after_layer(embeddings), self._keep(tapped))
-        normed = self._model.prompt(embeddings.hidden, target.rotary(prompt.position_ids), after_layer)
-        cache.set_prompt(length, torch.cat([tapped[tap] for tap in self.taps], dim=-1) if tapped else None)
-        self._reading = object()
+    def read(self, prompt: Prompt, seen: VisionFeatures) -> Prefilled:
+        """The language half of `prefill`: a prompt whose images have been seen, on the current device."""
+        self._reading = object()  # whatever was read before is overwritten from here on
         self._begun = False
-        logits = self._model.logits(normed)[0, : target.vocab_size].float()
+        logits = self._read(prompt.input_ids, prompt.position_ids, seen)
         return Prefilled(prompt, logits, self._reading)
 
     def not_finite(self, where: str) -> ValueError:
@@ -270,17 +273,6 @@ class Verifier:
             return torch.zeros(0, target.vocab_size, dtype=torch.float32, device=target.device)
         return out[: len(slots), : target.vocab_size].float()
 
-    def _keep(self, tapped: dict[int, Tensor]) -> AfterLayer:
-        """A hook that keeps the tapped layers' outputs at the prompt's last positions."""
-        last = self.cache.context_len
-
-        def after_layer(layer: int, hidden: Tensor) -> Tensor:
-            if last and layer in self.taps:
-                tapped[layer] = hidden[-last:]
-            return hidden
-
-        return after_layer
-
     def _write(self, entries_R: Tensor) -> AfterLayer:
         """A hook that writes the tapped layers' outputs to the cache."""
         width = self.target.hidden_size
@@ -292,8 +284,3 @@ class Verifier:
             return hidden
 
         return after_layer
-
-
-def _then(first: AfterLayer, second: AfterLayer) -> AfterLayer:
-    """Two hooks as one."""
-    return lambda layer, hidden: second(layer, first(layer, hidden))

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alpamayo_dflash.common.machine import uploaded
 from alpamayo_dflash.target.prompt import Prompt
 from alpamayo_dflash.target.vision import Grid, VisionFeatures, encode_images, image_grids
 from alpamayo_dflash.target.vision_fused import FusedVision, why_plain_vision
@@ -57,7 +58,8 @@ class VisionReader:
     """
 
     def __init__(self, target: Qwen3VLTarget, *, reuse_bytes: int = 0) -> None:
-        self._dtype, self._encode = target.dtype, vision_tower(target)
+        self._dtype, self._device = target.dtype, target.device
+        self._encode = vision_tower(target)
         self._merged = target.patch_shape.merge**2
         self._seen = SeenImages(reuse_bytes) if reuse_bytes else None
         self.hits = self.misses = 0
@@ -67,12 +69,12 @@ class VisionReader:
         """Features of a prompt's images.
 
         Args:
-            prompt: on the model's (current) device. Its grids may lie on the host, which reads them.
+            prompt: on the CPU or the model's (current) device. The host reads its grids.
 
         Raises:
             ValueError: an image's temporal grid is not 1, or the patches do not add up.
         """
-        pixels = prompt.pixel_values.to(self._dtype)
+        pixels = uploaded(prompt.pixel_values, self._device).to(self._dtype)
         grids = image_grids(prompt.image_grid_thw, len(pixels))
         try:
             return self._read(pixels, grids)
@@ -259,7 +261,7 @@ class SeenImages:
         order = [row for source in sources for row in rows[source]]
         pool = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if order != list(range(start)):
-            pool = pool.index_select(1, _on_device(order, pool.device))
+            pool = pool.index_select(1, _index(order, pool.device))
         return VisionFeatures(pool[0], pool[1:])
 
     def keep(self, missed: Sequence[_Image], new: VisionFeatures, sources: Sequence[_Source]) -> None:
@@ -282,7 +284,7 @@ class SeenImages:
             del self._images[oldest]
             self._free += oldest.blocks
         blocks, self._free = self._free[:tokens], self._free[tokens:]
-        index = _on_device(blocks, self._pixels_BI.device)
+        index = _index(blocks, self._pixels_BI.device)
         taken = missed[: len(fitting)]
         if taken:
             self._pixels_BI.index_copy_(0, index, torch.cat([image.blocks_UI for image in taken]))
@@ -339,7 +341,6 @@ def _same(a_NUI: Tensor, b_NUI: Tensor) -> Tensor:
     return ((a_NUI == b_NUI) & (a_NUI.view(bits) == b_NUI.view(bits))).flatten(1).all(1)
 
 
-def _on_device(values: list[int], device: torch.device) -> Tensor:
-    """Int64 values, for which the host does not wait."""
-    index = torch.tensor(values, dtype=torch.int64, device="cpu")
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
+def _index(values: Sequence[int], device: torch.device) -> Tensor:
+    """Int64 on the device, for which the host does not wait."""
+    return uploaded(torch.tensor(values, dtype=torch.int64, device="cpu"), device)

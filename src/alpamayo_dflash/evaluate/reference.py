@@ -9,6 +9,7 @@ Shapes: S sample, P prompt, T cache entries, V vocabulary, L layers, K KV heads,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,17 +45,22 @@ class Generated:
 
 
 class MaskIds(LogitsProcessor):
-    """Suppresses a range of ids, and notes when (by `Clock`) the first logits came."""
+    """Suppresses a range of ids.
 
-    def __init__(self, ids: range, device: torch.device) -> None:
+    Args:
+        ids: the range.
+        at_first: is called once, when the first logits have come.
+    """
+
+    def __init__(self, ids: range, at_first: Callable[[], object] | None = None) -> None:
         self._ids = ids
-        self._clock = Clock(device)
-        self.first_logits_at: float | None = None
+        self._at_first = at_first
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Set the range's scores [S, V] to minus infinity."""
-        if self.first_logits_at is None:
-            self.first_logits_at = self._clock.now_ms()
+        if self._at_first is not None:
+            self._at_first()
+            self._at_first = None
         scores = scores.clone()
         scores[:, self._ids.start : self._ids.stop] = -torch.inf
         return scores
@@ -103,14 +109,12 @@ def generate(
     """Run `target.vlm.generate` on a prompt; several samples are the prompt repeated as a batch."""
     torch.manual_seed(generator_seed(seed))
     clock = Clock(target.device)
-    mask = MaskIds(target.traj_ids, target.device)
+    first_logits_at: list[float] = []
+    mask = MaskIds(target.traj_ids, lambda: first_logits_at.append(clock.now_ms()))
     stop = OneAfter(target.special.traj_future_start, len(prompt))
     started = clock.now_ms()
     output = target.vlm.generate(
-        **{
-            name: tensor.repeat(num_traj_samples, *[1] * (tensor.dim() - 1))
-            for name, tensor in target.transformers_inputs(prompt).items()
-        },
+        **repeated(target.transformers_inputs(prompt), num_traj_samples),
         generation_config=generation_config(
             target, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens
         ),
@@ -118,14 +122,19 @@ def generate(
         stopping_criteria=StoppingCriteriaList([stop]),
     )
     ended = clock.now_ms()
-    assert mask.first_logits_at is not None, "generate never asked for logits"
+    assert first_logits_at, "generate never asked for logits"
     token_ids = [cut(row, target) for row in output.sequences[:, len(prompt) :].tolist()]
     return Generated(
         token_ids=token_ids,
         prefix=action_prefix(output.past_key_values, token_ids, prompt),
-        prefill_ms=mask.first_logits_at - started,
-        decode_ms=ended - mask.first_logits_at,
+        prefill_ms=first_logits_at[0] - started,
+        decode_ms=ended - first_logits_at[0],
     )
+
+
+def repeated(inputs: Mapping[str, Tensor], samples: int) -> dict[str, Tensor]:
+    """A prompt's inputs for so many samples: repeated as a batch, images too (specification 7)."""
+    return {name: tensor.repeat(samples, *[1] * (tensor.dim() - 1)) for name, tensor in inputs.items()}
 
 
 def greedy_tokens(target: Alpamayo, prompt: Prompt, *, max_new_tokens: int) -> list[list[int]]:
@@ -141,14 +150,22 @@ def cut(token_ids: list[int], target: Alpamayo) -> list[int]:
     return token_ids[: end + 1]
 
 
-def action_prefix(cache: Any, token_ids: list[list[int]], prompt: Prompt) -> ActionPrefix:
+def action_prefix(
+    cache: Any, token_ids: list[list[int]], prompt: Prompt, entries: int | None = None
+) -> ActionPrefix:
     """The cache of `generate` in the expert's form (specification 7 and 8.2).
 
     The offset counts tokens through `<|traj_future_start|>`; a sample that lacks it has the sequence's
     length as its offset, one more than the cache holds entries for.
+
+    Args:
+        cache: of transformers.
+        token_ids: of each sample.
+        prompt: before them.
+        entries: T, where the cache has room for more than it holds; None for all.
     """
-    keys = torch.stack([layer.keys for layer in cache.layers]).transpose(2, 3)
-    values = torch.stack([layer.values for layer in cache.layers]).transpose(2, 3)
+    keys = torch.stack([layer.keys[:, :, :entries] for layer in cache.layers]).transpose(2, 3)
+    values = torch.stack([layer.values[:, :, :entries] for layer in cache.layers]).transpose(2, 3)
     device = keys.device
     offsets = torch.tensor([len(prompt) + len(ids) for ids in token_ids], device=device)
     entries = keys.shape[2]

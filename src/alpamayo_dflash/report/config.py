@@ -8,10 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Make tables, plots and a self-contained page from an evaluation's JSON.
+    """Make tables, plots and a self-contained page from an evaluation's JSON; of a window's, table and bars.
 
     Attributes:
-        evaluation: evaluation.json of `evaluate`, or summary.json of `demo`.
+        evaluation: evaluation.json of `evaluate`, summary.json of `demo`, or the results of `bench --window`.
         out: folder of report.html, report.md and the plots; the JSON file's own folder where left out.
     """
 

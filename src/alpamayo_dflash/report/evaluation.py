@@ -1,4 +1,4 @@
-"""The shape of an evaluation's JSON object: what tables, plots and page read, checked before."""
+"""The shape of an evaluation's or a window's JSON object: what the reports read, checked before."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.common.fields import checked, naming
 from alpamayo_dflash.common.options import check_range
-from alpamayo_dflash.report.tables import ARM_NAMES, WORLD_FIGURES
+from alpamayo_dflash.report.tables import ARM_NAMES, WINDOW_PARTS, WORLD_FIGURES
 
 _MOST = 1e15
 """Beyond any time, count or error that was measured, and within what a plot's axis takes."""
@@ -135,6 +135,44 @@ class Evaluation(TypedDict):
     world_here: NotRequired[dict[str, float] | None]
     world_bounds: NotRequired[dict[str, tuple[float, float]] | None]
     provenance: NotRequired[_Origin | None]
+
+
+class _Gpu(TypedDict):
+    name: str
+
+
+class _Card(TypedDict):
+    ours_1: dict[str, float]
+
+
+class WindowResults(TypedDict):
+    """What is read of the results of `bench --window`."""
+
+    parts: dict[str, dict[str, float]]
+    gpu: NotRequired[_Gpu | None]
+    cards: NotRequired[dict[str, _Card] | None]
+
+
+def read_window(path: Path) -> dict[str, Any]:
+    """Read the results of `bench --window`.
+
+    Raises:
+        ValueError: they are missing or none; the message names file and key.
+    """
+    result = read_json(path, "parts")
+    with naming(str(path)):
+        found = checked(result, WindowResults, "results")
+        if "ours_1" not in found["parts"]:
+            raise ValueError("parts lacks ours_1, the window with one sample")
+        others = {name: card["ours_1"] for name, card in (found.get("cards") or {}).items()}
+        for arm, parts in (*found["parts"].items(), *others.items()):
+            unknown = set(parts) - {*WINDOW_PARTS, "whole"}
+            if unknown:
+                raise ValueError(
+                    f"parts of {arm!r:.200} are {sorted(unknown)!r:.200}; known are {WINDOW_PARTS}"
+                )
+            check_range(0, _MOST, **{f"{arm[:100]}.{part}": ms for part, ms in parts.items()})
+    return result
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:

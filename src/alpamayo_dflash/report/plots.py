@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpamayo_dflash.common.artefacts import atomic_file
-from alpamayo_dflash.report.tables import ARM_NAMES
+from alpamayo_dflash.report.tables import ARM_NAMES, WINDOW_PARTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart also by readers with colour blindness.
 _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+_GREY = "#767676"  # legible on white and on black alike
+WINDOW_ARMS = {
+    "ours_1": ("this project", _BLUE),
+    "transformers_1": ("transformers, eager", _VERMILION),
+    "compiled_1": ("transformers, compiled", _GREEN),
+    "floor": ("floor", _GREY),
+}
+"""The arms of a window's bars, from top to bottom: what readers call them, and their colours."""
 
 
 def all_plots(result: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -150,6 +158,45 @@ def plot_scores(content: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_window(results: Mapping[str, Any], path: Path) -> None:
+    """Draw `window_bars` on a transparent ground, for pages in light and dark."""
+    _save(window_bars(results), path, transparent=True)
+
+
+def window_bars(results: Mapping[str, Any]) -> Figure:
+    """Bars of a window's parts, grouped by part: every arm that was measured, and the floor.
+
+    Args:
+        results: `parts`, milliseconds by arm (of `WINDOW_ARMS`; others are not drawn) and part (of
+            `WINDOW_PARTS`, and `whole`).
+    """
+    parts = results["parts"]
+    arms = [arm for arm in WINDOW_ARMS if arm in parts]
+    figure = _canvas(1.5 + 0.16 * len(WINDOW_PARTS) * (len(arms) + 1))
+    axes = figure.add_subplot(xlabel="ms")
+    thick = 1 / (len(arms) + 1)
+    for row, arm in enumerate(arms):
+        name, colour = WINDOW_ARMS[arm]
+        there = [index for index, part in enumerate(WINDOW_PARTS) if part in parts[arm]]
+        widths = [parts[arm][WINDOW_PARTS[index]] for index in there]
+        places = [index + (row - (len(arms) - 1) / 2) * thick for index in there]
+        whole = f": {parts[arm]['whole']:.0f} ms in all" if "whole" in parts[arm] else ""
+        bars = axes.barh(places, widths, height=0.9 * thick, color=colour, label=name + whole)
+        axes.bar_label(bars, [f"{width:.1f}" for width in widths], padding=3, fontsize=8, color=_GREY)
+    axes.set_yticks(range(len(WINDOW_PARTS)), WINDOW_PARTS)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_title(
+        "A window, camera to trajectory (medians, one sample)", loc="left", fontsize=11, color=_GREY
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
+    axes.tick_params(colors=_GREY)
+    axes.xaxis.label.set_color(_GREY)
+    figure.legend(frameon=False, ncols=2, loc="outside lower center", fontsize=9, labelcolor=_GREY)
+    return figure
+
+
 def _canvas(height: float) -> Figure:
     from matplotlib.figure import Figure
 
@@ -167,6 +214,6 @@ def _axes(path: Path, title: str, x_label: str, y_label: str = "", height: float
     _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, *, transparent: bool = False) -> None:
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(temporary, dpi=120, format="png", transparent=transparent)

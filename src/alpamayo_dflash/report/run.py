@@ -1,4 +1,4 @@
-"""The stage: tables, plots and a page from an evaluation's JSON object, and nothing else."""
+"""The stage: tables, plots and a page from an evaluation's or a window's JSON object, and nothing else."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alpamayo_dflash.common.artefacts import write_text
+from alpamayo_dflash.common.artefacts import read_json, write_text
 from alpamayo_dflash.report.config import ReportConfig
-from alpamayo_dflash.report.evaluation import read_evaluation
-from alpamayo_dflash.report.plots import all_plots
-from alpamayo_dflash.report.tables import Table, all_tables, sources
+from alpamayo_dflash.report.evaluation import read_evaluation, read_window
+from alpamayo_dflash.report.plots import all_plots, plot_window
+from alpamayo_dflash.report.tables import Table, all_tables, sources, window
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -25,13 +25,24 @@ code { overflow-wrap: anywhere; }
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
-    """Write report.html (self-contained), report.md and the plots.
+    """Write report.html (self-contained), report.md and the plots; of a window window.md and window.png.
 
     Raises:
-        ValueError: the file is missing or is not an evaluation's JSON object.
+        ValueError: the file is missing or is neither's JSON object.
     """
-    result = read_evaluation(config.evaluation)
-    return write_report(result, config.out or config.evaluation.parent)
+    folder = config.out or config.evaluation.parent
+    if "parts" in read_json(config.evaluation):
+        return write_window(read_window(config.evaluation), folder)
+    return write_report(read_evaluation(config.evaluation), folder)
+
+
+def write_window(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write the table and the bars of a window's JSON object into a folder; returns the paths."""
+    table, bars, text = window(result), folder / "window.png", folder / "window.md"
+    assert table is not None, "there are parts"
+    plot_window(result, bars)
+    write_text(text, f"# {table.title}\n\n{table.markdown()}\n![{table.title}]({bars.name})\n")
+    return {"markdown": str(text), "plots": [str(bars)]}
 
 
 def write_report(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:

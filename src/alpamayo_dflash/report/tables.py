@@ -16,6 +16,8 @@ ARM_NAMES = {
     "autoregressive": "autoregressive",
     "dflash": "DFlash",
 }
+WINDOW_PARTS = ("preprocess", "vision", "prompt", "decode", "action")
+"""Of a window, in the order of time."""
 WORLD_FIGURES = {
     "distinct": "distinct texts over all texts",
     "top_ten": "share of the ten commonest texts",
@@ -99,12 +101,40 @@ def bench_tables(result: Mapping[str, Any]) -> list[Table]:
         ),
         Table("Figures", ("figure", "value", ""), figures),
     ]
+    whole = window(result)
+    if whole is not None:
+        tables.insert(0, whole)
     lengths = result["coc_lengths"]
     if lengths:
         header = tuple(lengths[0])
         rows = tuple(tuple(str(cell) for cell in row.values()) for row in lengths)
         tables.append(Table("Decode (ms, means) of CoCs of the lengths of real ones", header, rows))
     return tables
+
+
+def window(result: Mapping[str, Any]) -> Table | None:
+    """A window's parts on this card beside their floors and the cards that were measured before.
+
+    Args:
+        result: `parts` as `window_bars` takes them, of which `ours_1` and `floor` are shown; `gpu`, this
+            card; `cards`, by name the `ours_1` of others.
+
+    Returns:
+        the table; None if no parts were timed.
+    """
+    parts = result.get("parts")
+    if not parts:
+        return None
+    ours, floor, cards = parts["ours_1"], parts.get("floor", {}), result.get("cards") or {}
+    here = (result.get("gpu") or {}).get("name") or "CPU"
+    rows = []
+    for part in (*WINDOW_PARTS, "whole"):
+        measured, least = ours.get(part), floor.get(part)
+        over = measured / least if measured is not None and least else None
+        others = (_number(card["ours_1"].get(part), 2) for card in cards.values())
+        rows.append((part, _number(measured, 2), _number(least, 2), _times(over), *others))
+    header = ("part", f"{here}, here", "floor", "over floor", *(f"{card}, measured before" for card in cards))
+    return Table("A window, camera to trajectory (ms, medians, one sample)", header, tuple(rows))
 
 
 def comparison(result: Mapping[str, Any]) -> Table:

@@ -9,6 +9,7 @@ K KV heads, L layers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,8 @@ from alpamayo_dflash.target.expert import (
     FourierFeatures,
     expert_text_config,
 )
+from alpamayo_dflash.target.images import PatchesOf, plain_patches
+from alpamayo_dflash.target.images_fused import DevicePatches, why_plain_images
 from alpamayo_dflash.target.motion import ActionSpace, encode_history
 from alpamayo_dflash.target.prompt import Prompt, build_prompt, fuse_history
 from alpamayo_dflash.target.qwen3 import AfterLayer, Attend, run_layers
@@ -87,6 +90,7 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         self.action_in_proj = ActionProjection(config.action_in_proj, expert_config.hidden_size)
         self.action_out_proj = nn.Linear(expert_config.hidden_size, ACTION_CHANNELS)
         self.action_space = ActionSpace(config.action_space)
+        self._device_patches: DevicePatches | None = None
         if vlm_config.image_token_id != self.special.image_pad:
             raise ValueError(
                 f"{vlm_files.folder}: image_token_id is {vlm_config.image_token_id}, but the tokenizer's "
@@ -201,7 +205,11 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         route: str | None = None,
         question: str | None = None,
     ) -> Prompt:
-        """Turn a window into a prompt, on the CPU.
+        """Turn a window into a prompt.
+
+        Its tensors are on the CPU. On a GPU with Triton frames are resized there, equal to the bit to the
+        CPU: pixel_values lie on the target's device, in its dtype. The window's frames have been read when
+        this returns; in pinned memory (`target.images.FrameStaging`) they need no copy on the host.
 
         Args:
             window: frames and ego history.
@@ -221,7 +229,21 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
             camera_text=camera_text,
             route=route,
             question=question,
+            patches_of=self._patches_of(),
         )
+
+    def _patches_of(self) -> PatchesOf:
+        """From frames to patches: on the target's device where the kernels run, else on the CPU."""
+        device, kept = self.device, self._device_patches
+        if kept is not None and (kept.device, kept.dtype) == (device, self.dtype):
+            return kept
+        reason = why_plain_images(device)
+        if reason is None:
+            self._device_patches = DevicePatches(device, self.dtype)
+            return self._device_patches
+        if device.type == "cuda":
+            warnings.warn(f"frames are resized on the CPU, which is slower: {reason}", stacklevel=3)
+        return plain_patches
 
     def _fused(self, prompt: Prompt) -> Tensor:
         """The prompt's ids with the history over its placeholders, where they still hold some."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alpamayo_dflash.common.graphs import CapturedCall
+from alpamayo_dflash.common.machine import uploaded
 from alpamayo_dflash.target.alpamayo import Alpamayo, time_grid
 from alpamayo_dflash.target.expert import ActionProjection, FourierFeatures, RMSNorm
 from alpamayo_dflash.target.motion import initial_speed
@@ -66,6 +67,21 @@ class SampleTexts:
 
     paths: Sequence[Sequence[int]]
     positions: Sequence[int]
+
+
+@dataclass(frozen=True)
+class DeviceTexts:
+    """The same of samples whose slots lie in a row, as a device keeps it: nothing is read back.
+
+    Attributes:
+        first_slots: int64 [S].
+        counts: int64 [S], the tokens that are seen.
+        positions: int64 [S], of the first way-point.
+    """
+
+    first_slots: Tensor
+    counts: Tensor
+    positions: Tensor
 
 
 def why_plain_expert(target: Alpamayo) -> str | None:
@@ -147,29 +163,39 @@ class FusedExpert:
         self.kept: dict[int, _Batch] = {}
 
     @torch.inference_mode()
+    def start(self, history_xyz: Tensor, history_rot: Tensor) -> Tensor:
+        """Speed and height at t0, float32 [2] on the device.
+
+        Solved on the host; a history that is on the CPU is not waited for.
+
+        Args:
+            history_xyz: float32 [M, 3] metres, oldest first.
+            history_rot: float32 [M, 3, 3].
+        """
+        xyz, rot = history_xyz.cpu(), history_rot.cpu()
+        speed = initial_speed(xyz, rot, self._target.action_space.config)
+        return uploaded(torch.stack((speed, xyz[-1, 2])).float(), self._target.device)
+
+    @torch.inference_mode()
     def __call__(
-        self, noise_SN2: Tensor, texts: SampleTexts, history_xyz: Tensor, history_rot: Tensor
+        self, noise_SN2: Tensor, texts: SampleTexts | DeviceTexts, start_2: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From noise to trajectories; on a GPU the host does not wait for them.
 
         Args:
             noise_SN2: float32, standard normal.
             texts: what the samples see after the prompt that is in the cache.
-            history_xyz: float32 [M, 3] metres, oldest first.
-            history_rot: float32 [M, 3, 3].
+            start_2: from `start`.
 
         Returns:
             Normalised actions float32 [S, N, 2], xyz float32 [S, N, 3] metres and rot float32 [S, N, 3, 3],
             in the frame of t0.
         """
-        xyz, rot = history_xyz.cpu(), history_rot.cpu()
-        start = initial_speed(xyz, rot, self._target.action_space.config)
-        drive = torch.stack((start, xyz[-1, 2])).float()
         most, parts = BUCKETS[-1], []
         for first in range(0, len(noise_SN2), most):
             some = slice(first, first + most)
-            share = SampleTexts(texts.paths[some], texts.positions[some])
-            parts.append(self._batch(len(share.paths)).run(noise_SN2[some], share, drive))
+            noise = noise_SN2[some]
+            parts.append(self._batch(len(noise)).run(noise, _share(texts, some), start_2))
         actions, paths, turns = zip(*parts, strict=True)
         return torch.cat(actions), torch.cat(paths), torch.cat(turns)
 
@@ -239,24 +265,36 @@ class _Batch:
         self._out: tuple[Tensor, Tensor, Tensor] | None = None
         self.work = CapturedCall(self._launch).replay if graph else self._launch
 
-    def run(self, noise_SN2: Tensor, texts: SampleTexts, drive_2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(
+        self, noise_SN2: Tensor, texts: SampleTexts | DeviceTexts, start_2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Actions, xyz and rot of as many samples as are given."""
-        count, longest = len(noise_SN2), max(map(len, texts.paths))
-        lengths = [len(path) for path in texts.paths]
-        slots = torch.tensor(
-            [[*path, *[0] * (longest - len(path))] for path in texts.paths], dtype=torch.int32, device="cpu"
-        )
+        count = len(noise_SN2)
         for buffer in (self.noise, self.texts, self.positions):
             buffer[count:] = 0
         self.noise[:count] = noise_SN2
-        self.slots[:count, :longest] = slots.to(self.slots.device)
-        self.texts[:count] = torch.tensor(lengths, dtype=torch.int32, device="cpu").to(self.texts.device)
-        self.positions[:count] = torch.tensor(texts.positions, device="cpu").to(self.texts.device)
-        self.drive.copy_(drive_2)
+        self._see(texts, count)
+        self.drive.copy_(start_2)
         self.work()
         assert self._out is not None
         action, xyz, rot = (each[:count].clone() for each in self._out)
         return action, xyz, rot
+
+    def _see(self, texts: SampleTexts | DeviceTexts, count: int) -> None:
+        """Write down what the samples see and where they stand."""
+        device = self.slots.device
+        if isinstance(texts, DeviceTexts):
+            self.slots[:count] = texts.first_slots[:, None] + torch.arange(self.slots.shape[1], device=device)
+            self.texts[:count], self.positions[:count] = texts.counts, texts.positions
+            return
+        longest = max(map(len, texts.paths))
+        lengths = [len(path) for path in texts.paths]
+        slots = torch.tensor(
+            [[*path, *[0] * (longest - len(path))] for path in texts.paths], dtype=torch.int32, device="cpu"
+        )
+        self.slots[:count, :longest] = uploaded(slots, device)
+        self.texts[:count] = uploaded(torch.tensor(lengths, dtype=torch.int32, device="cpu"), device)
+        self.positions[:count] = uploaded(torch.tensor(texts.positions, device="cpu"), device)
 
     def _launch(self) -> None:
         flow = self._flow
@@ -264,3 +302,10 @@ class _Batch:
         flow.denoise(action.view(-1, 2), self, self._cache)
         speed, height = self.drive.unbind()
         self._out = (action, *flow.space.drive(action, speed.expand(len(action)), height))
+
+
+def _share(texts: SampleTexts | DeviceTexts, some: slice) -> SampleTexts | DeviceTexts:
+    """Those of some samples."""
+    if isinstance(texts, DeviceTexts):
+        return DeviceTexts(texts.first_slots[some], texts.counts[some], texts.positions[some])
+    return SampleTexts(texts.paths[some], texts.positions[some])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.target.config import AlpamayoConfig
-from alpamayo_dflash.target.images import patches, resize, smart_size
+from alpamayo_dflash.target.images import PatchesOf, PatchShape, patch_grid, plain_patches, smart_size
 from alpamayo_dflash.target.motion import encode_history
 from alpamayo_dflash.target.tokenizer import SpecialTokens
 
@@ -45,7 +45,8 @@ class Prompt:
 
     Attributes:
         input_ids: int64 [P], the history already written over its placeholders.
-        pixel_values: float32 [patches, 3·temporal·patch·patch].
+        pixel_values: [patches, 3·temporal·patch·patch], float32 on the CPU, or on the target's device in its
+            dtype where they were made there (the same values, rounded to it).
         image_grid_thw: int64 [images, 3], in patches.
         position_ids: int64 [3, P], M-RoPE positions (t, h, w).
         rope_delta: a generated token at cache index n has position n + rope_delta.
@@ -93,15 +94,6 @@ class PromptEmbeddings:
     hidden: Tensor
     deepstack: Tensor
     image_positions: Tensor
-
-
-@dataclass(frozen=True)
-class PatchShape:
-    """How the vision tower cuts images: patch side, merged blocks' side, frames a patch."""
-
-    patch: int
-    merge: int
-    temporal: int
 
 
 def render(
@@ -215,22 +207,30 @@ def build_prompt(
     camera_text: bool | None = None,
     route: str | None = None,
     question: str | None = None,
+    patches_of: PatchesOf = plain_patches,
 ) -> Prompt:
-    """Turn a window into a prompt, on the CPU; for the options see `render`.
+    """Turn a window into a prompt, on the CPU but for what `patches_of` makes; for the options see `render`.
 
-    A question's prompt has no ego history: an answer is asked for, and no trajectory.
+    A question's prompt has no ego history: an answer is asked for, and no trajectory. Frames are read last,
+    when all else has been found to fit.
 
     Raises:
         ValueError: the window's arrays do not fit the checkpoint, its history is not one of the moment t0, or
             a route or question holds a control token.
     """
-    frames, cameras = _ordered_frames(window)
-    pixel_values, grid = _pixels(frames, config, shape)
+    order = _camera_order(window)
+    count, per_camera, *side = window.frames.shape[:4]
+    height, width = smart_size(
+        *side,
+        factor=shape.patch * shape.merge,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+    )
+    grid = patch_grid(count * per_camera, height, width, shape.patch)
     for name, given in (("route", route), ("question", question)):
         _check_plain_text(name, given, tokenizer)
-    text = render(
-        config, cameras, window.frames.shape[1], camera_text=camera_text, route=route, question=question
-    )
+    cameras = tuple(int(window.cameras[place]) for place in order)
+    text = render(config, cameras, per_camera, camera_text=camera_text, route=route, question=question)
     encoded = tokenizer.encode(text, add_special_tokens=False).ids
     ids = torch.tensor(encoded, dtype=torch.int64, device="cpu")
     repeats = torch.ones_like(ids)
@@ -244,11 +244,12 @@ def build_prompt(
         history = encode_history(xyz, rot, config.history_tokenizer) + config.history_token_start_idx
         ids = fuse_history(ids, history, special.traj_history)
     position_ids, delta = mrope_positions(ids, grid, image_pad=special.image_pad, merge=shape.merge)
+    pixel_values = patches_of(window.frames, order, height, width, shape)
     return Prompt(ids, pixel_values, grid, position_ids, delta, window.key, xyz, rot)
 
 
-def _ordered_frames(window: Window) -> tuple[Tensor, tuple[int, ...]]:
-    """Frames uint8 [images, 3, h, w], camera-major with cameras ascending, and the cameras in that order."""
+def _camera_order(window: Window) -> list[int]:
+    """The places of a window's cameras in its frames, cameras ascending; refuses frames that are none."""
     frames = window.frames
     if frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(
@@ -257,20 +258,8 @@ def _ordered_frames(window: Window) -> tuple[Tensor, tuple[int, ...]]:
         )
     if len(window.cameras) != len(frames):
         raise ValueError(f"window {window.key}: {len(window.cameras)} cameras, but frames of {len(frames)}")
-    order = np.argsort(window.cameras, kind="stable")
-    ordered = torch.from_numpy(np.ascontiguousarray(frames[order])).flatten(0, 1)
-    return ordered.permute(0, 3, 1, 2), tuple(int(window.cameras[index]) for index in order)
-
-
-def _pixels(frames: Tensor, config: AlpamayoConfig, shape: PatchShape) -> tuple[Tensor, Tensor]:
-    height, width = smart_size(
-        *frames.shape[-2:],
-        factor=shape.patch * shape.merge,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-    )
-    resized = resize(frames, height, width)
-    return patches(resized, patch=shape.patch, merge=shape.merge, temporal=shape.temporal)
+    places: list[int] = np.argsort(window.cameras, kind="stable").tolist()
+    return places
 
 
 def no_history() -> tuple[Tensor, Tensor]:

@@ -103,6 +103,8 @@ def run_layers(
     rotary: tuple[Tensor, Tensor],
     attend: Attend,
     after_layer: AfterLayer | None = None,
+    *,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """Run Qwen3 decoder layers over rows.
 
@@ -112,9 +114,11 @@ def run_layers(
         rotary: cos and sin, [..., R, D], in the dtype of `hidden`.
         attend: the attention, which also owns the cache.
         after_layer: called with each layer's output; what it returns goes on.
+        wanted: int64 [W], the rows of the last layer's output that are wanted; its attention then gives
+            these alone, and `after_layer` gets them. None for all.
 
     Returns:
-        [..., R, C], the last layer's output *before* the final norm.
+        [..., R, C] (or [..., W, C]), the last layer's output *before* the final norm.
     """
     cos, sin = rotary
     layer: Any
@@ -125,6 +129,8 @@ def run_layers(
         q = rotate(_norm(attention.q_norm, attention.q_proj(normed).view(heads)), cos, sin)
         k = rotate(_norm(attention.k_norm, attention.k_proj(normed).view(heads)), cos, sin)
         v = attention.v_proj(normed).view(heads)
+        if wanted is not None and index + 1 == len(layers):
+            hidden = hidden.index_select(-2, wanted)
         hidden = hidden + attention.o_proj(attend(index, q, k, v).flatten(-2))
         normed = _norm(layer.post_attention_layernorm, hidden)
         hidden = hidden + mlp.down_proj(functional.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))

@@ -110,7 +110,7 @@ class FusedDecoder:
         attend: FusedAttend,
         after_layer: AfterLayer | None = None,
         *,
-        last: int | None = None,
+        wanted: Tensor | None = None,
         inputs_RC: Tensor | None = None,
     ) -> Tensor:
         """Run the layers.
@@ -119,11 +119,11 @@ class FusedDecoder:
             hidden_RC: input of the first.
             attend: the attention, which also owns the cache.
             after_layer: as in `run_layers`.
-            last: how many of the last rows are wanted; None for all.
+            wanted: as in `run_layers`.
             inputs_RC: where each layer's normed input is written; a new tensor by default.
 
         Returns:
-            [R, C] (or the last rows), *after* the final norm.
+            [R, C] (or [W, C]), *after* the final norm.
         """
         from alpamayo_dflash.kernels.rows import add_norm
 
@@ -131,6 +131,8 @@ class FusedDecoder:
         hidden, normed = add_norm(hidden_RC, None, first.input_norm, first.eps, inputs_RC)
         for index, layer in enumerate(self.layers):
             attended = attend(index, layer, normed)
+            if wanted is not None and index + 1 == len(self.layers):
+                hidden = hidden.index_select(0, wanted)
             hidden, normed = add_norm(hidden, layer.out.parts(attended), layer.mlp_norm, layer.eps)
             down = layer.down.parts(layer.gate_up.gated(normed))
             following = index + 1 < len(self.layers)
@@ -140,7 +142,7 @@ class FusedDecoder:
             hidden = total if after_layer is None else after_layer(index, total)
             if hidden is not total:
                 _, normed = add_norm(hidden, None, weight, layer.eps, into)
-        return normed if last is None else normed[-last:]
+        return normed
 
 
 def why_plain(layers: Iterable[Any], like: Tensor, head: Any = None) -> str | None:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from alpamayo_dflash.target.prompt import PatchShape, Prompt, PromptEmbeddings, read_inputs
+from alpamayo_dflash.common.machine import uploaded
+from alpamayo_dflash.target.images import PatchShape
+from alpamayo_dflash.target.prompt import Prompt, PromptEmbeddings, read_inputs
 from alpamayo_dflash.target.qwen3 import AfterLayer, rotary_tables
 from alpamayo_dflash.target.rotary import rope_settings
 from alpamayo_dflash.target.tokenizer import SpecialTokens
@@ -152,32 +154,43 @@ class Qwen3VLTarget:
         return prompt.input_ids
 
     def see(self, prompt: Prompt) -> VisionFeatures:
-        """Run the vision tower in its plain form over the images of a prompt on the model's device."""
-        return encode_images(self.vlm.model.visual, prompt.pixel_values.to(self.dtype), prompt.image_grid_thw)
+        """Run the vision tower in its plain form over a prompt's images, on the model's device."""
+        pixels = uploaded(prompt.pixel_values, self.device).to(self.dtype)
+        return encode_images(self.vlm.model.visual, pixels, prompt.image_grid_thw)
 
-    def embed(
-        self, prompt: Prompt, see: Callable[[Prompt], VisionFeatures] | None = None
-    ) -> PromptEmbeddings:
-        """Put the features of a prompt's images into its token embeddings.
+    def embed(self, prompt: Prompt) -> PromptEmbeddings:
+        """Run the vision tower and put its features into the token embeddings.
 
         Args:
             prompt: on the model's device.
-            see: gives the features; left out, `see` of this model. It is called after what the host reads, so
-                that it need not wait for the features.
+        """
+        seen = self.see(prompt)
+        return self.placed(prompt.input_ids, self.image_positions(prompt.input_ids, seen), seen)
+
+    def image_positions(self, ids_P: Tensor, seen: VisionFeatures) -> Tensor:
+        """Where the image tokens of a prompt stand, int64 [T].
 
         Raises:
-            ValueError: the images do not give as many features as the prompt has image tokens.
+            ValueError: the images' features are not as many.
         """
-        positions = (prompt.input_ids == self.special.image_pad).nonzero().flatten()
-        seen = (see or self.see)(prompt)
-        hidden = self.embed_ids(prompt.input_ids)
-        if len(positions) != len(seen.embeds):
+        positions_T = (ids_P == self.special.image_pad).nonzero().flatten()
+        if len(positions_T) != len(seen.embeds):
             raise ValueError(
-                f"the prompt has {len(positions)} image tokens, but its images give {len(seen.embeds)}"
+                f"the prompt has {len(positions_T)} image tokens, but its images give {len(seen.embeds)}"
             )
-        hidden = hidden.index_copy(0, positions, seen.embeds.to(hidden.dtype))
-        deepstack = seen.deepstack.to(hidden.dtype)
-        return PromptEmbeddings(hidden, deepstack, positions)
+        return positions_T
+
+    def placed(self, ids_P: Tensor, positions_T: Tensor, seen: VisionFeatures) -> PromptEmbeddings:
+        """The token embeddings with the images' features in their places.
+
+        Args:
+            ids_P: int64.
+            positions_T: int64, from `image_positions`.
+            seen: the features.
+        """
+        hidden = self.embed_ids(ids_P)
+        hidden = hidden.index_copy(0, positions_T, seen.embeds.to(hidden.dtype))
+        return PromptEmbeddings(hidden, seen.deepstack.to(hidden.dtype), positions_T)
 
     def deepstack_after_layer(self, embeddings: PromptEmbeddings) -> AfterLayer:
         """The hook for `run_layers` over a prompt: adds feature k at image positions behind layer k."""

@@ -1,0 +1,120 @@
+"""The action expert's forms beside their floors, for `bench --window`.
+
+The cache behind a prompt is filled with random keys and values: they take the same time as a prompt's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from alpamayo_dflash.bench.clocks import event_ms, wall_ms
+from alpamayo_dflash.bench.config import BenchConfig
+from alpamayo_dflash.bench.figures import SIX
+from alpamayo_dflash.bench.floors import TextShape, expert_work
+from alpamayo_dflash.decode.cache import Cache
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.expert_fused import FusedExpert, SampleTexts, why_plain_expert
+
+_PROMPT = 3007
+"""Tokens of R1's prompt with 16 images."""
+_FEW = 20
+"""The least repeats of what is slow."""
+
+
+def expert_counts(target: Alpamayo) -> dict[str, Any]:
+    """What the expert's floors are counted from."""
+    shape = expert_shape(target)
+    return {
+        "steps": target.config.num_inference_steps,
+        "expert_shape": asdict(shape),
+        "waypoints": target.n_waypoints,
+        "expert_parameter_bytes": sum(p.numel() * p.element_size() for p in _parameters(target)),
+        "expert_bytes": expert_work(shape, _PROMPT, target.n_waypoints).bytes,
+        "expert_operations": {
+            str(samples): expert_work(shape, _PROMPT, samples * target.n_waypoints).operations
+            for samples in (1, SIX)
+        },
+    }
+
+
+def expert(config: BenchConfig, target: Alpamayo) -> dict[str, Any]:
+    """Raw timings of both forms, with one sample and six."""
+    raw: dict[str, Any] = {
+        "expert_prompt_tokens": _PROMPT,
+        "text_tokens": config.text_tokens,
+        "expert_plain_because": why_plain_expert(target),
+        "expert_ms": {},
+        "expert_call_ms": {},
+    }
+    cache = _filled(target)
+    fast = FusedExpert(target, cache) if raw["expert_plain_because"] is None else None
+    repeats = max(_FEW, config.repeats) if target.device.type == "cuda" else config.repeats
+    for samples in (1, SIX):
+        _time(raw, target, cache, fast, samples=samples, repeats=repeats)
+    return raw
+
+
+def _time(
+    raw: dict[str, Any],
+    target: Alpamayo,
+    cache: Cache,
+    fast: FusedExpert | None,
+    *,
+    samples: int,
+    repeats: int,
+) -> None:
+    """Both forms with so many samples: steps alone (`expert_ms`), and from noise to trajectories."""
+    device, each = target.device, raw["text_tokens"]
+    paths = [list(range(each * sample, each * (sample + 1))) for sample in range(samples)]
+    offsets = [each] * samples
+    noise = torch.randn(samples, target.n_waypoints, 2, device=device)
+    past = torch.zeros(16, 3, device=device), torch.eye(3, device=device).repeat(16, 1, 1)
+    past[0][:, 0] = torch.arange(-15.0, 1.0, device=device)
+    prefix = cache.prefix(paths, offsets, 0)
+
+    def plain() -> None:
+        target.trajectory(target.denoise(noise, prefix), *past)
+
+    raw["expert_ms"][f"plain_{samples}"] = wall_ms(lambda: target.denoise(noise, prefix), repeats, device)
+    raw["expert_call_ms"][f"plain_{samples}"] = wall_ms(plain, repeats, device)
+    if fast is None:
+        return
+    texts = SampleTexts(paths, [_PROMPT + offset for offset in offsets])
+
+    def fused() -> None:
+        fast(noise, texts, fast.start(*past))
+
+    raw["expert_call_ms"][f"fused_{samples}"] = wall_ms(fused, repeats, device)
+    raw["expert_ms"][f"fused_{samples}"] = event_ms(lambda: fast.replay(samples), repeats, device)
+
+
+def expert_shape(target: Alpamayo) -> TextShape:
+    """The sizes of a target's expert, which has no vocabulary."""
+    config: Any = target.expert.config
+    return TextShape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        mlp=config.intermediate_size,
+        vocab=0,
+        element_bytes=target.embedding.element_size(),
+    )
+
+
+def _parameters(target: Alpamayo) -> list[torch.nn.Parameter]:
+    parts = (target.expert, target.action_in_proj, target.action_out_proj)
+    return [parameter for part in parts for parameter in part.parameters()]
+
+
+def _filled(target: Alpamayo) -> Cache:
+    """A cache that holds a prompt and texts of random keys and values."""
+    cache = Cache(target, prompt_capacity=_PROMPT, num_taps=0, context_len=0)
+    for tensor in (cache.keys, cache.values):
+        tensor.normal_()
+    cache.begin_prompt(_PROMPT)
+    return cache

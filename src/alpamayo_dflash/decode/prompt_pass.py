@@ -1,0 +1,179 @@
+"""The pass that reads a prompt: embeddings with the images' features, every layer, taps, first logits.
+
+It works on device tensors and reads nothing back. On a GPU in the fused form it is a CUDA graph for each
+bucket of lengths: rows after the prompt's are padding, which no row of the prompt sees, and room for rows
+that shall ride in the pass.
+
+Shapes: P prompt rows, B rows of the bucket, W wanted rows, X context, T image tokens, C hidden, V vocabulary,
+F taps·C features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from alpamayo_dflash.common.graphs import CapturedCall
+from alpamayo_dflash.common.machine import uploaded
+from alpamayo_dflash.decode.cache import Cache
+from alpamayo_dflash.decode.forward import FusedModel, TextModel
+from alpamayo_dflash.target.qwen3 import AfterLayer
+from alpamayo_dflash.target.vision import VisionFeatures
+from alpamayo_dflash.target.vlm import Qwen3VLTarget
+
+LENGTH_MULTIPLE = 128  # the rows of a large product's tile
+ROOM = 64
+"""Rows that a bucket has after the prompt's at least."""
+Work = Callable[[Tensor, Tensor, Tensor, VisionFeatures, int], Tensor]
+"""See `PromptPass.work`."""
+_KEPT = 2
+"""Buckets that are kept; each holds its graph's memory, a few hundred megabytes at R1's size."""
+
+
+def bucket_of(length: int) -> int:
+    """The rows of the pass that reads so many tokens."""
+    return -(-(length + ROOM) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+class PromptPass:
+    """Reads prompts into a cache.
+
+    Args:
+        target: the model.
+        cache: takes the prompt's keys, values and taps.
+        model: the target's text model over that cache.
+        taps: layers whose outputs at the last positions are kept, in the order in which they are joined.
+        graph: capture it; left out, on a GPU in the fused form.
+    """
+
+    def __init__(
+        self,
+        target: Qwen3VLTarget,
+        cache: Cache,
+        model: TextModel,
+        taps: Sequence[int],
+        *,
+        graph: bool | None = None,
+    ) -> None:
+        self._target, self._cache, self._model, self._taps = target, cache, model, tuple(taps)
+        fused = target.device.type == "cuda" and isinstance(model, FusedModel)
+        self._graph = fused if graph is None else graph
+        self._generation = 0
+        self.kept: dict[tuple[int, int, int], _Bucket] = {}
+
+    def __call__(self, host_ids: Tensor, positions_3P: Tensor, seen: VisionFeatures) -> Tensor:
+        """Read a prompt; the cache's length is set to it.
+
+        Args:
+            host_ids: int64 [P], on the CPU or the device; from the CPU nothing is waited for.
+            positions_3P: int64 [3, P], M-RoPE positions (t, h, w).
+            seen: of its images.
+
+        Returns:
+            float32 [V], what the prompt's last row predicts, unmasked.
+
+        Raises:
+            ValueError: the images' features are not as many as the ids' image tokens.
+        """
+        at_T = self._target.image_positions(host_ids, seen)
+        length = len(host_ids)
+        self._cache.begin_prompt(length)
+        ids_P, positions_3P, at_T = (
+            uploaded(each, self._target.device) for each in (host_ids, positions_3P, at_T)
+        )
+        if not self._graph:
+            return self.work(ids_P, positions_3P, at_T, seen, min(self._cache.context_len, length))
+        return self._bucket(length, seen).run(ids_P, positions_3P, at_T, seen)
+
+    def _bucket(self, length: int, seen: VisionFeatures) -> _Bucket:
+        """The buffers and the graph for such a prompt."""
+        if self._generation != self._cache.generation:
+            self.kept.clear()
+            self._generation = self._cache.generation
+        key = (bucket_of(length), len(seen.embeds), len(seen.deepstack))
+        bucket = self.kept.pop(key, None)
+        if bucket is None:
+            while len(self.kept) >= _KEPT:
+                del self.kept[next(iter(self.kept))]
+            bucket = _Bucket(self.work, key[0], min(self._cache.context_len, key[0]), seen)
+        self.kept[key] = bucket
+        return bucket
+
+    def work(
+        self, ids_B: Tensor, positions_3B: Tensor, at_T: Tensor, seen: VisionFeatures, kept: int
+    ) -> Tensor:
+        """The pass itself, of tensors on the (current) device.
+
+        Args:
+            ids_B: padded after the prompt, or the prompt's own.
+            positions_3B: likewise.
+            at_T: int64, where the image tokens stand.
+            seen: their features.
+            kept: how many of the prompt's last positions keep their taps.
+
+        Returns:
+            float32 [V].
+        """
+        target, cache = self._target, self._cache
+        embeddings = target.placed(ids_B, at_T, seen)
+        last = target.num_layers - 1
+        rows_X = cache.length_1 - kept + torch.arange(kept, device=ids_B.device)
+        wanted_W = cache.length_1 - 1
+        if last in self._taps:
+            wanted_W = rows_X.clamp_min(0)
+        # Of the last layer's output few rows are read; features are added to all of a layer's rows.
+        trimmed = len(embeddings.deepstack) <= last
+        tapped: dict[int, Tensor] = {}
+
+        def after_layer(layer: int, hidden: Tensor) -> Tensor:
+            hidden = add_features(layer, hidden)
+            if layer in self._taps:
+                few = trimmed and layer == last
+                tapped[layer] = hidden if few else hidden.index_select(0, rows_X.clamp_min(0))
+            return hidden
+
+        add_features: AfterLayer = target.deepstack_after_layer(embeddings)
+        normed = self._model.prompt(
+            embeddings.hidden,
+            target.rotary(positions_3B),
+            after_layer,
+            wanted_W if trimmed else None,
+        )
+        if not trimmed:
+            normed = normed.index_select(0, wanted_W)
+        if tapped:
+            states_XF = torch.cat([tapped[tap] for tap in self._taps], dim=-1)
+            cache.keep_context(states_XF * (rows_X >= 0)[:, None])
+        logits: Tensor = self._model.logits(normed[-1:])[0, : target.vocab_size].float()
+        return logits
+
+
+class _Bucket:
+    """The buffers for prompts of up to B tokens with T image tokens, and the graph over them."""
+
+    def __init__(self, work: Work, rows: int, kept: int, seen: VisionFeatures) -> None:
+        device = seen.embeds.device
+        self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        self._at = torch.arange(len(seen.embeds), device=device)
+        self._seen = VisionFeatures(torch.zeros_like(seen.embeds), torch.zeros_like(seen.deepstack))
+        self._logits: Tensor | None = None
+
+        def launch() -> None:
+            self._logits = work(self._ids, self._positions, self._at, self._seen, kept)
+
+        self._captured = CapturedCall(launch)
+
+    def run(self, ids_P: Tensor, positions_3P: Tensor, at_T: Tensor, seen: VisionFeatures) -> Tensor:
+        """Read a prompt; the host does not wait for it."""
+        length = len(ids_P)
+        self._ids[:length], self._positions[:, :length] = ids_P, positions_3P
+        self._ids[length:], self._positions[:, length:] = 0, 0
+        self._at.copy_(at_T)
+        self._seen.embeds.copy_(seen.embeds)
+        self._seen.deepstack.copy_(seen.deepstack)
+        self._captured.replay()
+        assert self._logits is not None
+        return self._logits.clone()
