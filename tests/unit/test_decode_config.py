@@ -21,7 +21,16 @@ def test_sampling_is_greedy_below_1e_5():
     assert not Sampling(1e-5).greedy
 
 
-@pytest.mark.parametrize("wrong", [{"sentence_end": "maybe"}, {"row_width": 0}, {"prompt_capacity": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sentence_end": "maybe"},
+        {"row_width": 0},
+        {"prompt_capacity": 0},
+        {"vision_reuse_mib": -1},
+        {"vision_reuse_mib": 0.5},
+    ],
+)
 def test_decode_config_refuses(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         DecodeConfig(**wrong)

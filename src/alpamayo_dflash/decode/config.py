@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from alpamayo_dflash.common.options import check_positive, check_whole
+from alpamayo_dflash.common.options import check_at_least, check_positive, check_whole
 
 LoopKind = Literal["auto", "host", "device"]
 SentenceEnd = Literal["hint", "force", "off"]
@@ -95,6 +95,9 @@ class DecodeConfig:
             Python, a few reads a round. Both write the same. `auto` is device on a GPU and host elsewhere.
             What the device loop does not do (`force`; drafts that see every state, where their fused form
             does not run) runs on the host.
+        vision_reuse_mib: memory for images seen before with their features, MiB, taken when the first prompt
+            is read. An image that is the same in every value takes its features from there. 0 keeps none. Of
+            R1's, an image takes 8 MiB; a stream wants room for the images of two windows.
 
     Raises:
         ValueError: a value outside its range.
@@ -104,6 +107,7 @@ class DecodeConfig:
     row_width: int | None = None
     prompt_capacity: int = 4096
     loop: LoopKind = "auto"
+    vision_reuse_mib: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -112,6 +116,8 @@ class DecodeConfig:
         if self.loop not in ("auto", "host", "device"):
             raise ValueError(f"loop is {self.loop!r}; it must be 'auto', 'host' or 'device'")
         check_positive(row_width=self.row_width, prompt_capacity=self.prompt_capacity)
+        check_whole(vision_reuse_mib=self.vision_reuse_mib)
+        check_at_least(0, vision_reuse_mib=self.vision_reuse_mib)
 
     @property
     def lossless(self) -> bool:

@@ -175,6 +175,7 @@ class SpeculativeDecoder:
             context_len=draft.context_len if draft is not None else 0,
             prompt_capacity=self.config.prompt_capacity,
             row_width=self.config.row_width,
+            vision_reuse_bytes=self.config.vision_reuse_mib * 2**20,
         )
         self.rules = stop_rules(target, self.config)
         listed = [proposer for proposer in proposers if isinstance(proposer, Listed)]

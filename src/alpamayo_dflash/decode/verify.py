@@ -23,6 +23,7 @@ from alpamayo_dflash.decode.cache import ROOT, Cache
 from alpamayo_dflash.decode.forward import text_model
 from alpamayo_dflash.decode.prompt_pass import PromptPass
 from alpamayo_dflash.decode.tree import Tree
+from alpamayo_dflash.decode.vision import VisionReader
 from alpamayo_dflash.target.prompt import Prompt, check_history
 from alpamayo_dflash.target.qwen3 import AfterLayer
 from alpamayo_dflash.target.vision import VisionFeatures
@@ -75,6 +76,10 @@ class Verifier:
         context_len: X, how many of the prompt's last positions keep them.
         prompt_capacity: the longest prompt, tokens.
         row_width: the one number of rows that every pass has, or None.
+        vision_reuse_bytes: what images seen before may take with their features; 0 keeps none.
+
+    Attributes:
+        vision: reads prompts' images.
 
     Raises:
         ValueError: a tap is not a layer of the target.
@@ -88,6 +93,7 @@ class Verifier:
         context_len: int = 0,
         prompt_capacity: int,
         row_width: int | None = None,
+        vision_reuse_bytes: int = 0,
     ) -> None:
         wrong = [tap for tap in taps if not 0 <= tap < target.num_layers]
         if wrong:
@@ -101,6 +107,7 @@ class Verifier:
             target, prompt_capacity=prompt_capacity, num_taps=len(self.taps), context_len=context_len
         )
         self._model = text_model(target, self.cache)
+        self.vision = VisionReader(target, reuse_bytes=vision_reuse_bytes)
         self._read = PromptPass(target, self.cache, self._model, self.taps)
         self._reading = object()
         self._begun = False
@@ -125,7 +132,7 @@ class Verifier:
         with torch.inference_mode(), current(self.target.device):
             watch = watch or Stopwatch(self.target.device)
             with watch.part("vision"):
-                seen = self.target.see(prompt)
+                seen = self.vision(prompt)
             with watch.part("prompt"):
                 return self.read(prompt, seen)
 
@@ -141,6 +148,7 @@ class Verifier:
         """The error for a target that has no word to say; its prompt is forgotten, and what it left."""
         with torch.inference_mode():
             self.cache.clear()
+        self.vision.forget()
         self._reading = object()
         return ValueError(
             f"the target's logits are not finite after {where}: weights, images or dtype are at fault"

@@ -154,7 +154,7 @@ class Qwen3VLTarget:
         return prompt.input_ids
 
     def see(self, prompt: Prompt) -> VisionFeatures:
-        """Run the vision tower over a prompt's images, on the model's device."""
+        """Run the vision tower in its plain form over a prompt's images, on the model's device."""
         pixels = uploaded(prompt.pixel_values, self.device).to(self.dtype)
         return encode_images(self.vlm.model.visual, pixels, prompt.image_grid_thw)
 
