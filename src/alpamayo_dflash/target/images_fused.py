@@ -96,17 +96,17 @@ class DevicePatches:
             if not lie_pinned(frames):
                 staging = buffers.staging = buffers.staging or self._staging_for(frames)
             self._after_last_use(buffers, across, down)
+            copied = None
             try:
                 upload(frames, order, buffers.frames, staging)
-            finally:
                 copied = self._mark()
-            try:
                 self._last = across, down, shape
                 return self._launch(buffers, *self._last)
             finally:
                 self._used = self._mark()
-                if copied is not None:
-                    copied.synchronize()
+                read = copied or self._used
+                if read is not None:  # the frames are the caller's again, whatever happened
+                    read.synchronize()
 
     def replay(self) -> Tensor:
         """Make the last call's patches again from the frames on the device: what benchmarks time."""
