@@ -189,8 +189,7 @@ def sliding(views):
     """Windows of which each shares three of four frames of every camera with the one before."""
     frames = np.concatenate([view.frames for view in views], axis=1)
     return [
-        replace(views[0], frames=np.ascontiguousarray(frames[:, at : at + 4]), t0_us=at)
-        for at in range(5)
+        replace(views[0], frames=np.ascontiguousarray(frames[:, at : at + 4]), t0_us=at) for at in range(5)
     ]
 
 
