@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from alpamayo_dflash.bench.cards import cards_of, read_cards
 from alpamayo_dflash.bench.figures import figures, medians, spread, window_figures
 from alpamayo_dflash.bench.floors import TextShape, expert_work, floors, window_floors
 from alpamayo_dflash.cli.main import main, parse
@@ -278,3 +279,7 @@ def test_a_windows_figures_follow_from_its_raw_timings(path):
     assert path.stem.removeprefix("window_").upper() in shipped["gpu"]["name"]
     assert "bench --window" in shipped["provenance"]["command"]
     assert len(shipped["provenance"]["revision"]) == 40
+
+
+def test_the_shipped_cards_are_the_results():
+    assert read_cards() == cards_of(RESULTS.glob("window_*.json"))

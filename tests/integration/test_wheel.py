@@ -11,6 +11,8 @@ from pathlib import Path
 import frozen_texts
 import pytest
 
+from alpamayo_dflash.bench.cards import cards_path
+
 ROOT = Path(__file__).parents[2]
 CLIPS = 2
 DECODE = """
@@ -83,3 +85,9 @@ def test_its_command_takes_tiny(installed, tmp_path):
     assert 0 <= json.loads(printed.splitlines()[-1])["held_out"]["named"] <= 1
     assert str(packages) not in out.read_text()
     assert json.loads(out.read_text())["provenance"]["config"]["checkpoint"] == "tiny"
+
+
+def test_it_holds_the_cards_to_compare_with(installed):
+    _, packages = installed
+    shipped = packages / "alpamayo_dflash" / "bench" / "cards.json"
+    assert shipped.read_bytes() == cards_path().read_bytes()

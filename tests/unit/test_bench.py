@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from alpamayo_dflash.bench.clocks import RoundClock
+from alpamayo_dflash.bench.cards import cards_of
+from alpamayo_dflash.bench.clocks import PartClock, RoundClock
 from alpamayo_dflash.bench.config import BenchConfig, BenchKernelsConfig
-from alpamayo_dflash.bench.figures import figures, spread, window_figures
+from alpamayo_dflash.bench.figures import figures, spread, window_figures, window_parts
 from alpamayo_dflash.bench.floors import TextShape, draft_of, expert_work, floors, window_floors
 from alpamayo_dflash.bench.profile import short_name
 from alpamayo_dflash.bench.replay import Replay, passes, rate_for
 from alpamayo_dflash.bench.setup import coc_quantiles
 from alpamayo_dflash.cli import main as cli
-from alpamayo_dflash.common.artefacts import read_json
+from alpamayo_dflash.common.artefacts import read_json, write_json
 from alpamayo_dflash.decode.observer import RoundTrace
 from alpamayo_dflash.decode.steps import State
 
@@ -145,6 +146,29 @@ def test_a_texts_first_round_is_not_timed():
     assert len(clock.times_ms) == 3
 
 
+def test_compiled_texts_of_transformers_have_a_figure_of_their_own():
+    raw = raw_timings()
+    raw["text_ms"]["compiled_1"], raw["text_rounds"]["compiled_1"] = [30.0, 34.0], [8, 8]
+    assert figures(raw) == FIGURES | {"decode_vs_compiled": 8.0}
+    rows = {(row["what"], row["arm"]): row for row in floors(raw)["rows"]}
+    assert rows["one token", "compiled"]["measured_ms"] == 4.0
+    raw["text_ms"]["compiled_1"] = raw["text_rounds"]["compiled_1"] = []  # it did not run
+    assert figures(raw) == FIGURES
+
+
+def test_parts_are_what_passed_since_the_mark_before(monkeypatch):
+    moments = iter([1.0, 1.5, 1.75, 2.75, 10.0, 10.25])
+    monkeypatch.setattr("alpamayo_dflash.bench.clocks.time.perf_counter", lambda: next(moments))
+    clock = PartClock(torch.device("cpu"))
+    clock.start()
+    for part in ("prompt", "vision", "prompt"):
+        clock.mark(part)
+    assert clock.parts_ms() == {"prompt": 1500.0, "vision": 250.0}
+    clock.start()
+    clock.mark("action")
+    assert clock.parts_ms() == {"action": 250.0}
+
+
 def test_a_figures_spread_holds_it_and_is_of_what_was_drawn():
     found = spread(raw_timings())
     assert set(found) == set(FIGURES)
@@ -255,6 +279,8 @@ def test_a_small_run(tmp_path, capsys):
     assert set(written["figures"]) == (set(FIGURES) | {"verify_1_over_floor"})
     assert {"round_overhead", "decode_vs_transformers"} <= set(written["replayed"])
     assert written["lossless"]["passed"] and written["lossless"]["one_row_width"]["equal"] == 4
+    reason = {"because": "transformers compiles nothing by itself on a device of type cpu"}
+    assert written["raw"]["compiled"] == {"1": reason, "6": reason}
     assert [row["coc_tokens"] for row in written["coc_lengths"]] == [3, 3, 5, 5]
     assert {row["bound"] for row in written["floors"]["rows"]} <= {"bytes", "operations"}
 
@@ -314,6 +340,34 @@ def test_a_whole_windows_figures():
     }
 
 
+def test_cards_are_taken_from_results_that_have_whole_windows(tmp_path):
+    parts = {"ours_1": {"vision": 29.0}, "transformers_1": {"vision": 60.0}, "floor": {"vision": 15.0}}
+    write_json(tmp_path / "window_a.json", {"parts": parts, "gpu": {"name": "Card A"}})
+    write_json(tmp_path / "window_b.json", {"figures": {}, "gpu": {"name": "Card B"}})
+    assert cards_of(tmp_path.glob("*.json")) == {
+        "Card A": {"ours_1": {"vision": 29.0}, "floor": {"vision": 15.0}, "result": "window_a.json"}
+    }
+
+
+def test_a_windows_parts_by_arm():
+    raw = {
+        "window_ms": {"1": [100.0, 100.0, 130.0], "6": [150.0]},
+        "window_parts_ms": {"1": {"vision": [30.0, 28.0], "action": [20.0]}, "6": {"vision": [31.0]}},
+        "transformers_window_ms": {"1": [900.0], "6": [2000.0]},
+        "transformers_parts_ms": {"1": {"vision": [60.0]}, "6": {"vision": [360.0]}},
+        "compiled_window_ms": {"1": [500.0]},
+        "compiled_parts_ms": {"1": {"vision": [61.0]}},
+    }
+    assert window_parts(raw, {"vision": 15.0, "action": 11.5}) == {
+        "ours_1": {"vision": 29.0, "action": 20.0, "whole": 100.0},
+        "ours_6": {"vision": 31.0, "whole": 150.0},
+        "transformers_1": {"vision": 60.0, "whole": 900.0},
+        "transformers_6": {"vision": 360.0, "whole": 2000.0},
+        "compiled_1": {"vision": 61.0, "whole": 500.0},
+        "floor": {"vision": 15.0, "action": 11.5, "whole": 26.5},
+    }
+
+
 def test_a_steps_work_is_counted_as_by_hand():
     shape = TextShape(2, 64, 4, 2, 16, 128, vocab=0, element_bytes=2)
     matrices = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
@@ -343,7 +397,7 @@ def test_a_small_run_of_whole_windows(tmp_path, capsys):
     options = ["--target", "random:small", "--device", "cpu", "--repeats", "2", "--out", str(out)]
     assert cli.main(["bench", "--window", "--texts", "3", "--windows", "3", *options]) == 0
     printed = " ".join(capsys.readouterr().err.split())
-    assert "A window, camera to trajectory" in printed and "action expert, 10 steps" in printed
+    assert "A window, camera to trajectory" in printed and "action expert" in printed
     written = read_json(out)
     raw = written["raw"]
     assert written["figures"] == window_figures(raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -12,8 +13,17 @@ from typing import Any
 import pytest
 
 from alpamayo_dflash.report.config import ReportConfig
+from alpamayo_dflash.report.plots import plot_window, window_bars
 from alpamayo_dflash.report.run import run
-from alpamayo_dflash.report.tables import WORLD_FIGURES, Table, all_tables, comparison, quality
+from alpamayo_dflash.report.tables import (
+    WORLD_FIGURES,
+    Table,
+    all_tables,
+    bench_tables,
+    comparison,
+    quality,
+    window,
+)
 
 TIMES = {"prefill_ms": 50.0, "decode_ms": 100.0, "action_ms": 5.0, "total_ms": 155.0, "tokens": 40}
 
@@ -172,3 +182,120 @@ def test_an_audit_stands_in_the_report(tmp_path: Path) -> None:
     written = run(ReportConfig(source, out=tmp_path / "report"))
     assert "texts of 3 audited clips" in Path(written["report"]).read_text()
     assert "6 / 0 / 0" in Path(written["markdown"]).read_text()
+
+
+PARTS = ("preprocess", "vision", "prompt", "decode", "action", "whole")
+
+
+def window_results() -> dict[str, Any]:
+    def times(*ms: float) -> dict[str, float]:
+        return dict(zip(PARTS, ms, strict=True))
+
+    return {
+        "parts": {
+            "ours_1": times(4.0, 28.0, 72.0, 15.0, 24.0, 144.0),
+            "ours_6": times(4.0, 28.0, 72.0, 23.0, 53.0, 181.0),
+            "transformers_1": times(75.0, 63.0, 101.0, 400.0, 340.0, 990.0),
+            "compiled_1": {"decode": 110.0},
+            "floor": times(2.0, 14.7, 57.1, 10.0, 0.0, 83.8),
+        },
+        "gpu": {"name": "NVIDIA H100"},
+        "cards": {"NVIDIA H200": {"ours_1": {"decode": 14.5, "whole": 140.0}}},
+    }
+
+
+def test_a_windows_parts_stand_beside_floors_and_other_cards() -> None:
+    table = window(window_results())
+    assert table is not None
+    assert table.header == (
+        *("part", "NVIDIA H100, here", "floor", "over floor", "NVIDIA H200, measured before"),
+    )
+    assert [row[0] for row in table.rows] == list(PARTS)
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert rows["decode"] == ("15.00", "10.00", "1.50 ×", "14.50")
+    assert rows["action"] == ("24.00", "0.00", "–", "–")  # no ratio to nothing, no card with that part
+    bare = window({"parts": {"ours_1": {"decode": 3.0}}, "gpu": None})
+    assert bare is not None and bare.header == ("part", "CPU, here", "floor", "over floor")
+    assert window({}) is None
+    benched = {"floors": {"read_bytes_per_s": 1.0, "product_flop_per_s": 1.0, "rows": []}}
+    benched |= {"figures": {}, "replayed": [], "coc_lengths": []}
+    assert table.title not in [each.title for each in bench_tables(benched)]
+    assert bench_tables(benched | window_results())[0] == table
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance (WCAG 2.1)."""
+    red, green, blue = (int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5))
+    weighted = zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True)
+    return sum(share * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for share, c in weighted)
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_a_windows_bars_are_what_was_measured() -> None:
+    axes = window_bars(window_results()).axes[0]
+    drawn = {bars.get_label(): [round(bar.get_width(), 1) for bar in bars] for bars in axes.containers}
+    assert drawn == {
+        "this project: 144 ms in all": [4.0, 28.0, 72.0, 15.0, 24.0],
+        "transformers, eager: 990 ms in all": [75.0, 63.0, 101.0, 400.0, 340.0],
+        "transformers, compiled": [110.0],
+        "floor: 84 ms in all": [2.0, 14.7, 57.1, 10.0, 0.0],
+    }
+    places = {
+        bars.get_label(): [bar.get_y() + bar.get_height() / 2 for bar in bars] for bars in axes.containers
+    }
+    assert [round(place) for place in places["transformers, compiled"]] == [PARTS.index("decode")]
+    edges = sorted((bar.get_y(), bar.get_y() + bar.get_height()) for bars in axes.containers for bar in bars)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(edges))  # none hides another
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(PARTS[:-1])
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#0d1117"])
+def test_a_windows_bars_are_legible_in_light_and_dark(tmp_path: Path, ground: str) -> None:
+    """Contrasts as WCAG asks: 3 for shapes, and 4 for text, since one grey cannot have 4.5 on both."""
+    from matplotlib.colors import to_hex
+
+    figure = window_bars(window_results())
+    axes = figure.axes[0]
+    shapes = [to_hex(bar.get_facecolor()) for bars in axes.containers for bar in bars]
+    assert min(contrast(colour, ground) for colour in shapes) >= 3
+    ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
+    written = [axes.xaxis.label, *axes.texts, *ticks, *figure.legends[0].get_texts()]
+    title = axes.set_title(axes.get_title(loc="left"), loc="left")
+    assert min(contrast(to_hex(text.get_color()), ground) for text in (*written, title)) >= 4
+    plot_window(window_results(), tmp_path / "window.png")
+    from PIL import Image
+
+    with Image.open(tmp_path / "window.png") as image:
+        assert image.convert("RGBA").getpixel((1, 1))[3] == 0  # the page's own ground shows
+
+
+def test_a_window_is_reported(tmp_path: Path) -> None:
+    source = tmp_path / "window.json"
+    source.write_text(json.dumps(window_results()))
+    written = run(ReportConfig(source, out=tmp_path / "report"))
+    table = window(window_results())
+    assert table is not None and table.markdown() in Path(written["markdown"]).read_text()
+    assert [Path(path).name for path in written["plots"]] == ["window.png"]
+    assert all(Path(path).is_file() for path in written["plots"])
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"floor": {"vision": 1.0}}, "lacks ours_1"),
+        ({"ours_1": {"visoin": 1.0}}, "'visoin'"),
+        ({"ours_1": {"vision": "1"}}, "vision"),
+        ({"ours_1": {"vision": -1.0}}, "ours_1.vision"),
+        ([], "parts"),
+    ],
+)
+def test_a_window_that_cannot_be_shown_is_refused(tmp_path: Path, parts: Any, message: str) -> None:
+    source = tmp_path / "window.json"
+    source.write_text(json.dumps({"parts": parts}))
+    with pytest.raises(ValueError, match=rf"window\.json: .*{message}"):
+        run(ReportConfig(source))
+    assert list(tmp_path.iterdir()) == [source]

@@ -107,17 +107,26 @@ class Bench:
         return draft
 
     def decoder(
-        self, draft: BlockDraft | None, row_width: int | None = None, proposers: Sequence[Captured] = ()
+        self,
+        draft: BlockDraft | None,
+        row_width: int | None = None,
+        proposers: Sequence[Captured] = (),
+        *,
+        reuse_mib: int = 0,
     ) -> SpeculativeDecoder:
         """A decoder whose rounds run on the device."""
         capacity = -(-len(self.prompt.input_ids) // 64) * 64
-        config = DecodeConfig(row_width=row_width, prompt_capacity=capacity, loop="device")
+        config = DecodeConfig(
+            row_width=row_width, prompt_capacity=capacity, loop="device", vision_reuse_mib=reuse_mib
+        )
         decoder = SpeculativeDecoder(self.target, draft, config, proposers=proposers)
         if decoder.device_rounds.unsuited is not None:
             raise ValueError(f"the benchmark is of rounds on the device: {decoder.device_rounds.unsuited}")
         return decoder
 
-    def replaying(self, row_width: int | None = None) -> tuple[SpeculativeDecoder, Replay]:
+    def replaying(
+        self, row_width: int | None = None, *, reuse_mib: int = 0
+    ) -> tuple[SpeculativeDecoder, Replay]:
         """A speculative decoder with a replay, and the replay."""
         replay = Replay(
             samples=SIX,
@@ -127,7 +136,7 @@ class Bench:
             vocab=self.target.traj_ids.start or self.target.vocab_size,
             device=self.device,
         )
-        return self.decoder(self.draft, row_width, [replay]), replay
+        return self.decoder(self.draft, row_width, [replay], reuse_mib=reuse_mib), replay
 
     def options(self, samples: int, seed: int, tokens: int) -> dict[str, Any]:
         """Those of `SpeculativeDecoder.generate`."""

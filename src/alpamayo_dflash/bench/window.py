@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from alpamayo_dflash.bench.baselines import compiled_windows, eager_windows
@@ -29,19 +30,22 @@ from alpamayo_dflash.bench.figures import (
     window_parts,
 )
 from alpamayo_dflash.bench.floors import window_floors
+from alpamayo_dflash.bench.images import preprocess
 from alpamayo_dflash.bench.profile import profile_window
 from alpamayo_dflash.bench.prompt import prompt_pass
 from alpamayo_dflash.bench.setup import Bench, gpu
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import provenance, write_json
-from alpamayo_dflash.common.machine import current
+from alpamayo_dflash.common.machine import Clock, current
 from alpamayo_dflash.decode.decoder import Result
 from alpamayo_dflash.report.tables import WINDOW_PARTS
 from alpamayo_dflash.standins.untrained import noise_window
+from alpamayo_dflash.target.images import FrameStaging
 
 _WARM = 3
 _FEWER = 3
 """Windows of the baselines, which are slow, are this many times fewer than the repeats."""
+_REUSE_MIB = 512
 _SEEDS = 8
 """Texts of equal rounds that take turns where the spread of a window's time is looked at."""
 
@@ -82,9 +86,10 @@ def measured(bench: Bench, windows: Windows) -> dict[str, Any]:
     """All raw timings; with `quick` those of our windows and the floors alone."""
     config = bench.config
     raw: dict[str, Any] = ceilings(config.repeats, bench.device, bench.target.dtype)
-    raw |= counted(bench) | windows.raw()
+    raw |= counted(bench) | preprocess(bench.target, config.repeats) | windows.raw()
     if config.quick:
         return raw
+    raw |= reuse(bench, windows)
     raw |= prompt_pass(windows.decoder.verifier, windows.prompt, config.repeats)
     raw |= expert(config, bench.target)
     if config.transformers:
@@ -128,17 +133,17 @@ class Windows:
 
     Args:
         bench: target, draft and replay.
+        reuse_mib: memory for images seen before.
 
     Attributes:
-        device: where.
         decoder: what decodes them.
-        window: the one that is decoded, its frames in pinned memory.
-        prompt: of it, on the CPU.
+        window: the one that is decoded, its frames in pinned memory; they may be written over.
+        prompt: of it.
     """
 
-    def __init__(self, bench: Bench) -> None:
-        self._bench, self.device = bench, bench.device
-        self.decoder, self._replay = bench.replaying()
+    def __init__(self, bench: Bench, *, reuse_mib: int = 0) -> None:
+        self._bench = bench
+        self.decoder, self._replay = bench.replaying(reuse_mib=reuse_mib)
         self.window = staged(noise_window(bench.config.seed), bench.device)
         self.prompt = bench.target.prompt(self.window)
         self._known: dict[tuple[int, int], list[list[int]]] = {}
@@ -170,40 +175,82 @@ class Windows:
             self.timed(samples, seeds[0])
         return [self.timed(samples, seed) for seed in seeds]
 
-    def timed(self, samples: int, seed: int) -> Timed:
-        """From frames to the trajectory on the host."""
-        known = self._text(samples, seed)
+    def timed(self, samples: int, seed: int, known: list[list[int]] | None = None) -> Timed:
+        """From frames to the trajectory on the host.
+
+        Args:
+            samples: S.
+            seed: of text and trajectory.
+            known: what the target writes; left out, it is asked first, once for all calls.
+        """
+        if known is None:
+            if (samples, seed) not in self._known:
+                self._known[samples, seed] = self.text(samples, seed)
+            known = self._known[samples, seed]
         self._replay.load(known, seed)
-        torch.cuda.synchronize() if self._bench.device.type == "cuda" else None
-        start = time.perf_counter()
-        result = self._generate(self.window, samples, seed)
+        clock = Clock(self._bench.device)
+        start = clock.now_ms()
+        result = self._generate(samples, seed)
         assert result.pred_xyz is not None
         result.pred_xyz.cpu()
-        wall = (time.perf_counter() - start) * 1e3
+        wall = clock.now_ms() - start
         if result.token_ids != known:
             raise RuntimeError(f"the same window and seed gave {known} and then {result.token_ids}")
         parts = {part: round(ms, 4) for part, ms in result.timings.parts.items()}
         return Timed(round(wall, 4), parts, result.rounds)
 
-    def _generate(self, window: Window, samples: int, seed: int) -> Result:
-        options = self._bench.options(samples, seed, self._bench.config.text_tokens)
-        return self.decoder.generate(window, **options | {"trajectories": True})
-
-    def _text(self, samples: int, seed: int) -> list[list[int]]:
+    def text(self, samples: int, seed: int) -> list[list[int]]:
         """What the target writes at this width of rows; see `setup.replayed`."""
-        if (samples, seed) not in self._known:
-            self._replay.load([[0]], seed)
-            known = self._generate(self.window, samples, seed).token_ids
-            self._replay.load(known, seed)
-            self._known[samples, seed] = self._generate(self.window, samples, seed).token_ids
-        return self._known[samples, seed]
+        self._replay.load([[0]], seed)
+        known = self._generate(samples, seed).token_ids
+        self._replay.load(known, seed)
+        return self._generate(samples, seed).token_ids
+
+    def _generate(self, samples: int, seed: int) -> Result:
+        options = self._bench.options(samples, seed, self._bench.config.text_tokens)
+        return self.decoder.generate(self.window, **options | {"trajectories": True})
+
+
+def reuse(bench: Bench, plain: Windows) -> dict[str, Any]:
+    """Windows of which three quarters of the images were seen before, and of which none was, in turns.
+
+    A stream's window shares all but the newest frame of each camera with the one before.
+    """
+    reusing = Windows(bench, reuse_mib=_REUSE_MIB)
+    first = noise_window(bench.config.seed).frames[:, :1]
+    per_camera = reusing.window.frames.shape[1]
+    steps = bench.config.repeats
+    # No frame of one kind is one of the other's.
+    starts = {"twelve": lambda step: step, "none": lambda step: steps + per_camera * (step + 1)}
+    times: dict[str, list[float]] = {name: [] for name in starts}
+    seen: dict[str, list[int]] = {name: [] for name in starts}
+    for step in range(steps + _WARM):
+        for name, start in starts.items():
+            numbers = np.arange(start(step), start(step) + per_camera)
+            frames = (
+                first
+                ^ np.stack((numbers % 256, numbers // 256), -1).astype(np.uint8)[:, None, None, [0, 1, 0]]
+            )
+            for windows in (plain, reusing):
+                windows.window.frames[:] = frames
+            hits = reusing.decoder.verifier.vision.hits
+            found = reusing.timed(1, step, plain.text(1, step))
+            times[name].append(found.wall_ms)
+            seen[name].append(reusing.decoder.verifier.vision.hits - hits)
+    return {
+        "reuse_window_ms": {name: found[_WARM:] for name, found in times.items()},
+        "reuse_hits": {name: found[_WARM:] for name, found in seen.items()},
+    }
 
 
 def staged(window: Window, device: torch.device) -> Window:
     """The window with its frames in pinned memory, where a stream would have written them."""
     if device.type != "cuda":
         return window
-    return replace(window, frames=torch.from_numpy(window.frames).pin_memory().numpy())
+    cameras, per_camera, height, width = window.frames.shape[:4]
+    staging = FrameStaging((cameras, per_camera, height, width))
+    staging.frames[:] = window.frames
+    return replace(window, frames=staging.frames)
 
 
 def _by_part(found: Sequence[Timed]) -> dict[str, list[float]]:

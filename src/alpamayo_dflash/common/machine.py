@@ -15,6 +15,7 @@ import torch
 from alpamayo_dflash.common.artefacts import answer_of
 
 _GIB = 2**30
+_HOPPER = (9, 0)
 _GROUP = Path("/sys/fs/cgroup")
 _SAMPLE_EVERY_S = 0.005
 _T = TypeVar("_T")
@@ -32,6 +33,11 @@ class Clock:
             # Of the whole device it would end another thread's capture of a graph.
             torch.cuda.current_stream(self._device).synchronize()
         return time.perf_counter() * 1e3
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is a GPU of NVIDIA's Hopper generation (H100, H200) or a later one."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER
 
 
 class Stopwatch:

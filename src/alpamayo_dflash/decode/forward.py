@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from alpamayo_dflash.common.machine import is_hopper
 from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.target.qwen3 import AfterLayer, run_layers
 from alpamayo_dflash.target.qwen3_fused import FusedDecoder, FusedLayer, why_plain
@@ -28,7 +29,6 @@ Rotary = tuple[Tensor, Tensor]
 FLASH_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, *FLASH_FIRST]
 """Kernels for a prompt's attention, the preferred first: cuDNN's takes half of flash's time on Hopper."""
-_HOPPER = (9, 0)
 
 
 class TextModel(Protocol):
@@ -168,8 +168,7 @@ class FusedModel:
         self, target: Qwen3VLTarget, cache: Cache, *, attention: list[SDPBackend] | None = None
     ) -> None:
         self._target, self._cache = target, cache
-        hopper = target.device.type == "cuda" and torch.cuda.get_device_capability(target.device) >= _HOPPER
-        self._attention = attention or (CUDNN_FIRST if hopper else FLASH_FIRST)
+        self._attention = attention or (CUDNN_FIRST if is_hopper(target.device) else FLASH_FIRST)
         text = target.vlm.model.language_model
         self._decoder = FusedDecoder(target.text_layers, text.norm)
         self._head = Linear(padded(target.head))

@@ -21,7 +21,9 @@ from alpamayo_dflash.kernels.taps import Taps
 _CHANNELS = tl.constexpr(3)
 
 
-@triton.jit
+# Unspecialised, the new width hides that stores could be 16 bytes wide. The compiler would give each thread
+# as many bytes in a row, for loads too, and a warp's loads would lie 50 bytes apart, not side by side.
+@triton.jit(do_not_specialize=["width_out"])
 def across_kernel(
     images_ptr,
     first_ptr,
@@ -108,15 +110,15 @@ def down_kernel(
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program makes: rows, and bytes or columns of them; warps; taps that a turn of its loop adds."""
+    """What a program makes: rows, bytes or columns of them; its warps; the taps in a turn of its loop."""
 
     rows: int
     columns: int
     warps: int
-    unroll: int = 8
+    unroll: int = 16
 
 
-ACROSS = Tile(8, 256, 4)
+ACROSS = Tile(8, 128, 4)
 DOWN = Tile(4, 64, 4)
 
 

@@ -6,6 +6,7 @@ Shapes: P prompt tokens, T image tokens, C hidden.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -219,23 +220,17 @@ def build_prompt(
             a route or question holds a control token.
     """
     order = _camera_order(window)
-    count, per_camera, *side = window.frames.shape[:4]
-    height, width = smart_size(
-        *side,
-        factor=shape.patch * shape.merge,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-    )
+    count, per_camera, full_height, full_width = window.frames.shape[:4]
+    height, width = resized_size(full_height, full_width, config, shape)
     grid = patch_grid(count * per_camera, height, width, shape.patch)
     for name, given in (("route", route), ("question", question)):
         _check_plain_text(name, given, tokenizer)
     cameras = tuple(int(window.cameras[place]) for place in order)
     text = render(config, cameras, per_camera, camera_text=camera_text, route=route, question=question)
-    encoded = tokenizer.encode(text, add_special_tokens=False).ids
-    ids = torch.tensor(encoded, dtype=torch.int64, device="cpu")
-    repeats = torch.ones_like(ids)
-    repeats[ids == special.image_pad] = grid.prod(-1) // shape.merge**2
-    ids = ids.repeat_interleave(repeats)
+    grids = tuple(tuple(each) for each in grid.tolist())
+    with torch.inference_mode(False):  # what is kept serves training too
+        laid_out = _laid_out(text, grids, tokenizer, special.image_pad, shape.merge)
+    ids, position_ids, delta = laid_out[0].clone(), laid_out[1].clone(), laid_out[2]
     xyz, rot = no_history()
     if question is None:
         xyz = torch.from_numpy(np.asarray(window.ego_history_xyz, dtype=np.float32))
@@ -243,9 +238,38 @@ def build_prompt(
         check_history(xyz, rot, f"window {window.key}")
         history = encode_history(xyz, rot, config.history_tokenizer) + config.history_token_start_idx
         ids = fuse_history(ids, history, special.traj_history)
-    position_ids, delta = mrope_positions(ids, grid, image_pad=special.image_pad, merge=shape.merge)
     pixel_values = patches_of(window.frames, order, height, width, shape)
     return Prompt(ids, pixel_values, grid, position_ids, delta, window.key, xyz, rot)
+
+
+@functools.lru_cache(maxsize=8)
+def _laid_out(
+    text: str, grids: tuple[tuple[int, ...], ...], tokenizer: Tokenizer, image_pad: int, merge: int
+) -> tuple[Tensor, Tensor, int]:
+    """A prompt's ids with image tokens repeated and no history yet, and `mrope_positions` of them.
+
+    A stream's windows differ in history and pixels alone, so this is made once.
+    """
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.int64, device="cpu")
+    grid, repeats = torch.tensor(grids, device="cpu"), torch.ones_like(ids)
+    repeats[ids == image_pad] = grid.prod(-1) // merge**2
+    ids = ids.repeat_interleave(repeats)
+    return ids, *mrope_positions(ids, grid, image_pad=image_pad, merge=merge)
+
+
+def resized_size(height: int, width: int, config: AlpamayoConfig, shape: PatchShape) -> tuple[int, int]:
+    """The height and width that a checkpoint's images are resized to.
+
+    Raises:
+        ValueError: the aspect ratio is above 200.
+    """
+    return smart_size(
+        height,
+        width,
+        factor=shape.patch * shape.merge,
+        min_pixels=config.min_pixels,
+        max_pixels=config.max_pixels,
+    )
 
 
 def _camera_order(window: Window) -> list[int]:

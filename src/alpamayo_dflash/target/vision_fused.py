@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alpamayo_dflash.common.graphs import CapturedCall
+from alpamayo_dflash.common.machine import is_hopper
 from alpamayo_dflash.target.qwen3_fused import why_device
 from alpamayo_dflash.target.vision import (
     GROUP,
@@ -49,17 +50,23 @@ class VisionPlan:
     """Who computes what. Features of one plan do not depend on company; those of two plans round apart.
 
     Attributes:
-        attention: see `kernels.vision.attend_images`.
+        attention: see `kernels.vision.attend_images`; None for what suits the GPU.
         tile: how `split` attention is cut; None for its default.
         gelu: whether an MLP's product is `rounded` before its GELU, as in the plain form, or goes into it
             unrounded in the product's `epilogue` (on a GPU only).
         streams: groups of images that run side by side, each with its own buffers and graph.
     """
 
-    attention: AttentionKind = "flash"
+    attention: AttentionKind | None = None
     tile: Plan | None = None
     gelu: Literal["rounded", "epilogue"] = "rounded"
-    streams: int = 1
+    streams: int = 2
+
+    def attention_on(self, device: torch.device) -> AttentionKind:
+        """Who computes attention on a device: on Hopper cuDNN's is the fastest, elsewhere flash is."""
+        if self.attention is not None:
+            return self.attention
+        return "cudnn" if is_hopper(device) else "flash"
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ class _Tower:
         self.levels, self.inputs = len(self._levels), self._patch.weight.shape[1]
         self.width = self._merger.down.weight.shape[0]
         self.dtype, self.device = self._patch.weight.dtype, self._patch.weight.device
+        self._attention = plan.attention_on(self.device)
 
     def __call__(self, pixels_RK: Tensor, tables: GridTables) -> tuple[Tensor, list[Tensor]]:
         """Merged and deepstack features, [R / M, text hidden] each."""
@@ -162,7 +170,7 @@ class _Tower:
         plan = self._plan
         qkv = block.qkv(normed_RC)
         rotate_in_place(qkv, tables.cos, tables.sin, self._heads)
-        attended = attend_images(qkv, len(tables.cos), self._heads, plan.attention, plan.tile)
+        attended = attend_images(qkv, len(tables.cos), self._heads, self._attention, plan.tile)
         hidden_RC, normed_RC = block.mlp_norm.after(hidden_RC, block.out(attended))
         return hidden_RC, block.down(block.up.gelu_tanh(normed_RC, rounded=plan.gelu == "rounded"))
 
