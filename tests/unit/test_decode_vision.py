@@ -71,7 +71,7 @@ def test_one_value_that_differs_makes_another_image(target, prompt, sampled):
     """By a level of 255, in a value that is sampled and in one that is not."""
     from alpamayo_dflash.decode import vision
 
-    columns = vision._columns(4 * 1536, torch.device("cpu")).tolist()
+    columns = vision._columns(4 * 1536, 4, torch.device("cpu")).tolist()
     column = columns[3] if sampled else next(n for n in range(1536) if n not in columns)
     reader = VisionReader(target, reuse_bytes=image_bytes(target, 4))
     one, other = image(0), image(0)

@@ -26,8 +26,8 @@ from alpamayo_dflash.target.vision import Grid, VisionFeatures, encode_images, i
 from alpamayo_dflash.target.vision_fused import FusedVision, why_plain_vision
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
-_COLUMNS = 12
-"""Values of a block that are sampled: some 2,000 of an image of R1's."""
+_SAMPLES = 2048
+"""Values of an image that are compared with all kept ones, at least."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Encode = Callable[[Tensor, Tensor], VisionFeatures]
@@ -221,7 +221,7 @@ class SeenImages:
         """
         own_NUI, count = torch.stack([image.blocks_UI for image in images]), len(kept)
         store_BI = self._pixels_BI
-        columns_S = _columns(own_NUI.shape[-1], own_NUI.device)
+        columns_S = _columns(own_NUI.shape[2], own_NUI.shape[1], own_NUI.device)
         samples = own = own_NUI[..., columns_S].flatten(1)
         if kept and store_BI is not None:
             index_MU = torch.stack([each.index_U for each in kept])
@@ -327,12 +327,13 @@ def _sums(images: Sequence[_Image]) -> list[int]:
     return list(itertools.accumulate(image.tokens for image in images))
 
 
-@functools.lru_cache(maxsize=4)
-def _columns(width: int, device: torch.device) -> Tensor:
-    """Which values of a block are sampled: the same ones always, spread without a pattern."""
+@functools.lru_cache(maxsize=16)
+def _columns(width: int, blocks: int, device: torch.device) -> Tensor:
+    """Which of a block's values are sampled in images of so many: always the same, without a pattern."""
     with torch.inference_mode(False):
         generator = torch.Generator(device="cpu").manual_seed(0)
-        return torch.randperm(width, generator=generator, device="cpu")[:_COLUMNS].to(device)
+        order = torch.randperm(width, generator=generator, device="cpu")
+        return order[: -(-_SAMPLES // blocks)].to(device)
 
 
 def _same(a_NUI: Tensor, b_NUI: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from alpamayo_dflash.kernels.limits import shared_memory
 
 AttentionKind = Literal["split", "flash", "cudnn", "efficient"]
 """`split` is the kernel below, the others are PyTorch's."""
-LIBRARY = {
+LIBRARY: dict[AttentionKind, SDPBackend] = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
