@@ -34,6 +34,7 @@ from alpamayo_dflash.bench.images import preprocess
 from alpamayo_dflash.bench.profile import profile_window
 from alpamayo_dflash.bench.prompt import prompt_pass
 from alpamayo_dflash.bench.setup import Bench, gpu
+from alpamayo_dflash.bench.vision import vision
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import provenance, write_json
 from alpamayo_dflash.common.machine import Clock, current
@@ -89,6 +90,7 @@ def measured(bench: Bench, windows: Windows) -> dict[str, Any]:
     raw |= counted(bench) | preprocess(bench.target, config.repeats) | windows.raw()
     if config.quick:
         return raw
+    raw |= vision(bench.target, windows.prompt, config.repeats)
     raw |= reuse(bench, windows)
     raw |= prompt_pass(windows.decoder.verifier, windows.prompt, config.repeats)
     raw |= expert(config, bench.target)
