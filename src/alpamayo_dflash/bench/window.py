@@ -218,7 +218,7 @@ def reuse(bench: Bench, plain: Windows) -> dict[str, Any]:
 
     A stream's window shares all but the newest frame of each camera with the one before.
     """
-    reusing = Windows(bench, reuse_mib=_REUSE_MIB)
+    reusing, before = Windows(bench, reuse_mib=_REUSE_MIB), plain.window.frames.copy()
     first = noise_window(bench.config.seed).frames[:, :1]
     per_camera = reusing.window.frames.shape[1]
     steps = bench.config.repeats
@@ -239,6 +239,7 @@ def reuse(bench: Bench, plain: Windows) -> dict[str, Any]:
             found = reusing.timed(1, step, plain.text(1, step))
             times[name].append(found.wall_ms)
             seen[name].append(reusing.decoder.verifier.vision.hits - hits)
+    plain.window.frames[:] = before
     return {
         "reuse_window_ms": {name: found[_WARM:] for name, found in times.items()},
         "reuse_hits": {name: found[_WARM:] for name, found in seen.items()},
