@@ -115,5 +115,6 @@ def test_the_host_waits_for_reports_alone(target, views, monkeypatch):
         f"{Path(each.filename).name}:{each.lineno}" for each in said if "synchroniz" in str(each.message)
     )
     print(f"{rounds} rounds; waits: {dict(waits)}")
-    # The first tokens and the end; rounds wait for the stream itself, which is not warned of.
-    assert waits.total() <= 2
+    rest = {place: count for place, count in waits.items() if not place.startswith("streams.py")}
+    # The first tokens and the end; each round waits for the stream, which is how its report is read.
+    assert sum(rest.values()) <= 2
