@@ -50,7 +50,7 @@ def vision(target: Alpamayo, prompt: Prompt, repeats: int) -> dict[str, Any]:
 
     Returns:
         `vision_ms` by form: `before` is the plain tower over all images at once, `now` what decoding takes,
-        `streams_2` the fast one with two groups side by side. `vision_reuse_ms`: `off` keeps no images,
+        `streams_1` the fast one with a group at a time. `vision_reuse_ms`: `off` keeps no images,
         `none` keeps them and none has been seen before, `twelve` has seen three quarters of them.
         `vision_plain_because` says why the plain form runs, or is None.
     """
@@ -61,8 +61,8 @@ def vision(target: Alpamayo, prompt: Prompt, repeats: int) -> dict[str, Any]:
         "now": lambda: reader(prompt),
     }
     if reason is None:
-        both = FusedVision(visual, VisionPlan(streams=2))
-        calls["streams_2"] = lambda: both(prompt.pixel_values, prompt.image_grid_thw)
+        alone = FusedVision(visual, VisionPlan(streams=1))
+        calls["streams_1"] = lambda: alone(prompt.pixel_values, prompt.image_grid_thw)
     return {
         "vision_plain_because": reason,
         "vision_ms": in_turns(calls, repeats, target.device),
@@ -149,8 +149,8 @@ def vision_plans(target: Alpamayo, prompt: Prompt, repeats: int) -> dict[str, An
     best = min(times, key=medians(times).__getitem__)
     others = {
         "GELU in the epilogue": replace(plans[best], gelu="epilogue"),
-        "two streams": replace(plans[best], streams=2),
-        "GELU in the epilogue, two streams": replace(plans[best], gelu="epilogue", streams=2),
+        "one stream": replace(plans[best], streams=1),
+        "three streams": replace(plans[best], streams=3),
         "once more": plans[best],
     }
     for name, plan in others.items():
