@@ -30,7 +30,8 @@ class BenchConfig:
         block_size: of the drafts.
         context_len: of the drafts.
         draft_vocab: tokens of the drafts' reduced head.
-        coc_tokens: tokens of the text that decode figures are for; left out, 17, and with `window` 14.
+        coc_tokens: tokens of the text that decode figures are for.
+        window_tokens: with `window`, tokens of a window's text instead.
         acceptance: acceptance length that the replay gives texts of that length.
         temperature: of sampling.
         repeats: of each timing.
@@ -57,7 +58,8 @@ class BenchConfig:
     block_size: int = 8
     context_len: int = 64
     draft_vocab: int = 4096
-    coc_tokens: int | None = None
+    coc_tokens: int = 17
+    window_tokens: int = 14
     acceptance: float = 6.25
     temperature: float = 0.6
     repeats: int = 30
@@ -88,8 +90,8 @@ class BenchConfig:
 
     @property
     def text_tokens(self) -> int:
-        """Tokens of the texts that are timed: the mean of real CoCs, or for a window their median."""
-        return self.coc_tokens or (14 if self.window else 17)
+        """Tokens of the texts that are timed: the mean of real CoCs with its end, or a window's median."""
+        return self.window_tokens if self.window else self.coc_tokens
 
     @property
     def row_counts(self) -> list[int]:
