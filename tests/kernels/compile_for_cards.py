@@ -10,11 +10,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alpamayo_dflash.kernels import attention, product, resize, vision, waypoints
+from alpamayo_dflash.kernels import attention, product, resize, waypoints
 
 HEADS, KV_HEADS, DIM = 32, 8, 128  # R1's
 EXPERT_HEADS = 16
-VISION_HEADS, VISION_DIM = 16, 72
 POINTERS = {"length_ptr": "*i64", "mask_ptr": "*u8", "top_ptr": "*fp32", "mass_ptr": "*fp32"}
 POINTERS |= {"texts_ptr": "*i32", "slots_ptr": "*i32"}
 POINTERS |= {"images_ptr": "*u8", "first_ptr": "*i32", "weights_ptr": "*i32", "resized_ptr": "*u8"}
@@ -85,14 +84,6 @@ def compile_for(capability, available):
         )
         print(capability, f"way-points' attention, {folded} folded rows, {fitted}", taken, sep="\t")
     compile_images_for(capability)
-    main, rest = vision.head_parts(VISION_DIM)
-    fitted = vision.PLAN.fitted(main + rest, available)
-    constants = {"HEADS": VISION_HEADS, "DIM": VISION_DIM, "MAIN": main, "REST": rest}
-    constants |= {"BLOCK_M": fitted.rows, "BLOCK_T": fitted.keys}
-    taken = shared(
-        vision.images_kernel, constants, warps=fitted.warps, stages=fitted.stages, capability=capability
-    )
-    print(capability, f"images' attention, {fitted}", taken, sep="\t")
 
 
 def compile_images_for(capability):

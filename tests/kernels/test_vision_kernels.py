@@ -10,7 +10,6 @@ from alpamayo_dflash.target.vision import encode_images, rotary_tables_2d
 from alpamayo_dflash.target.vision_fused import FusedVision, VisionPlan
 
 vision = pytest.importorskip("alpamayo_dflash.kernels.vision")
-attention = pytest.importorskip("alpamayo_dflash.kernels.attention")
 
 
 def normal(*shape, seed=0):
@@ -57,32 +56,12 @@ def test_queries_and_keys_are_rotated_where_they_lie(heads, dim, dtype):
         assert torch.equal(got, expected)
 
 
-def test_heads_are_cut_into_powers_of_two():
-    assert [vision.head_parts(dim) for dim in (16, 24, 64, 72, 80, 96, 128)] == [
-        (16, 0),
-        (16, 16),
-        (64, 0),
-        (64, 16),
-        (64, 16),
-        (64, 32),
-        (128, 0),
-    ]
-
-
 def plain_attention(qkv, patches, heads):
     q, k, v = (
         x.transpose(1, 2) for x in qkv.view(-1, patches, 3, heads, qkv.shape[1] // 3 // heads).unbind(2)
     )
     out = functional.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).reshape(len(qkv), -1)
-
-
-@pytest.mark.parametrize(("heads", "dim"), [(2, 72), (2, 32), (1, 24), (1, 96)])
-@pytest.mark.parametrize("patches", [12, 32, 80])
-def test_each_image_sees_itself(heads, dim, patches):
-    qkv = normal(2 * patches, 3 * heads * dim)
-    got = vision.attend_images(qkv, patches, heads, "split", attention.Plan(16, 32, 1, 4, 2))
-    torch.testing.assert_close(got, plain_attention(qkv, patches, heads), rtol=1e-4, atol=1e-5)
 
 
 def test_the_librarys_attention_is_the_same():
@@ -97,23 +76,16 @@ def visual():
     return small_vision(hidden_size=144, depth=2, deepstack_visual_indexes=[0, 1]).requires_grad_(False)
 
 
-@pytest.fixture
-def _small_tiles(monkeypatch):
-    monkeypatch.setattr(vision, "PLAN", attention.Plan(16, 32, 1, 4, 2))
-
-
 def same(got, expected):
     assert got.deepstack.shape == expected.deepstack.shape
     torch.testing.assert_close(got.embeds, expected.embeds, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.deepstack, expected.deepstack, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("kind", ["split", "flash"])
-def test_the_fast_tower_is_the_plain_one(visual, kind):
+def test_the_fast_tower_is_the_plain_one(visual):
     grid = torch.tensor([[1, 2, 6]] * 5 + [[1, 2, 2]])
     pixels = normal(64, 384)
-    got = FusedVision(visual, VisionPlan(attention=kind))(pixels, grid)
+    got = FusedVision(visual)(pixels, grid)
     same(got, encode_images(visual, pixels, grid))
 
 

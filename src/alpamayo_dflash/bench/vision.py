@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,22 +22,6 @@ from alpamayo_dflash.target.vision_fused import FusedVision, VisionPlan, why_pla
 
 _KEPT_WINDOWS = 2
 """Windows whose images the reader keeps. Those that go round are one more: what is new is not kept."""
-_TILES = (
-    (64, 32, 4, 3),
-    (64, 64, 4, 2),
-    (64, 64, 4, 3),
-    (64, 64, 4, 4),
-    (64, 128, 4, 2),
-    (128, 32, 4, 3),
-    (128, 32, 8, 4),
-    (128, 64, 4, 3),
-    (128, 64, 8, 2),
-    (128, 64, 8, 3),
-    (128, 64, 8, 4),
-    (128, 128, 8, 2),
-    (128, 128, 8, 3),
-)
-"""Rows, keys, warps and stages of the project's own attention that are tried."""
 
 
 def vision(target: Alpamayo, prompt: Prompt, repeats: int) -> dict[str, Any]:
@@ -126,7 +110,7 @@ def _room(target: Alpamayo, prompt: Prompt) -> int:
 def vision_plans(target: Alpamayo, prompt: Prompt, repeats: int) -> dict[str, Any]:
     """The whole fast tower under many plans: attentions first, then the best one's other variants.
 
-    What is best on a card is written into `target.vision_fused.VisionPlan` and `kernels.vision.PLAN`.
+    What is best on a card is written into `target.vision_fused.VisionPlan`.
 
     Args:
         target: one whose tower runs in the fast form.
@@ -142,8 +126,10 @@ def vision_plans(target: Alpamayo, prompt: Prompt, repeats: int) -> dict[str, An
     reason = why_plain_vision(target)
     if reason is not None:
         raise ValueError(f"plans are of the vision tower's fast form: {reason}")
+    from alpamayo_dflash.kernels.vision import LIBRARY
+
     prompt, times = _ready(target, prompt), dict[str, list[float]]()
-    plans = dict(attentions())
+    plans: dict[str, VisionPlan] = {kind: VisionPlan(attention=kind) for kind in LIBRARY}
     for name, plan in plans.items():
         times |= _timed(name, target, prompt, plan, repeats=repeats)
     best = min(times, key=medians(times).__getitem__)
@@ -156,18 +142,6 @@ def vision_plans(target: Alpamayo, prompt: Prompt, repeats: int) -> dict[str, An
     for name, plan in others.items():
         times |= _timed(f"{best}, {name}", target, prompt, plan, repeats=repeats)
     return {"vision_plans_ms": times}
-
-
-def attentions() -> Iterator[tuple[str, VisionPlan]]:
-    """The attentions that are tried: the libraries', and this project's in several tiles."""
-    from alpamayo_dflash.kernels.attention import Plan
-    from alpamayo_dflash.kernels.vision import LIBRARY
-
-    for kind in LIBRARY:
-        yield kind, VisionPlan(attention=kind)
-    for rows, keys, warps, stages in _TILES:
-        tile = Plan(rows, keys, 1, warps, stages)
-        yield f"split {rows}×{keys}, {warps} warps, {stages} stages", VisionPlan("split", tile)
 
 
 def _timed(

@@ -35,7 +35,6 @@ from alpamayo_dflash.target.vlm import Qwen3VLTarget
 from alpamayo_dflash.target.weights import BiasedLinear, biased_linear, not_plain, why_module
 
 if TYPE_CHECKING:
-    from alpamayo_dflash.kernels.attention import Plan
     from alpamayo_dflash.kernels.vision import AttentionKind
 
 _GELU = "gelu_pytorch_tanh"
@@ -51,14 +50,12 @@ class VisionPlan:
 
     Attributes:
         attention: see `kernels.vision.attend_images`; None for what suits the GPU.
-        tile: how `split` attention is cut; None for its default.
         gelu: whether an MLP's product is `rounded` before its GELU, as in the plain form, or goes into it
             unrounded in the product's `epilogue` (on a GPU only).
         streams: groups of images that run side by side, each with its own buffers and graph.
     """
 
     attention: AttentionKind | None = None
-    tile: Plan | None = None
     gelu: Literal["rounded", "epilogue"] = "rounded"
     streams: int = 2
 
@@ -170,7 +167,7 @@ class _Tower:
         plan = self._plan
         qkv = block.qkv(normed_RC)
         rotate_in_place(qkv, tables.cos, tables.sin, self._heads)
-        attended = attend_images(qkv, len(tables.cos), self._heads, self._attention, plan.tile)
+        attended = attend_images(qkv, len(tables.cos), self._heads, self._attention)
         hidden_RC, normed_RC = block.mlp_norm.after(hidden_RC, block.out(attended))
         return hidden_RC, block.down(block.up.gelu_tanh(normed_RC, rounded=plan.gelu == "rounded"))
 
