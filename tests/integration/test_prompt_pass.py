@@ -80,7 +80,7 @@ def test_a_prompt_that_was_not_read_to_its_end_leaves_none_behind(target, window
     first = verifier.prefill(prompt)
     seen = target.see(prompt)
     cut = type(seen)(seen.embeds[:-1], seen.deepstack[:, :-1])
-    monkeypatch.setattr(target, "see", lambda prompt: cut)
+    monkeypatch.setattr(verifier, "vision", lambda prompt: cut)
     with pytest.raises(ValueError, match="image tokens"):
         verifier.prefill(prompt)
     with pytest.raises(ValueError, match="not in this cache"):

@@ -158,7 +158,7 @@ def test_compiled_texts_of_transformers_have_a_figure_of_their_own():
 
 def test_parts_are_what_passed_since_the_mark_before(monkeypatch):
     moments = iter([1.0, 1.5, 1.75, 2.75, 10.0, 10.25])
-    monkeypatch.setattr("alpamayo_dflash.bench.clocks.time.perf_counter", lambda: next(moments))
+    monkeypatch.setattr("alpamayo_dflash.common.machine.time.perf_counter", lambda: next(moments))
     clock = PartClock(torch.device("cpu"))
     clock.start()
     for part in ("prompt", "vision", "prompt"):
@@ -409,3 +409,20 @@ def test_a_small_run_of_whole_windows(tmp_path, capsys):
     assert raw["text_tokens"] == 14 and len(raw["equal_window_ms"]) == 3
     assert set(raw["expert_ms"]) == {"plain_1", "plain_6"}
     assert "not on a GPU" in raw["expert_plain_because"]
+
+
+def test_a_quick_run_is_of_our_windows_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("alpamayo_dflash.bench.window._QUICK_WINDOWS", 2)
+    monkeypatch.setattr("alpamayo_dflash.bench.window._QUICK_TEXTS", 3)
+    out = tmp_path / "window.json"
+    options = ["--target", "random:small", "--device", "cpu", "--repeats", "2", "--out", str(out)]
+    assert cli.main(["bench", "--window", "--quick", *options]) == 0
+    assert "A window, camera to trajectory" in " ".join(capsys.readouterr().err.split())
+    written = read_json(out)
+    raw = written["raw"]
+    assert written["figures"] == window_figures(raw)
+    assert len(raw["equal_window_ms"]) == 2 and len(raw["window_ms"]["6"]) == 3
+    assert not {"vision_ms", "prompt_pass_ms", "expert_ms", "transformers_window_ms"} & set(raw)
+    assert set(written["parts"]) == {"ours_1", "ours_6", "floor"}
+    with pytest.raises(ValueError, match="quick goes with window"):
+        BenchConfig(quick=True)

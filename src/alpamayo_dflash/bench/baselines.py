@@ -1,6 +1,6 @@
 """A whole window by transformers itself, from frames in memory to a trajectory on the host: the baselines.
 
-Both resize on the CPU as `Alpamayo.prompt` does, write the text with `generate`, and run the plain expert on
+Both resize on the CPU, wherever the target is, write the text with `generate`, and run the plain expert on
 the cache that it leaves. Several samples are the prompt repeated as a batch, as the reference draws them
 (specification 7): the vision tower and the prompt's pass run for every one.
 

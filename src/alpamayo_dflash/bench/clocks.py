@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import torch
 
 from alpamayo_dflash.common.graphs import CapturedCall
-from alpamayo_dflash.common.machine import Clock
+from alpamayo_dflash.common.machine import Clock, Moment, Stopwatch, between_ms
 from alpamayo_dflash.decode.observer import Observer, RoundTrace
 
 WARM = 3
@@ -82,38 +81,23 @@ class PartClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._gpu = device.type == "cuda"
-        self._marks: list[tuple[str, torch.cuda.Event | float]] = []
+        self._watch = Stopwatch(device)
+        self._marks: list[tuple[str, Moment]] = []
 
     def start(self) -> None:
         """Begin anew."""
-        self._marks = [("", self._now())]
+        self._marks = [("", self._watch.moment())]
 
     def mark(self, part: str) -> None:
         """What has passed since the last mark belongs to this part, which may be marked many times."""
-        self._marks.append((part, self._now()))
+        self._marks.append((part, self._watch.moment()))
 
     def parts_ms(self) -> dict[str, float]:
-        """Milliseconds of each part, in the order of their first marks."""
+        """Milliseconds of each part, in the order of their first marks; waits for the last."""
         found: dict[str, float] = {}
         for (_, before), (part, after) in pairwise(self._marks):
-            found[part] = found.get(part, 0.0) + _between_ms(before, after)
+            found[part] = found.get(part, 0.0) + between_ms(before, after)
         return {part: round(ms, 4) for part, ms in found.items()}
-
-    def _now(self) -> torch.cuda.Event | float:
-        if not self._gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _between_ms(before: torch.cuda.Event | float, after: torch.cuda.Event | float) -> float:
-    if isinstance(before, float) or isinstance(after, float):
-        assert isinstance(before, float) and isinstance(after, float), "marks of one clock"
-        return (after - before) * 1e3
-    after.synchronize()
-    return float(before.elapsed_time(after))
 
 
 class RoundClock(Observer):

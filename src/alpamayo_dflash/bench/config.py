@@ -41,8 +41,8 @@ class BenchConfig:
         coc_counts: CSV of CoC lengths (columns tokens, steps); empty leaves the table of lengths out.
         transformers: time transformers too.
         window: time whole windows instead, from camera frames to a trajectory, and their parts.
-        quick: with `window`: our windows and the floors alone, few of each, and a table beside the cards that
-            were measured before.
+        quick: with `window`: our windows and the floors alone, at most 12 texts and 40 windows, and a table
+            beside the cards that were measured before.
         windows: how many of equal rounds are timed for the spread of a window's time.
         seed: of weights, prompts and noise.
         out: the JSON file to write.
@@ -78,7 +78,7 @@ class BenchConfig:
         """Check the ranges."""
         check_range(2, MOST_BLOCK, block_size=self.block_size)
         check_positive(context_len=self.context_len, draft_vocab=self.draft_vocab, row_width=self.row_width)
-        check_at_least(2, coc_tokens=self.text_tokens, repeats=self.repeats)
+        check_at_least(2, coc_tokens=self.coc_tokens, window_tokens=self.window_tokens, repeats=self.repeats)
         check_at_least(3, texts=self.texts, windows=self.windows)
         check_at_least(1, acceptance=self.acceptance)
         check_at_least(0, lossless_prompts=self.lossless_prompts)

@@ -86,8 +86,9 @@ def shapes(bench: Bench) -> dict[str, Any]:
 def _prompts(bench: Bench) -> dict[str, dict[str, list[float]]]:
     """Vision, and the language model's pass over the prompt, by arm."""
     config, target, prompt = bench.config, bench.target, bench.prompt
-    verifier, features = bench.decoder(None).verifier, target.see(prompt)
-    embeddings = target.embed(prompt)
+    verifier = bench.decoder(None).verifier
+    features = verifier.vision(prompt)
+    embeddings = target.placed(prompt.input_ids, target.image_positions(prompt.input_ids, features), features)
     text, visual = target.vlm.model.language_model, target.vlm.model.visual
     seen = (prompt.input_ids == target.special.image_pad)[None]
     pixels = prompt.pixel_values.to(target.dtype)
@@ -103,7 +104,7 @@ def _prompts(bench: Bench) -> dict[str, dict[str, list[float]]]:
         )
         target.vlm.lm_head(out.last_hidden_state[:, -1:])
 
-    vision = {"project": wall_ms(lambda: target.see(prompt), config.repeats, bench.device)}
+    vision = {"project": wall_ms(lambda: verifier.vision(prompt), config.repeats, bench.device)}
     prefill = {"project": wall_ms(lambda: verifier.read(prompt, features), config.repeats, bench.device)}
     if config.transformers:
         vision["transformers"] = wall_ms(

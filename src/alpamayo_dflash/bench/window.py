@@ -47,6 +47,7 @@ _WARM = 3
 _FEWER = 3
 """Windows of the baselines, which are slow, are this many times fewer than the repeats."""
 _REUSE_MIB = 512
+_QUICK_TEXTS, _QUICK_WINDOWS = 12, 40
 _SEEDS = 8
 """Texts of equal rounds that take turns where the spread of a window's time is looked at."""
 
@@ -159,11 +160,14 @@ class Windows:
     def raw(self) -> dict[str, Any]:
         """Windows with one sample and with six, each with a text of its own, and many of equal rounds."""
         config = self._bench.config
-        found = {samples: self._each(samples, range(config.texts)) for samples in (1, SIX)}
+        texts, windows = config.texts, config.windows
+        if config.quick:
+            texts, windows = min(texts, _QUICK_TEXTS), min(windows, _QUICK_WINDOWS)
+        found = {samples: self._each(samples, range(texts)) for samples in (1, SIX)}
         counts = Counter(each.rounds for each in found[1])
         rounds, _ = counts.most_common(1)[0]
         seeds = [seed for seed, each in enumerate(found[1]) if each.rounds == rounds][:_SEEDS]
-        many = [seeds[index % len(seeds)] for index in range(config.windows)]
+        many = [seeds[index % len(seeds)] for index in range(windows)]
         return {
             "text_tokens": config.text_tokens,
             "window_ms": {str(samples): [each.wall_ms for each in kept] for samples, kept in found.items()},
@@ -235,10 +239,8 @@ def reuse(bench: Bench, plain: Windows) -> dict[str, Any]:
     for step in range(steps + _WARM):
         for name, start in starts.items():
             numbers = np.arange(start(step), start(step) + per_camera)
-            frames = (
-                first
-                ^ np.stack((numbers % 256, numbers // 256), -1).astype(np.uint8)[:, None, None, [0, 1, 0]]
-            )
+            marks = np.stack((numbers % 256, numbers // 256, numbers % 256), axis=-1).astype(np.uint8)
+            frames = first ^ marks[:, None, None]
             for windows in (plain, reusing):
                 windows.window.frames[:] = frames
             hits = reusing.decoder.verifier.vision.hits

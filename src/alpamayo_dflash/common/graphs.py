@@ -1,11 +1,15 @@
-"""CUDA graphs: the one place that knows how they are made."""
+"""CUDA graphs: the one place that knows how they are made, and how few of them are kept."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 
 class CapturedCall:
@@ -37,3 +41,26 @@ class CapturedCall:
     def replay(self) -> None:
         """Do the work again; the host does not wait for it."""
         self._graph.replay()
+
+
+class Recent(dict[_K, _V]):
+    """What was made for a key, the last used at the end: graphs and their buffers, of which few fit.
+
+    Args:
+        most: how many are kept; the one used longest ago makes room before another is made.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def of(self, key: _K, make: Callable[[], _V]) -> _V:
+        """What is kept for a key, or what `make` gives."""
+        if key in self:
+            value = self.pop(key)
+        else:
+            while len(self) >= self._most:
+                del self[next(iter(self))]
+            value = make()
+        self[key] = value
+        return value

@@ -44,7 +44,7 @@ class Stopwatch:
     """Times what a device does without waiting for it: by events on its stream, on a CPU by the clock.
 
     A moment is marked when the work enqueued before it is done. A part is only what is enqueued inside it, so
-    that gaps between parts belong to none. Read the times once the device is idle.
+    that gaps between parts belong to none. Reading a time waits for its end.
 
     Args:
         device: whose current stream the work is enqueued on.
@@ -79,10 +79,11 @@ Moment = torch.cuda.Event | float
 
 
 def between_ms(start: Moment, end: Moment) -> float:
-    """Milliseconds between two moments of one stopwatch."""
+    """Milliseconds between two moments of one stopwatch; waits for the second."""
     if isinstance(start, float) or isinstance(end, float):
         assert isinstance(start, float) and isinstance(end, float)
         return end - start
+    end.synchronize()
     elapsed: float = start.elapsed_time(end)
     return elapsed
 

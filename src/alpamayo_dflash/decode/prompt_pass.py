@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.common.graphs import CapturedCall
+from alpamayo_dflash.common.graphs import CapturedCall, Recent
 from alpamayo_dflash.common.machine import uploaded
 from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.decode.forward import FusedModel, TextModel
@@ -29,7 +29,7 @@ ROOM = 64
 Work = Callable[[Tensor, Tensor, Tensor, VisionFeatures, int], Tensor]
 """See `PromptPass.work`."""
 _KEPT = 2
-"""Buckets that are kept; each holds its graph's memory, a few hundred megabytes at R1's size."""
+"""Buckets that are kept; each holds its graph's memory."""
 
 
 def bucket_of(length: int) -> int:
@@ -61,7 +61,7 @@ class PromptPass:
         fused = target.device.type == "cuda" and isinstance(model, FusedModel)
         self._graph = fused if graph is None else graph
         self._generation = 0
-        self.kept: dict[tuple[int, int, int], _Bucket] = {}
+        self.kept: Recent[tuple[int, int, int], _Bucket] = Recent(_KEPT)
 
     def __call__(self, host_ids: Tensor, positions_3P: Tensor, seen: VisionFeatures) -> Tensor:
         """Read a prompt; the cache's length is set to it.
@@ -92,14 +92,10 @@ class PromptPass:
         if self._generation != self._cache.generation:
             self.kept.clear()
             self._generation = self._cache.generation
-        key = (bucket_of(length), len(seen.embeds), len(seen.deepstack))
-        bucket = self.kept.pop(key, None)
-        if bucket is None:
-            while len(self.kept) >= _KEPT:
-                del self.kept[next(iter(self.kept))]
-            bucket = _Bucket(self.work, key[0], min(self._cache.context_len, key[0]), seen)
-        self.kept[key] = bucket
-        return bucket
+        rows = bucket_of(length)
+        kept = min(self._cache.context_len, rows)
+        key = rows, len(seen.embeds), len(seen.deepstack)
+        return self.kept.of(key, lambda: _Bucket(self.work, rows, kept, seen))
 
     def work(
         self, ids_B: Tensor, positions_3B: Tensor, at_T: Tensor, seen: VisionFeatures, kept: int

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.common.graphs import CapturedCall
+from alpamayo_dflash.common.graphs import CapturedCall, Recent
 from alpamayo_dflash.common.machine import uploaded
 from alpamayo_dflash.common.options import MOST_BLOCK
 from alpamayo_dflash.decode import steps
@@ -388,7 +388,7 @@ class DeviceRounds:
 
     def __init__(self, verifier: Verifier, rules: StopRules, proposers: Proposers) -> None:
         self._verifier, self._rules, self._proposers = verifier, rules, proposers
-        self.kept: dict[RoundShape, DeviceRound] = {}
+        self.kept: Recent[RoundShape, DeviceRound] = Recent(_KEPT)
         self._generation = 0
 
     @property
@@ -416,14 +416,9 @@ class DeviceRounds:
         if self._generation != self._verifier.cache.generation:
             self.release()
             self._generation = self._verifier.cache.generation
-        round_ = self.kept.pop(shape, None)
-        if round_ is None:
-            while len(self.kept) >= _KEPT:
-                del self.kept[next(iter(self.kept))]
-            graph = self._verifier.target.device.type == "cuda"
-            round_ = DeviceRound(self._verifier, self._rules, self._proposers, shape, graph=graph)
-        self.kept[shape] = round_
-        return round_
+        graph = self._verifier.target.device.type == "cuda"
+        made = self._verifier, self._rules, self._proposers, shape
+        return self.kept.of(shape, lambda: DeviceRound(*made, graph=graph))
 
     def shape(self, request: Request) -> RoundShape:
         """The shape of the round that serves a request."""

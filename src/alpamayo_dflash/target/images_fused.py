@@ -1,7 +1,6 @@
 """From camera frames to the vision tower's patches on a GPU, equal to the bit to `images.plain_patches`.
 
 The frames go to the device as they are, and two kernels make the patches of them there (`kernels/resize.py`).
-A copy of 16 frames of 1080 × 1920 takes a few milliseconds; resizing them on the CPU took 73.
 """
 
 from __future__ import annotations

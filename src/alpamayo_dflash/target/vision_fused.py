@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alpamayo_dflash.common.graphs import CapturedCall
+from alpamayo_dflash.common.graphs import CapturedCall, Recent
 from alpamayo_dflash.common.machine import is_hopper
 from alpamayo_dflash.target.qwen3_fused import why_device
 from alpamayo_dflash.target.vision import (
@@ -191,7 +191,7 @@ class FusedVision:
         self._tower = _Tower(visual, self._plan)
         self._graph = self._tower.device.type == "cuda" if graph is None else graph
         self._merged = int(visual.config.spatial_merge_size) ** 2
-        self.kept: dict[Grid, list[_Lane]] = {}
+        self.kept: Recent[Grid, list[_Lane]] = Recent(_KEPT)
 
     @torch.inference_mode()
     def __call__(self, pixel_values: Tensor, image_grid_thw: Tensor) -> VisionFeatures:
@@ -229,17 +229,12 @@ class FusedVision:
 
     def _lanes(self, grid: Grid) -> list[_Lane]:
         """The buffers and graphs for images of one size."""
-        lanes = self.kept.pop(grid, None)
-        if lanes is None:
-            while len(self.kept) >= _KEPT:
-                del self.kept[next(iter(self.kept))]
-            tables, count = grid_tables(self._visual, *grid), self._plan.streams
-            lanes = [
-                _Lane(self._tower, tables, graph=self._graph, apart=count > 1 and self._graph)
-                for _ in range(count)
-            ]
-        self.kept[grid] = lanes
-        return lanes
+        return self.kept.of(grid, lambda: self._made(grid))
+
+    def _made(self, grid: Grid) -> list[_Lane]:
+        tables, count = grid_tables(self._visual, *grid), self._plan.streams
+        apart = count > 1 and self._graph
+        return [_Lane(self._tower, tables, graph=self._graph, apart=apart) for _ in range(count)]
 
 
 @contextlib.contextmanager
