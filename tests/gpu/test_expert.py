@@ -1,5 +1,6 @@
 """The fast expert on a CUDA device against its plain form (run by hand: `pytest -m gpu`)."""
 
+import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 SCENES = 192
+WINDOWS = 32
 TO = 1e-3  # of ten steps in float32, which amplify rounding: up to 5e-4 was seen on one H200
 # The expert of R1 in width, four layers of it, behind a text model that has little but its cache.
 R1_EXPERT = blueprint.TargetShape(
@@ -107,7 +109,7 @@ def test_the_fast_expert_is_the_plain_one_in_float32(in_float32, monkeypatch, sa
         offsets = [len(path) + s % 2 for s, path in enumerate(paths)]
         noise = torch.randn(samples, target.n_waypoints, 2, generator=generator, device="cuda")
         texts = SampleTexts(paths, [length + offset - 40 for offset in offsets])
-        action, xyz, rot = fast(noise, texts, fast.start(*history()))
+        action, xyz, rot = fast(fast.start(noise, *history()), texts)
         expected = target.denoise(noise, cache.prefix(paths, offsets, -40))
         assert relative(action, expected) < TO, length
         expected_xyz, expected_rot = target.trajectory(expected, *history())
@@ -118,24 +120,33 @@ def test_the_fast_expert_is_the_plain_one_in_float32(in_float32, monkeypatch, sa
 
 @torch.inference_mode()
 @pytest.mark.parametrize("samples", [1, 6, 16])
-def test_in_bfloat16_one_step_is_as_near_as_the_plain_one(tmp_path, samples):
-    """At R1's widths, from a float32 reference on the same weights, keys and values."""
+def test_in_bfloat16_actions_are_as_near_as_the_plain_ones(tmp_path, samples):
+    """At R1's widths, from a float32 reference on the same weights, keys and values; mean over windows."""
+    torch.backends.cuda.matmul.allow_tf32 = False
     target = r1_expert(tmp_path, torch.bfloat16)
     assert why_plain_expert(target) is None
-    cache = filled(target)
-    cache.begin_prompt(3007)
-    paths = [list(range(60 * s, 60 * s + 14 + s)) for s in range(samples)]
-    offsets = [len(path) for path in paths]
-    noise = torch.randn(samples, target.n_waypoints, 2, device="cuda")
-    prefix = cache.prefix(paths, offsets, 0)
-    plain = target.denoise(noise, prefix)
-    texts = SampleTexts(paths, [3007 + offset for offset in offsets])
-    expert = FusedExpert(target, cache)
-    fast = expert(noise, texts, expert.start(*history()))[0]
-    wide = type(prefix)(prefix.keys.float(), prefix.values.float(), prefix.lengths, prefix.positions)
-    expected = target.float().denoise(noise, wide)
-    print(f"{samples} samples: fast {relative(fast, expected):.3e}, plain {relative(plain, expected):.3e}")
-    assert relative(fast, expected) < 1.1 * relative(plain, expected)
+    exact, cache = copy.deepcopy(target).float(), filled(target)
+    expert, away = FusedExpert(target, cache), {"fast": [], "plain": []}
+    generator = torch.Generator("cuda").manual_seed(samples)
+    for window in range(WINDOWS):
+        length = 3007 - 31 * window
+        cache.begin_prompt(length)
+        paths = [list(range(60 * s, 60 * s + 14 + (s + window) % 20)) for s in range(samples)]
+        offsets = [len(path) for path in paths]
+        noise = torch.randn(samples, target.n_waypoints, 2, generator=generator, device="cuda")
+        prefix = cache.prefix(paths, offsets, 0)
+        wide = type(prefix)(prefix.keys.float(), prefix.values.float(), prefix.lengths, prefix.positions)
+        texts = SampleTexts(paths, [length + offset for offset in offsets])
+        expected = exact.denoise(noise, wide)
+        found = {
+            "plain": target.denoise(noise, prefix),
+            "fast": expert(expert.start(noise, *history()), texts)[0],
+        }
+        for name, distances in away.items():
+            distances.append(relative(found[name], expected))
+    means = {name: sum(distances) / len(distances) for name, distances in away.items()}
+    print(f"{samples} samples: relative distance from float32 over {WINDOWS} windows: {means}")
+    assert means["fast"] <= 1.05 * means["plain"]
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +179,7 @@ def test_in_bfloat16_windows_are_as_near_as_by_the_plain_form(views):
         fast = fast or FusedExpert(target, verifiers[1].cache)
         first = len(prompt.input_ids) + prompt.rope_delta
         texts = SampleTexts(forced.paths, [first + offset for offset in offsets])
-        found["fast"] = fast(noise, texts, fast.start(*past))[1]
+        found["fast"] = fast(fast.start(noise, *past), texts)[1]
         for name, distances in away.items():
             distances.append(float((found[name] - found["exact"]).norm(dim=-1).mean()))
     means = {name: sum(distances) / len(distances) for name, distances in away.items()}

@@ -96,7 +96,7 @@ def test_the_devices_record_is_the_hosts(target, windows, row_width, limit):
         prefilled = decoder.prefill(window)
         decoder.generate(prefilled, seed=seed, num_traj_samples=3, max_new_tokens=limit)
         (round_,), samples = decoder.device_rounds.kept.values(), decoder._finished[1].samples
-        texts = round_.texts(prefilled)
+        texts = round_.texts()
         start = len(prefilled.prompt) + prefilled.prompt.rope_delta
         for index, sample in enumerate(samples):
             first, count = int(texts.first_slots[index]), int(texts.counts[index])

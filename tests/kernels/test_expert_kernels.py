@@ -7,7 +7,13 @@ import torch
 from torch.nn import functional
 
 from alpamayo_dflash.decode.cache import Cache
-from alpamayo_dflash.target.expert_fused import BUCKETS, FusedExpert, SampleTexts, misfit_projections
+from alpamayo_dflash.target.expert_fused import (
+    BUCKETS,
+    ExpertStart,
+    FusedExpert,
+    SampleTexts,
+    misfit_projections,
+)
 from alpamayo_dflash.target.weights import share_groups
 
 waypoints = pytest.importorskip("alpamayo_dflash.kernels.waypoints")
@@ -146,7 +152,7 @@ def test_the_fast_expert_is_the_plain_one(wide_target, monkeypatch, samples, tog
     offsets = [len(path) + 1 for path in paths]
     noise = normal(samples, target.n_waypoints, 2)
     texts = SampleTexts(paths, [45 - 7 + offset for offset in offsets])
-    got = fast(noise, texts, fast.start(*history()))
+    got = fast(fast.start(noise, *history()), texts)
     for found, expected in zip(got, plain(target, cache, noise, paths, offsets, delta=-7), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert list(fast.kept) == [samples]
@@ -162,8 +168,7 @@ def test_one_batch_serves_any_prompt_and_number_of_samples(target):
         texts = SampleTexts(paths, [length + offset for offset in offsets])
         fast.kept = {4: fast.kept[4]} if fast.kept else {}
         batch = fast._batch(4)
-        drive = torch.tensor([5.0, 2.0])
-        got = batch.run(noise, texts, drive)[0]
+        got = batch.run(ExpertStart(noise, torch.tensor([5.0, 2.0])), texts)[0]
         torch.testing.assert_close(got, plain(target, cache, noise, paths, offsets)[0], **CLOSE)
 
 
@@ -172,7 +177,7 @@ def test_more_samples_than_a_batch_holds_take_turns(target, monkeypatch):
     cache = filled(target, 10)
     fast = FusedExpert(target, cache)
     noise, paths = normal(3, target.n_waypoints, 2), [[1], [2], [3]]
-    got = fast(noise, SampleTexts(paths, [11] * 3), fast.start(*history()))
+    got = fast(fast.start(noise, *history()), SampleTexts(paths, [11] * 3))
     for found, expected in zip(got, plain(target, cache, noise, paths, [1] * 3), strict=True):
         torch.testing.assert_close(found, expected, **CLOSE)
     assert sorted(fast.kept) == [1, 2]
@@ -182,13 +187,13 @@ def test_what_went_wrong_stays_with_its_window(target):
     cache = filled(target, 10)
     fast = FusedExpert(target, cache)
     noise, texts = normal(2, target.n_waypoints, 2), SampleTexts([[1], [2]], [11] * 2)
-    good = fast(noise, texts, fast.start(*history()))
+    good = fast(fast.start(noise, *history()), texts)
     bad = noise.clone()
     bad[1, 3] = float("nan")
-    action, xyz, _ = fast(bad, texts, fast.start(*history()))
+    action, xyz, _ = fast(fast.start(bad, *history()), texts)
     assert action[0].isfinite().all() and torch.equal(action[0], good[0][0])
     assert not xyz[1].isfinite().all()
-    for found, expected in zip(fast(noise, texts, fast.start(*history())), good, strict=True):
+    for found, expected in zip(fast(fast.start(noise, *history()), texts), good, strict=True):
         assert torch.equal(found, expected)
 
 

@@ -85,7 +85,7 @@ def _time(
     texts = SampleTexts(paths, [_PROMPT + offset for offset in offsets])
 
     def fused() -> None:
-        fast(noise, texts, fast.start(*past))
+        fast(fast.start(noise, *past), texts)
 
     raw["expert_call_ms"][f"fused_{samples}"] = wall_ms(fused, repeats, device)
     raw["expert_ms"][f"fused_{samples}"] = event_ms(lambda: fast.replay(samples), repeats, device)

@@ -268,12 +268,15 @@ class SpeculativeDecoder:
                     with watch.part("action"):
                         xyz, rot = driver(start, prefilled, decoded.samples, round_)
                     moments.append(watch.moment())
+                # While the device is still at work.
+                coc = [self.target.coc_text(sample.tokens) for sample in decoded.samples]
+                if xyz is not None and rot is not None:
                     xyz, rot = finite(xyz, rot)
             total_ms = self._clock.now_ms() - began
         if decoded.draft_failures:
             warnings.warn(_DRAFT_FAILED, stacklevel=2)
         timings = _timings(moments, total_ms, watch.parts_ms())
-        return self._result(decoded, xyz, rot, timings)
+        return self._result(decoded, coc, xyz, rot, timings)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -340,10 +343,12 @@ class SpeculativeDecoder:
             raise ValueError(f"trajectories=True: {lacking}")
         return None if lacking or wanted is False else self._trajectories
 
-    def _result(self, decoded: Decoded, xyz: Tensor | None, rot: Tensor | None, timings: Timings) -> Result:
+    def _result(
+        self, decoded: Decoded, coc: list[str], xyz: Tensor | None, rot: Tensor | None, timings: Timings
+    ) -> Result:
         samples = decoded.samples
         return Result(
-            coc=[self.target.coc_text(sample.tokens) for sample in samples],
+            coc=coc,
             token_ids=[sample.tokens for sample in samples],
             stops=[sample.stop for sample in samples if sample.stop is not None],
             pred_xyz=xyz,

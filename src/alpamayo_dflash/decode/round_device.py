@@ -102,8 +102,11 @@ class DeviceRound:
             device=device,
         )
         self._samples: Sequence[Sample] = ()
-        # Of every sample asked for: its first slot, the tokens that the action expert reads, all of them.
+        self._started: int | None = None  # the first of the samples that the state was last begun for
+        self._first_slots = torch.arange(shape.samples, device=device) * shape.per_sample
+        # `State.written` of every sample asked for.
         self._written = torch.zeros(3, shape.slots // shape.per_sample, dtype=torch.int64, device=device)
+        self._first_position = torch.zeros(1, dtype=torch.int64, device=device)
         self._sources: list[list[str]] = [[] for _ in range(shape.samples)]  # of what the host has listed
         self._keys = torch.zeros(shape.rows, 2, dtype=torch.int64, device=device)
         self._draft_keys = torch.zeros(shape.samples * (self.block - 1), 2, dtype=torch.int64, device=device)
@@ -141,37 +144,48 @@ class DeviceRound:
         """See Round."""
         self._verifier.begin(prefilled, self.shape.slots)
         self._logits_V, self._limit, self._span = prefilled.logits_V, request.max_new_tokens, observer.span
+        self._started = None
+        torch.add(self._verifier.cache.length_1, prefilled.prompt.rope_delta, out=self._first_position)
         everyone = range(request.num_samples)
         self._streams = stream_keys(request.seed, prefilled.prompt.key, everyone, self.state.tokens.device)
         for proposer in self._proposers.listed:
             proposer.begin(prefilled, samples)
 
     def first(self, samples: Sequence[Sample]) -> list[int]:
-        """See Round."""
+        """See Round. Before the host reads the tokens, what starts from them is enqueued."""
         keys_S2 = self._keys_of(samples)
         logits_SV = self._logits_V.expand(len(samples), -1)
         start = torch.zeros(len(samples), dtype=torch.int64, device=keys_S2.device)
         with self._span("sampling"):
             choice = self._choose_first(logits_SV, keys_S2, start)
             report = torch.stack((choice.columns, choice.finite, choice.settled))
+            self._start(samples, choice.columns)
         tokens, finite, settled = report.tolist()
         if not all(finite):
             raise NotFiniteError(samples[0].index, 0)
         if not all(settled):
-            tokens = self._choose_first.exactly(logits_SV, keys_S2, start).tolist()
+            columns = self._choose_first.exactly(logits_SV, keys_S2, start)
+            self._start(samples, columns)
+            tokens = columns.tolist()
         return [int(token) for token in tokens]
 
     def begin(self, samples: Sequence[Sample]) -> None:
         """See Round. Sample i's slots start at i · per_sample."""
         self._samples = samples
-        keys_S2, device = self._keys_of(samples), self._keys.device
+        if self._started != samples[0].index:
+            anchors = torch.tensor([sample.anchor for sample in samples], device="cpu")
+            self._start(samples, uploaded(anchors, self._keys.device))
+
+    def _start(self, samples: Sequence[Sample], first_S: Tensor) -> None:
+        """Begin the state and the draft for samples with these first tokens."""
+        keys_S2, index = self._keys_of(samples), samples[0].index
         self._keys[: len(samples) * self.block] = keys_S2.repeat_interleave(self.block, 0)
         self._draft_keys.copy_(keys_S2.repeat_interleave(self.block - 1, 0))
-        first = [[sample.anchor, sample.index * self.shape.per_sample] for sample in samples]
-        tokens, bases = uploaded(torch.tensor(first, device="cpu"), device).unbind(1)
-        self.state.begin(tokens, bases, self._limit, self._marks)
+        bases = self._first_slots + index * self.shape.per_sample
+        self.state.begin(first_S, bases, self._limit, self._marks)
         if self._draft is not None:
             self._draft.begin(self._verifier.cache.prompt_length)
+        self._started = index
 
     @torch.inference_mode()
     def __call__(self) -> Pass:
@@ -202,25 +216,16 @@ class DeviceRound:
                     self._closing.replay()
                 else:
                     self._write_last()
-            self._write_down(samples)
+            self._written[:, samples[0].index : samples[-1].index + 1] = self.state.written
         for sample, count in zip(samples, cached, strict=True):
             start = sample.index * self.shape.per_sample
             assert count - len(sample.path) <= 1
             sample.path = list(range(start, start + count))
 
-    def texts(self, prefilled: Prefilled) -> DeviceTexts:
+    def texts(self) -> DeviceTexts:
         """What the samples' way-points see after the prompt, by the device's own record."""
         first_slots, counts, lengths = self._written
-        start = self._verifier.cache.length_1 + prefilled.prompt.rope_delta
-        return DeviceTexts(first_slots, counts, start + lengths)
-
-    def _write_down(self, samples: Sequence[Sample]) -> None:
-        """Keep what the state says of finished samples, before others take it."""
-        state = self.state
-        last = state.tokens.gather(1, state.lengths[:, None] - 1)[:, 0]
-        read = state.lengths - (last != self._marks.traj_future_start).long()
-        at = slice(samples[0].index, samples[-1].index + 1)
-        self._written[:, at] = torch.stack((state.bases, read, state.lengths))
+        return DeviceTexts(first_slots, counts, self._first_position + lengths)
 
     def _chooser(self, rows: int, vocab: int, ids: Tensor | None) -> Chooser:
         target = self._verifier.target

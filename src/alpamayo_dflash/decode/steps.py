@@ -93,6 +93,8 @@ class State:
         pending: [S] 1 from a proposal until it has been walked.
         limit: [1] the most tokens of a sample.
         bases: [S] each sample's first slot.
+        written: [3, S] for the action expert: its first slot, the tokens that it reads (a last one that is
+            not `<|traj_future_start|>` it does not), and how many there are.
         row_tokens: [R].
         row_positions: [R].
         row_slots: [R].
@@ -117,6 +119,7 @@ class State:
         self.tokens = zeros(samples, per_sample)
         self.lengths, self.previous, self.done = zeros(samples), zeros(samples), zeros(samples)
         self.pending, self.limit, self.bases = zeros(samples), zeros(1), zeros(samples)
+        self.written = zeros(3, samples)
         self.row_tokens, self.row_positions, self.row_slots = zeros(width), zeros(width), zeros(width)
         self.next_positions = zeros(width)
         self.seen = torch.zeros(width, slots, dtype=torch.uint8, device=device)
@@ -143,6 +146,13 @@ class State:
         self.limit.fill_(limit)
         self.bases.copy_(bases)
         self.done.copy_(_reason(first, self.lengths, self.limit, marks))
+        self.note(marks)
+
+    def note(self, marks: Marks) -> None:
+        """Write down how far the texts have come."""
+        last = self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0]
+        read = self.lengths - (last != marks.traj_future_start).long()
+        torch.stack((self.bases, read, self.lengths), out=self.written)
 
 
 def _is_eos(token: Tensor, marks: Marks) -> Tensor:
@@ -274,3 +284,4 @@ def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor, finite:
     state.lengths.add_(emitted)
     state.done.copy_(reason)
     state.pending.copy_(state.pending * unsettled)
+    state.note(marks)

@@ -145,6 +145,8 @@ def accept_kernel(
     offered_ptr,
     failed_ptr,
     report_ptr,
+    written_ptr,
+    samples,
     per_sample,
     traj_future_start,
     eos,
@@ -165,6 +167,7 @@ def accept_kernel(
     emitted = 0
     accepted = 0
     reason = done
+    last = length * 0  # as a value of the tokens' type
     report = report_ptr + sample * (_FIELDS + 2 * BLOCK - 1)
     for step in tl.static_range(BLOCK):
         token = tl.load(columns_ptr + row + step)
@@ -175,6 +178,7 @@ def accept_kernel(
         after = tl.where((token == eos) | (token == other_eos), _AT_EOS, after)
         after = tl.where(token == traj_future_start, _AT_TRAJ, after)
         reason = tl.where(walking, after, reason)
+        last = tl.where(walking, token, last)
         tl.store(report + _FIELDS + step, token)
         if step < BLOCK - 1:
             proposal = tl.load(row_tokens_ptr + row + step + 1)
@@ -189,6 +193,8 @@ def accept_kernel(
                 tl.store(tokens_ptr + sample * per_sample + length + step, token)
         tl.store(previous_ptr + sample, length - 1)
         tl.store(lengths_ptr + sample, length + emitted)
+        tl.store(written_ptr + samples + sample, length + emitted - (last != traj_future_start).to(tl.int32))
+        tl.store(written_ptr + 2 * samples + sample, length + emitted)
         tl.store(done_ptr + sample, reason.to(tl.int64))
         tl.store(pending_ptr + sample, length * 0)  # zero, as a value of the tensor's type
     else:
@@ -262,6 +268,8 @@ def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor, finite:
         state.offered,
         state.failed,
         state.report,
+        state.written,
+        state.samples,
         state.per_sample,
         marks.traj_future_start,
         marks.eos,

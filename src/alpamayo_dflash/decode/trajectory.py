@@ -19,7 +19,13 @@ from alpamayo_dflash.decode.round_device import DeviceRound
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.expert import ActionPrefix
-from alpamayo_dflash.target.expert_fused import DeviceTexts, FusedExpert, SampleTexts, why_plain_expert
+from alpamayo_dflash.target.expert_fused import (
+    DeviceTexts,
+    ExpertStart,
+    FusedExpert,
+    SampleTexts,
+    why_plain_expert,
+)
 from alpamayo_dflash.target.prompt import Prompt
 
 _NOT_ASKED = "not asked yet"
@@ -32,14 +38,12 @@ class Start:
     Attributes:
         noise_SN2: float32 on the device.
         history: xyz and rot of the past.
-        fused: the expert in its fast form, or None.
-        drive_2: its `start`, or None.
+        fused: the expert in its fast form with its own start, or None.
     """
 
     noise_SN2: Tensor
     history: tuple[Tensor, Tensor]
-    fused: FusedExpert | None
-    drive_2: Tensor | None
+    fused: tuple[FusedExpert, ExpertStart] | None
 
 
 class Trajectories:
@@ -70,9 +74,9 @@ class Trajectories:
         if noise is None:
             everyone = range(request.num_samples)
             noise = flow_noise(request.seed, prompt.key, everyone, target.n_waypoints, device=target.device)
-        history, fused = (prompt.ego_history_xyz, prompt.ego_history_rot), self._expert()
-        drive = None if fused is None else fused.start(*history)
-        return Start(noise.to(target.device), history, fused, drive)
+        noise, history = noise.to(target.device), (prompt.ego_history_xyz, prompt.ego_history_rot)
+        expert = self._expert()
+        return Start(noise, history, None if expert is None else (expert, expert.start(noise, *history)))
 
     def __call__(
         self, start: Start, prefilled: Prefilled, samples: Sequence[Sample], round_: Round
@@ -89,13 +93,14 @@ class Trajectories:
             xyz float32 [S, N, 3] metres and rot float32 [S, N, 3, 3], in the frame of t0.
         """
         target = self.target
-        if start.fused is None or start.drive_2 is None:
+        if start.fused is None:
             action = target.denoise(start.noise_SN2, sample_prefix(self._verifier, prefilled, samples))
             return target.trajectory(action, *(each.to(target.device) for each in start.history))
         texts: SampleTexts | DeviceTexts = _texts(prefilled, samples)
         if isinstance(round_, DeviceRound):
-            texts = round_.texts(prefilled)
-        _, xyz, rot = start.fused(start.noise_SN2, texts, start.drive_2)
+            texts = round_.texts()
+        expert, begun = start.fused
+        _, xyz, rot = expert(begun, texts)
         return xyz, rot
 
     def _expert(self) -> FusedExpert | None:
@@ -149,11 +154,13 @@ def finite(xyz: Tensor, rot: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: one is not finite.
     """
-    bad = (~(xyz.isfinite().all(-1) & rot.isfinite().flatten(-2).all(-1)).all(-1)).tolist()
+    bad_S = ~(xyz.isfinite().all(-1) & rot.isfinite().flatten(-2).all(-1)).all(-1)
+    with torch.inference_mode(False):
+        kept = xyz.clone(), rot.clone()
+    bad = bad_S.tolist()
     if any(bad):
         raise ValueError(
             f"sample {bad.index(True)}: the trajectory is not finite: the expert's weights or dtype, or "
             "the history, are at fault"
         )
-    with torch.inference_mode(False):
-        return xyz.clone(), rot.clone()
+    return kept

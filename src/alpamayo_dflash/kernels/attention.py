@@ -141,34 +141,42 @@ def stretches_kernel(
     tl.store(out_ptr + flat[:, None] * DIM + d[None, :], total, mask=real[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "stretches"])
+@triton.jit(do_not_specialize=["places", "stretches"])
 def merge_kernel(
     out_ptr,
     top_ptr,
     mass_ptr,
     merged_ptr,
-    rows,
+    places,
     stretches,
-    HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    """Merged [R, H, D] = the stretches' outputs, weighed by exp2(top − largest), over the sum of masses."""
-    place = tl.program_id(0).to(tl.int64) * HEADS + tl.program_id(1)
+    """Merged [R·H, D] = the stretches' outputs, weighed by exp2(top − largest), over the sum of masses."""
+    place = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     j = tl.arange(0, BLOCK_J)
     d = tl.arange(0, DIM)
-    inside = j < stretches
-    at = j.to(tl.int64) * rows * HEADS + place
+    real = place < places
+    inside = (j < stretches)[:, None] & real[None, :]
+    at = j[:, None].to(tl.int64) * places + place[None, :]
     top = tl.load(top_ptr + at, mask=inside, other=-float("inf"))
     mass = tl.load(mass_ptr + at, mask=inside, other=0.0)
-    out = tl.load(out_ptr + at[:, None] * DIM + d[None, :], mask=inside[:, None], other=0.0)
-    share = tl.exp2(top - tl.max(top, axis=0))
-    merged = tl.sum(out * share[:, None], axis=0) / tl.sum(mass * share, axis=0)
-    tl.store(merged_ptr + place * DIM + d, merged.to(merged_ptr.dtype.element_ty))
+    out = tl.load(out_ptr + at[:, :, None] * DIM + d[None, None, :], mask=inside[:, :, None], other=0.0)
+    largest = tl.max(top, axis=0)
+    share = tl.exp2(top - tl.where(real, largest, 0.0)[None, :])
+    total = tl.sum(mass * share, axis=0)
+    merged = tl.sum(out * share[:, :, None], axis=0) / tl.where(real, total, 1.0)[:, None]
+    merged_at = place[:, None].to(tl.int64) * DIM + d[None, :]
+    tl.store(merged_ptr + merged_at, merged.to(merged_ptr.dtype.element_ty), mask=real[:, None])
 
 
 LOG2_E = 1.4426950408889634
 _LEAST_TILE = 16
+_MERGED = 32
+"""Lines of stretches that a warp merges."""
+_MOST_MERGED = 4
+"""Places that it does this for."""
 
 
 @dataclass(frozen=True)
@@ -286,15 +294,18 @@ def merge(out_JRHD: Tensor, tops_2JRH: Tensor, merged_RN: Tensor) -> None:
         merged_RN: [R, H·D], where the outcome is written.
     """
     count, rows, heads, dim = out_JRHD.shape
-    merge_kernel[(rows, heads)](
+    stretches = triton.next_power_of_2(count)
+    # A warp for a few places: sums over stretches then need no other warp (docs/log.md, 2026-11-27).
+    together = max(1, min(_MOST_MERGED, _MERGED // stretches))
+    merge_kernel[(triton.cdiv(rows * heads, together),)](
         out_JRHD,
         tops_2JRH[0],
         tops_2JRH[1],
         merged_RN,
-        rows,
+        rows * heads,
         count,
-        HEADS=heads,
         DIM=dim,
-        BLOCK_J=triton.next_power_of_2(count),
-        num_warps=4,
+        BLOCK_J=stretches,
+        BLOCK_P=together,
+        num_warps=1 if stretches <= _MERGED else 2,
     )

@@ -84,6 +84,19 @@ class DeviceTexts:
     positions: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertStart:
+    """What the samples of one window start from, on the device.
+
+    Attributes:
+        noise_SN2: float32, standard normal.
+        drive_2: float32, speed and height at t0.
+    """
+
+    noise_SN2: Tensor
+    drive_2: Tensor
+
+
 def why_plain_expert(target: Alpamayo) -> str | None:
     """Why a target's expert must run in its plain form; None where the fast one serves."""
     weight = target.action_out_proj.weight
@@ -163,39 +176,44 @@ class FusedExpert:
         self.kept: dict[int, _Batch] = {}
 
     @torch.inference_mode()
-    def start(self, history_xyz: Tensor, history_rot: Tensor) -> Tensor:
-        """Speed and height at t0, float32 [2] on the device.
+    def start(self, noise_SN2: Tensor, history_xyz: Tensor, history_rot: Tensor) -> ExpertStart:
+        """Take over what does not depend on the texts.
 
-        Solved on the host; a history that is on the CPU is not waited for.
+        Speed and height at t0 are solved on the host; a history that is on the CPU is not waited for.
 
         Args:
+            noise_SN2: float32, standard normal, on the device.
             history_xyz: float32 [M, 3] metres, oldest first.
             history_rot: float32 [M, 3, 3].
         """
         xyz, rot = history_xyz.cpu(), history_rot.cpu()
         speed = initial_speed(xyz, rot, self._target.action_space.config)
-        return uploaded(torch.stack((speed, xyz[-1, 2])).float(), self._target.device)
+        drive = uploaded(torch.stack((speed, xyz[-1, 2])).float(), self._target.device)
+        start = ExpertStart(noise_SN2, drive)
+        if len(noise_SN2) <= BUCKETS[-1]:
+            self._batch(len(noise_SN2)).load(start)
+        return start
 
     @torch.inference_mode()
-    def __call__(
-        self, noise_SN2: Tensor, texts: SampleTexts | DeviceTexts, start_2: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, start: ExpertStart, texts: SampleTexts | DeviceTexts) -> tuple[Tensor, Tensor, Tensor]:
         """From noise to trajectories; on a GPU the host does not wait for them.
 
         Args:
-            noise_SN2: float32, standard normal.
+            start: from `start`.
             texts: what the samples see after the prompt that is in the cache.
-            start_2: from `start`.
 
         Returns:
             Normalised actions float32 [S, N, 2], xyz float32 [S, N, 3] metres and rot float32 [S, N, 3, 3],
             in the frame of t0.
         """
-        most, parts = BUCKETS[-1], []
-        for first in range(0, len(noise_SN2), most):
+        count, most = len(start.noise_SN2), BUCKETS[-1]
+        if count <= most:
+            return self._batch(count).run(start, texts)
+        parts = []
+        for first in range(0, count, most):
             some = slice(first, first + most)
-            noise = noise_SN2[some]
-            parts.append(self._batch(len(noise)).run(noise, _share(texts, some), start_2))
+            share = ExpertStart(start.noise_SN2[some], start.drive_2)
+            parts.append(self._batch(len(share.noise_SN2)).run(share, _share(texts, some)))
         actions, paths, turns = zip(*parts, strict=True)
         return torch.cat(actions), torch.cat(paths), torch.cat(turns)
 
@@ -262,19 +280,26 @@ class _Batch:
         self.texts = torch.zeros(samples, dtype=torch.int32, device=device)
         self.positions = torch.zeros(samples, dtype=torch.int64, device=device)
         self.drive = torch.zeros(2, device=device)
+        self._places = torch.arange(cache.slots, dtype=torch.int32, device=device)
+        self._loaded: ExpertStart | None = None
         self._out: tuple[Tensor, Tensor, Tensor] | None = None
         self.work = CapturedCall(self._launch).replay if graph else self._launch
 
-    def run(
-        self, noise_SN2: Tensor, texts: SampleTexts | DeviceTexts, start_2: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions, xyz and rot of as many samples as are given."""
-        count = len(noise_SN2)
+    def load(self, start: ExpertStart) -> None:
+        """Take over what samples start from."""
+        count = len(start.noise_SN2)
         for buffer in (self.noise, self.texts, self.positions):
             buffer[count:] = 0
-        self.noise[:count] = noise_SN2
+        self.noise[:count] = start.noise_SN2
+        self.drive.copy_(start.drive_2)
+        self._loaded = start
+
+    def run(self, start: ExpertStart, texts: SampleTexts | DeviceTexts) -> tuple[Tensor, Tensor, Tensor]:
+        """Actions, xyz and rot of as many samples as are given."""
+        if self._loaded is not start:
+            self.load(start)
+        count = len(start.noise_SN2)
         self._see(texts, count)
-        self.drive.copy_(start_2)
         self.work()
         assert self._out is not None
         action, xyz, rot = (each[:count].clone() for each in self._out)
@@ -284,7 +309,7 @@ class _Batch:
         """Write down what the samples see and where they stand."""
         device = self.slots.device
         if isinstance(texts, DeviceTexts):
-            self.slots[:count] = texts.first_slots[:, None] + torch.arange(self.slots.shape[1], device=device)
+            torch.add(texts.first_slots[:, None], self._places, out=self.slots[:count])
             self.texts[:count], self.positions[:count] = texts.counts, texts.positions
             return
         longest = max(map(len, texts.paths))
