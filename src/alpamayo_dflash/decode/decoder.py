@@ -250,9 +250,10 @@ class SpeculativeDecoder:
             prefilled = window if isinstance(window, Prefilled) else self.verifier.prefill(prompt, watch)
             moments.append(watch.moment())
             with torch.inference_mode(), current(self.target.device):
-                # Enqueued behind the prompt's pass, which hides the host's share of it.
-                start = None if driver is None else driver.start(prompt, request, action_noise)
+                # Enqueued behind the prompt's pass, which hides the host's share of it. A new round may move
+                # the cache, so the expert starts after it.
                 round_ = self._round(request)
+                start = None if driver is None else driver.start(prompt, request, action_noise)
                 decoded = decode(
                     round_,
                     self.verifier,

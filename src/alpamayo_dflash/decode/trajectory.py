@@ -92,15 +92,17 @@ class Trajectories:
         Returns:
             xyz float32 [S, N, 3] metres and rot float32 [S, N, 3, 3], in the frame of t0.
         """
-        target = self.target
-        if start.fused is None:
+        target, expert = self.target, self._expert()
+        if expert is None:
             action = target.denoise(start.noise_SN2, sample_prefix(self._verifier, prefilled, samples))
             return target.trajectory(action, *(each.to(target.device) for each in start.history))
         texts: SampleTexts | DeviceTexts = _texts(prefilled, samples)
         if isinstance(round_, DeviceRound):
             texts = round_.texts()
-        expert, begun = start.fused
-        _, xyz, rot = expert(begun, texts)
+        began = start.fused
+        if began is None or began[0] is not expert:  # the cache has moved since
+            began = expert, expert.start(start.noise_SN2, *start.history)
+        _, xyz, rot = expert(began[1], texts)
         return xyz, rot
 
     def _expert(self) -> FusedExpert | None:
