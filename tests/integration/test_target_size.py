@@ -81,6 +81,16 @@ def test_a_random_target_is_loaded_and_measured(checkpoint: Path, tmp_path: Path
     assert "measure-target" in made["command"]
 
 
+def test_a_target_with_samples_and_a_draft(checkpoint: Path, tmp_path: Path) -> None:
+    """A checkpoint's memory as it is used: several samples, and an untrained draft that proposes."""
+    options = ("--device", "cpu", "--max-tokens", 3, "--num-traj-samples", 2, "--draft-layers", 1)
+    found = run("measure-target", "--target", checkpoint, "--out", tmp_path / "target.json", *options)
+    assert found["passed"] is True
+    assert found["trajectory"]["shape"] == [2, 64, 3]
+    with pytest.raises(ValueError, match="draft_layers is -1"):
+        MeasureTargetConfig("tiny", draft_layers=-1)
+
+
 def test_no_checkpoint_and_no_device_are_bad_input(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -160,6 +160,8 @@ class MeasureTargetConfig:
         device: torch device.
         dtype: of the weights; the checkpoint's own where it is left out (float32 on a CPU).
         max_tokens: limit of generated tokens.
+        num_traj_samples: samples (CoC and trajectory) of the window.
+        draft_layers: layers of an untrained draft that proposes; 0 for none.
         prompt_capacity: the longest prompt that the cache holds, tokens.
         seed: of the images and of sampling.
         cold: ask the system to forget the weight files first, so that they are read from the disk.
@@ -170,6 +172,8 @@ class MeasureTargetConfig:
     device: str = "cuda"
     dtype: Literal["float32", "bfloat16"] | None = None
     max_tokens: int = 32
+    num_traj_samples: int = 1
+    draft_layers: int = 0
     prompt_capacity: int = 4096
     seed: int = 0
     cold: bool = False
@@ -177,5 +181,10 @@ class MeasureTargetConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        check_positive(max_tokens=self.max_tokens, prompt_capacity=self.prompt_capacity)
-        check_whole(seed=self.seed)
+        check_positive(
+            max_tokens=self.max_tokens,
+            num_traj_samples=self.num_traj_samples,
+            prompt_capacity=self.prompt_capacity,
+        )
+        check_whole(seed=self.seed, draft_layers=self.draft_layers)
+        check_at_least(0, draft_layers=self.draft_layers)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from alpamayo_dflash.bench.config import MeasureTargetConfig
+from alpamayo_dflash.bench.config import BenchConfig, MeasureTargetConfig
+from alpamayo_dflash.bench.setup import random_draft
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import provenance, write_json
 from alpamayo_dflash.common.machine import Clock, GpuMemory, HostWatch, check_device, describe_gpu, gib
@@ -55,7 +56,11 @@ def run(config: MeasureTargetConfig) -> dict[str, Any]:
         load_s = (clock.now_ms() - start) / 1e3
     weights = _weight_bytes(target)
     after_load, load_peak = gpu.allocated(), gpu.phase_peak()
-    decoder = SpeculativeDecoder(target, None, DecodeConfig(prompt_capacity=config.prompt_capacity))
+    draft = None
+    if config.draft_layers:
+        sizes = {name: getattr(BenchConfig, name) for name in ("block_size", "context_len", "draft_vocab")}
+        draft = random_draft(target, config.draft_layers, **sizes).to(target.dtype)
+    decoder = SpeculativeDecoder(target, draft, DecodeConfig(prompt_capacity=config.prompt_capacity))
     window = noise_window(config.seed)
     first = _generate(decoder, window, config)
     # Of one whole run; what follows looks at the stages one by one.
@@ -109,7 +114,11 @@ def _forget(files: list[Path]) -> None:
 
 
 def _generate(decoder: SpeculativeDecoder, window: Window, config: MeasureTargetConfig) -> Result:
-    return decoder.generate(window, seed=config.seed, max_new_tokens=config.max_tokens)
+    return decoder.generate(window, **_options(config), max_new_tokens=config.max_tokens)
+
+
+def _options(config: MeasureTargetConfig) -> dict[str, Any]:
+    return {"seed": config.seed, "num_traj_samples": config.num_traj_samples}
 
 
 def _stages(
@@ -120,9 +129,11 @@ def _stages(
     The action expert is looked at after a text of one token, whose decoding has no verify pass with logits.
     """
     prefilled, prefill = gpu.above(lambda: decoder.prefill(prompt))
-    tokens = config.max_tokens
-    _, decode = gpu.above(lambda: decoder.generate(prefilled, max_new_tokens=tokens, trajectories=False))
-    _, action = gpu.above(lambda: decoder.generate(prefilled, max_new_tokens=1))
+    tokens, options = config.max_tokens, _options(config)
+    _, decode = gpu.above(
+        lambda: decoder.generate(prefilled, **options, max_new_tokens=tokens, trajectories=False)
+    )
+    _, action = gpu.above(lambda: decoder.generate(prefilled, **options, max_new_tokens=1))
     return {"vision_and_prefill": prefill, "decode": decode, "action": action}
 
 

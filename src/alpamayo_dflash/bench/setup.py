@@ -27,6 +27,7 @@ from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
 from alpamayo_dflash.standins.untrained import noise_window, random_target
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
+from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 _PUBLISHED_TAPS = (24, 30, 31, 32, 34)
 _MORE_TOKENS = 64  # the end marks, and the texts that losslessness is tried on
@@ -76,35 +77,14 @@ class Bench:
 
     def make_draft(self, layers: int) -> DFlashDraft:
         """A random draft of the target's width, with a reduced head."""
-        target, config = self.target, self.config
-        last = target.num_layers - 1
-        taps = _PUBLISHED_TAPS if last > max(_PUBLISHED_TAPS) else tuple({last // 2, last - 1})
-        few = min(config.draft_vocab, target.vocab_size)
-        shape = DraftConfig(
-            hidden_size=target.hidden_size,
-            num_layers=layers,
-            num_heads=target.num_heads,
-            num_kv_heads=target.num_kv_heads,
-            head_dim=target.head_dim,
-            intermediate_size=int(target.vlm.config.text_config.intermediate_size),
-            vocab_size=target.vocab_size,
+        config = self.config
+        return random_draft(
+            self.target,
+            layers,
             block_size=config.block_size,
             context_len=config.context_len,
-            target_layer_ids=taps,
-            num_target_layers=target.num_layers,
-            mask_token_id=target.vocab_size,
-            draft_vocab_size=few,
+            draft_vocab=config.draft_vocab,
         )
-        with torch.device(self.device):
-            draft = DFlashDraft(shape).eval()
-        with torch.no_grad():
-            for name, parameter in draft.named_parameters():
-                if parameter.ndim == 2 or name == "mask_embedding":
-                    parameter.normal_(0.0, INITIAL_STD)
-            chosen = torch.randperm(target.vocab_size, device=self.device)[:few].sort().values
-            assert draft.token_ids is not None
-            draft.token_ids.copy_(chosen)
-        return draft
 
     def decoder(
         self,
@@ -157,6 +137,40 @@ class Bench:
         ids[-1] = torch.randint(0, 1000, (), generator=generator, device=self.device)
         pixels = torch.randn(shape, generator=generator, device=self.device)
         return replace(prompt, input_ids=ids, pixel_values=pixels, key=f"random{index}")
+
+
+def random_draft(
+    target: Qwen3VLTarget, layers: int, *, block_size: int, context_len: int, draft_vocab: int
+) -> DFlashDraft:
+    """A random draft of a target's width on its device, with a reduced head."""
+    last = target.num_layers - 1
+    taps = _PUBLISHED_TAPS if last > max(_PUBLISHED_TAPS) else tuple({last // 2, last - 1})
+    few = min(draft_vocab, target.vocab_size)
+    shape = DraftConfig(
+        hidden_size=target.hidden_size,
+        num_layers=layers,
+        num_heads=target.num_heads,
+        num_kv_heads=target.num_kv_heads,
+        head_dim=target.head_dim,
+        intermediate_size=int(target.vlm.config.text_config.intermediate_size),
+        vocab_size=target.vocab_size,
+        block_size=block_size,
+        context_len=context_len,
+        target_layer_ids=taps,
+        num_target_layers=target.num_layers,
+        mask_token_id=target.vocab_size,
+        draft_vocab_size=few,
+    )
+    with torch.device(target.device):
+        draft = DFlashDraft(shape).eval()
+    with torch.no_grad():
+        for name, parameter in draft.named_parameters():
+            if parameter.ndim == 2 or name == "mask_embedding":
+                parameter.normal_(0.0, INITIAL_STD)
+        chosen = torch.randperm(target.vocab_size, device=target.device)[:few].sort().values
+        assert draft.token_ids is not None
+        draft.token_ids.copy_(chosen)
+    return draft
 
 
 def replayed(
