@@ -129,8 +129,17 @@ def test_the_shipped_demo_reaches_what_it_must():
     assert shipped["world"] == read_json(world_figures_path())["figures"]
 
 
-@pytest.mark.parametrize("name", ["target_h200", "target_h200_small_cache"])
-def test_the_real_size_loads_and_runs_in_its_bounds(name):
+@pytest.mark.parametrize(
+    ("name", "samples", "fits"),
+    [
+        ("target_h200", 1, True),
+        ("target_h200_small_cache", 1, True),
+        ("target_h200_captured", 1, True),
+        ("target_h200_captured_six", 6, True),
+        ("target_h200_captured_draft", 1, False),
+    ],
+)
+def test_the_real_size_loads_and_runs_in_its_bounds(name, samples, fits):
     shipped = read_json(RESULTS / f"{name}.json")
     gpu = shipped["gpu"]
     assert (shipped["tensors"], shipped["vocab_size"], shipped["dtype"]) == (1166, 155697, "bfloat16")
@@ -142,8 +151,8 @@ def test_the_real_size_loads_and_runs_in_its_bounds(name):
     parts = shipped["weights_gib"] + gpu["cache_gib"] + gpu["activations_gib"]["vision_and_prefill"]
     assert parts < shipped["gpu_peak_gib"] + 0.01 < gpu["reserved_gib"] + 0.02
     assert gpu["needed_bytes"] == pytest.approx((gpu["reserved_gib"] + gpu["context_gib"]) * 2**30, rel=1e-4)
-    assert gpu["fits_24gb"] == (gpu["needed_bytes"] < 24_564 * 2**20) is True
-    assert shipped["trajectory"] == shipped["trajectory"] | {"shape": [1, 64, 3], "finite": True}
+    assert gpu["fits_24gb"] == (gpu["needed_bytes"] < 24_564 * 2**20) is fits
+    assert shipped["trajectory"] == shipped["trajectory"] | {"shape": [samples, 64, 3], "finite": True}
 
 
 def test_the_shipped_world_lies_in_its_bounds():
@@ -264,7 +273,7 @@ def test_the_cuda_tests_passed():
     assert shipped["failed"] == 0 and shipped["passed"] >= 34
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("window_*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*window_*.json")), ids=lambda path: path.stem)
 def test_a_windows_figures_follow_from_its_raw_timings(path):
     shipped = read_json(path)
     raw = shipped["raw"]
@@ -276,7 +285,7 @@ def test_a_windows_figures_follow_from_its_raw_timings(path):
         rows = int(samples) * raw["waypoints"]
         work = expert_work(TextShape(**raw["expert_shape"]), raw["prompt_tokens"], rows)
         assert (work.bytes, work.operations) == (raw["expert_bytes"], operations)
-    assert path.stem.removeprefix("window_").upper() in shipped["gpu"]["name"]
+    assert path.stem.split("window_")[1].upper() in shipped["gpu"]["name"]
     assert "bench --window" in shipped["provenance"]["command"]
     assert len(shipped["provenance"]["revision"]) == 40
 

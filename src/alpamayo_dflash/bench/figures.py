@@ -14,10 +14,11 @@ REPLAYED = (
     *("decode_vs_autoregressive", "decode_vs_transformers", "decode_vs_compiled"),
 )
 """Keys whose timings are of texts with replayed proposals."""
-_BASELINES = ("transformers", "compiled")
+_BASELINES = ("autoregressive", "compiled", "transformers")
 WINDOW_REPLAYED = (
     *("window_ms", "window_six_over_one", "window_p99_over_p50", "window_overhead"),
-    *("window_vs_transformers", "window_vs_compiled", "vision_reuse_over_none"),
+    *("window_vs_autoregressive", "window_vs_compiled", "window_vs_transformers"),
+    "vision_reuse_over_none",
 )
 """Keys of whole windows, whose proposals are replayed."""
 _RESAMPLES = 400
@@ -134,7 +135,7 @@ def window_parts(raw: Mapping[str, Any], floor: Mapping[str, float]) -> dict[str
 
     Args:
         raw: whole windows by samples, and their parts by samples: `window_ms` and `window_parts_ms`, and with
-            `transformers_` and `compiled_` before `window_ms` and `parts_ms`. An arm that was not timed is
+            a baseline's name and `_` before `window_ms` and `parts_ms`. An arm that was not timed is
             left out.
         floor: of each part, with one sample.
 

@@ -38,7 +38,7 @@ from alpamayo_dflash.bench.vision import vision
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import provenance, write_json
 from alpamayo_dflash.common.machine import Clock, current
-from alpamayo_dflash.decode.decoder import Result
+from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.report.tables import WINDOW_PARTS
 from alpamayo_dflash.standins.untrained import noise_window
 from alpamayo_dflash.target.images import FrameStaging
@@ -94,6 +94,7 @@ def measured(bench: Bench, windows: Windows) -> dict[str, Any]:
     raw |= counted(bench) | preprocess(bench.target, config.repeats) | windows.raw()
     if config.quick:
         return raw
+    raw |= autoregressive(bench, windows.window)
     raw |= vision(bench.target, windows.prompt, config.repeats)
     raw |= reuse(bench, windows)
     raw |= prompt_pass(windows.decoder.verifier, windows.prompt, config.repeats)
@@ -200,16 +201,10 @@ class Windows:
                 self._known[samples, seed] = self.text(samples, seed)
             known = self._known[samples, seed]
         self._replay.load(known, seed)
-        clock = Clock(self._bench.device)
-        start = clock.now_ms()
-        result = self._generate(samples, seed)
-        assert result.pred_xyz is not None
-        result.pred_xyz.cpu()
-        wall = clock.now_ms() - start
+        found, result = timed(self._bench, self.decoder, self.window, samples, seed)
         if result.token_ids != known:
             raise RuntimeError(f"the same window and seed gave {known} and then {result.token_ids}")
-        parts = {part: round(ms, 4) for part, ms in result.timings.parts.items()}
-        return Timed(round(wall, 4), parts, result.rounds)
+        return found
 
     def text(self, samples: int, seed: int) -> list[list[int]]:
         """What the target writes at this width of rows; see `setup.replayed`."""
@@ -219,8 +214,36 @@ class Windows:
         return self._generate(samples, seed).token_ids
 
     def _generate(self, samples: int, seed: int) -> Result:
-        options = self._bench.options(samples, seed, self._bench.config.text_tokens)
-        return self.decoder.generate(self.window, **options | {"trajectories": True})
+        return self.decoder.generate(self.window, **_options(self._bench, samples, seed))
+
+
+def timed(
+    bench: Bench, decoder: SpeculativeDecoder, window: Window, samples: int, seed: int
+) -> tuple[Timed, Result]:
+    """A window's times, from its frames to the trajectory on the host, and its result."""
+    clock = Clock(bench.device)
+    start = clock.now_ms()
+    result = decoder.generate(window, **_options(bench, samples, seed))
+    assert result.pred_xyz is not None
+    result.pred_xyz.cpu()
+    wall = clock.now_ms() - start
+    parts = {part: round(ms, 4) for part, ms in result.timings.parts.items()}
+    return Timed(round(wall, 4), parts, result.rounds), result
+
+
+def _options(bench: Bench, samples: int, seed: int) -> dict[str, Any]:
+    return bench.options(samples, seed, bench.config.text_tokens) | {"trajectories": True}
+
+
+def autoregressive(bench: Bench, window: Window) -> dict[str, Any]:
+    """Raw timings of our own windows without a draft, one token a pass."""
+    decoder, repeats = bench.decoder(None), bench.config.repeats
+    raw: dict[str, Any] = {"autoregressive_window_ms": {}, "autoregressive_parts_ms": {}}
+    for samples in (1, SIX):
+        each = [timed(bench, decoder, window, samples, seed)[0] for seed in range(repeats + _WARM)]
+        raw["autoregressive_window_ms"][str(samples)] = [one.wall_ms for one in each[_WARM:]]
+        raw["autoregressive_parts_ms"][str(samples)] = _by_part(each[_WARM:])
+    return raw
 
 
 def reuse(bench: Bench, plain: Windows) -> dict[str, Any]:

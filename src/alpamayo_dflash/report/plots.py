@@ -19,8 +19,9 @@ _BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE = "#0072B2", "#E69F00", "#009E73", "
 _GREY = "#767676"  # legible on white and on black alike
 WINDOW_ARMS = {
     "ours_1": ("this project", _BLUE),
-    "transformers_1": ("transformers, eager", _VERMILION),
+    "autoregressive_1": ("this project, one token a pass", _ORANGE),
     "compiled_1": ("transformers, compiled", _GREEN),
+    "transformers_1": ("transformers, eager", _VERMILION),
     "floor": ("floor", _GREY),
 }
 """The arms of a window's bars, from top to bottom: what readers call them, and their colours."""
