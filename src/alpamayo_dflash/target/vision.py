@@ -60,8 +60,8 @@ def merge_order(grid_h: int, grid_w: int, merge: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=16)
-def _corners(side: int, grid_h: int, grid_w: int, merge: int) -> list[tuple[Tensor, Tensor]]:
-    """Four entries of a square table for each patch, int64 [T], and their weights, float32 [T]."""
+def _corners(side: int, grid_h: int, grid_w: int, merge: int) -> tuple[Tensor, Tensor]:
+    """Four entries of a square table for each patch, int64 [4, T], and their weights, float32 [4, T]."""
     row, column = merge_order(grid_h, grid_w, merge)
 
     def between(index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,12 +71,9 @@ def _corners(side: int, grid_h: int, grid_w: int, merge: int) -> list[tuple[Tens
 
     top, bottom, down = between(row, grid_h)
     left, right, across = between(column, grid_w)
-    return [
-        (top * side + left, (1 - down) * (1 - across)),
-        (top * side + right, (1 - down) * across),
-        (bottom * side + left, down * (1 - across)),
-        (bottom * side + right, down * across),
-    ]
+    rows, columns = torch.stack((top, top, bottom, bottom)), torch.stack((left, right, left, right))
+    weights = (1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across
+    return rows * side + columns, torch.stack(weights)
 
 
 def interpolated_positions(table_VC: Tensor, grid_h: int, grid_w: int, merge: int) -> Tensor:
@@ -84,10 +81,8 @@ def interpolated_positions(table_VC: Tensor, grid_h: int, grid_w: int, merge: in
     device = table_VC.device
     with torch.inference_mode(False):  # what is kept serves training too
         corners = _corners(round(table_VC.shape[0] ** 0.5), grid_h, grid_w, merge)
-    parts = [
-        table_VC[index.to(device)] * weight.to(device)[:, None].to(table_VC.dtype)
-        for index, weight in corners
-    ]
+    index, weight = (each.to(device) for each in corners)
+    parts = table_VC[index] * weight.unsqueeze(-1).to(table_VC.dtype)
     return parts[0] + parts[1] + parts[2] + parts[3]
 
 
