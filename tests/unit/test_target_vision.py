@@ -62,6 +62,41 @@ def test_company_of_other_sizes_does_not_matter(visual):
     assert torch.equal(found[:6], features(visual, one[None], (4, 6))[0])
 
 
+@pytest.mark.parametrize(
+    "name", ["patch_embed", "blocks.0.attn.qkv", "blocks.1.mlp", "blocks.1.mlp.linear_fc1", "merger"]
+)
+def test_what_is_more_than_its_weights_is_called_by_fours(visual, name):
+    images, called = torch.randn(6, 24, 384), []
+    expected = features(visual, images, (4, 6))
+
+    def halve(_module, _inputs, output):
+        called.append(output)
+        return output / 2
+
+    handle = visual.get_submodule(name).register_forward_hook(halve)
+    try:
+        halved, together = (features(visual, images, (4, 6), **each) for each in ({}, {"group": None}))
+        alone = features(visual, images[-1:], (4, 6))
+    finally:
+        handle.remove()
+    assert len({output.shape for output in called[:2]}) == 1 and len(called) >= 4
+    assert torch.equal(halved, alone) and not torch.allclose(halved, expected)
+    torch.testing.assert_close(halved, together, atol=2e-5, rtol=1e-5)
+
+
+def test_gradients_by_fours_are_those_of_all_at_once(visual):
+    pixels, grid = torch.randn(6 * 24, 384), torch.tensor([[1, 4, 6]] * 6)
+    found = []
+    for group in (4, None):
+        visual.zero_grad()
+        encode_images(visual, pixels, grid, group=group).embeds.square().mean().backward()
+        found.append([weight.grad.clone() for weight in visual.parameters() if weight.grad is not None])
+    visual.zero_grad()
+    assert len(found[0]) == len(found[1]) > 0
+    for grouped, together in zip(*found, strict=True):
+        torch.testing.assert_close(grouped, together, atol=1e-5, rtol=1e-4)
+
+
 def test_tables_that_are_kept_can_be_trained_with(visual):
     """They are made in inference mode first, and then asked for where gradients are taken."""
     pixels, grid = torch.randn(60, 384), torch.tensor([[1, 6, 10]])

@@ -5,7 +5,8 @@ The same maths (specification 6) runs here on a batch of equal images, over the 
 modules. A test holds the two equal.
 
 How a product rounds depends on its number of rows. So images always go four together, the last of them with
-images of zeros, and what comes of an image does not depend on its company. `vision_fused` is the fast form.
+images of zeros, and what comes of an image does not depend on its company. On a CPU, where calls are what a
+small tower's groups cost, only the products go by fours. `vision_fused` is the fast form.
 
 Shapes: N images, T patches of an image in merge-block order, C vision hidden, M patches of a merged block,
 K values of a patch.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alpamayo_dflash.target.qwen3 import rotate
 from alpamayo_dflash.target.rotary import vision_rope_theta
 from alpamayo_dflash.target.weights import hooked, why_module
 
@@ -32,10 +32,6 @@ GROUP = 4
 
 Grid = tuple[int, int]
 """Patches of an image from top to bottom, and from left to right."""
-
-
-_Call = Callable[[Any, Tensor], Tensor]
-"""(a module that is a tower's MLP or merger, hidden [N, T, C]) -> its output [..., columns]."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,8 @@ def merge_order(grid_h: int, grid_w: int, merge: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=16)
-def _corners(side: int, grid_h: int, grid_w: int, merge: int) -> list[tuple[Tensor, Tensor]]:
-    """Four entries of a square table for each patch, int64 [T], and their weights, float32 [T]."""
+def _corners(side: int, grid_h: int, grid_w: int, merge: int) -> tuple[Tensor, Tensor]:
+    """Four entries of a square table for each patch, int64 [4, T], and their weights, float32 [4, T]."""
     row, column = merge_order(grid_h, grid_w, merge)
 
     def between(index: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,12 +67,9 @@ def _corners(side: int, grid_h: int, grid_w: int, merge: int) -> list[tuple[Tens
 
     top, bottom, down = between(row, grid_h)
     left, right, across = between(column, grid_w)
-    return [
-        (top * side + left, (1 - down) * (1 - across)),
-        (top * side + right, (1 - down) * across),
-        (bottom * side + left, down * (1 - across)),
-        (bottom * side + right, down * across),
-    ]
+    rows, columns = torch.stack((top, top, bottom, bottom)), torch.stack((left, right, left, right))
+    weights = (1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across
+    return rows * side + columns, torch.stack(weights)
 
 
 def interpolated_positions(table_VC: Tensor, grid_h: int, grid_w: int, merge: int) -> Tensor:
@@ -84,10 +77,8 @@ def interpolated_positions(table_VC: Tensor, grid_h: int, grid_w: int, merge: in
     device = table_VC.device
     with torch.inference_mode(False):  # what is kept serves training too
         corners = _corners(round(table_VC.shape[0] ** 0.5), grid_h, grid_w, merge)
-    parts = [
-        table_VC[index.to(device)] * weight.to(device)[:, None].to(table_VC.dtype)
-        for index, weight in corners
-    ]
+    index, weight = (each.to(device) for each in corners)
+    parts = table_VC[index] * weight.unsqueeze(-1).to(table_VC.dtype)
     return parts[0] + parts[1] + parts[2] + parts[3]
 
 
@@ -149,67 +140,142 @@ def encode_equal_images(
     Returns:
         the merged features [N * T / M, text hidden] and the deepstack features, one such tensor a level.
     """
-    tables, tokens = (
-        grid_tables(visual, grid_h, grid_w),
-        len(pixel_values) // visual.config.spatial_merge_size**2,
-    )
+    tables = grid_tables(visual, grid_h, grid_w)
     if group is None:
-        return _encode_together(visual, pixel_values, tables, _all_at_once)
-    threads = pixel_values.device.type == "cpu" and torch.get_num_threads() > 1
-    call = _image_by_image if threads else _all_at_once
-    rows = group * grid_h * grid_w
-    parts = [
-        _encode_together(visual, functional.pad(some, (0, 0, 0, rows - len(some))), tables, call)
-        for some in pixel_values.split(rows)
-    ]
-    merged, deepstack = zip(*parts, strict=True)
-    tokens = len(pixel_values) // visual.config.spatial_merge_size**2
-    return torch.cat(merged)[:tokens], [torch.cat(level)[:tokens] for level in zip(*deepstack, strict=True)]
+        return _encode_together(visual, pixel_values, tables, _AllAtOnce())
+    rows, tokens = group * grid_h * grid_w, len(pixel_values) // visual.config.spatial_merge_size**2
+    missing = -len(pixel_values) % rows
+    if missing:
+        pixel_values = functional.pad(pixel_values, (0, 0, 0, missing))
+    on_cpu = pixel_values.device.type == "cpu"
+    one_thread = on_cpu and torch.get_num_threads() == 1
+    if one_thread and tables.positions.dtype == torch.float32:
+        merged, deepstack = _encode_together(visual, pixel_values, tables, _ProductsInGroups(group))
+        return merged[:tokens], [level[:tokens] for level in deepstack]
+    calls = _ImageByImage() if on_cpu and not one_thread else _AllAtOnce()
+    parts = [_encode_together(visual, some, tables, calls) for some in pixel_values.split(rows)]
+    together, levels = zip(*parts, strict=True)
+    return torch.cat(together)[:tokens], [torch.cat(level)[:tokens] for level in zip(*levels, strict=True)]
 
 
-def _encode_together(
-    visual: Any, pixel_values: Tensor, tables: GridTables, call: _Call
-) -> tuple[Tensor, list[Tensor]]:
-    config = visual.config
-    heads, patches = config.num_heads, len(tables.positions)
-    hidden_NTC = _embed_patches(visual.patch_embed, pixel_values).view(-1, patches, config.hidden_size)
-    hidden_NTC = hidden_NTC + tables.positions
-    deepstack: list[Tensor] = []
-    for index, block in enumerate(visual.blocks):
-        qkv = block.attn.qkv(block.norm1(hidden_NTC)).view(-1, patches, 3, heads, config.hidden_size // heads)
-        q, k, v = qkv.unbind(2)
-        q, k = (rotate(x.float(), tables.cos, tables.sin).to(v.dtype).transpose(1, 2) for x in (q, k))
-        attended = functional.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2)
-        hidden_NTC = hidden_NTC + block.attn.proj(attended.flatten(2))
-        hidden_NTC = hidden_NTC + call(block.mlp, block.norm2(hidden_NTC))
-        if index in config.deepstack_visual_indexes:
-            merger = visual.deepstack_merger_list[config.deepstack_visual_indexes.index(index)]
-            deepstack.append(call(merger, hidden_NTC).flatten(0, -2))
-    return call(visual.merger, hidden_NTC).flatten(0, -2), deepstack
+class _AllAtOnce:
+    """How the tower's modules are called: on all images together."""
+
+    def product(self, x_NTI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+        """X @ weight.T + bias, [N, T, O]."""
+        return functional.linear(x_NTI, weight_OI, bias_O)
+
+    def linear(self, module: Any, x_NTI: Tensor) -> Tensor:
+        """A linear layer's output, [N, T, O]."""
+        out: Tensor = module(x_NTI)
+        return out
+
+    def gelu(self, module: Any, hidden_NTC: Tensor) -> Tensor:
+        """The output of an MLP or a merger, rows in the order of the images."""
+        out: Tensor = module(hidden_NTC)
+        return out
 
 
-def _all_at_once(module: Any, hidden_NTC: Tensor) -> Tensor:
-    out: Tensor = module(hidden_NTC)
-    return out
-
-
-def _image_by_image(module: Any, hidden_NTC: Tensor) -> Tensor:
-    """Call a module with a GELU on each image alone, so that an image's place in a group does not matter.
+class _ImageByImage(_AllAtOnce):
+    """Modules with a GELU are called on each image alone, so that its place in a group does not matter.
 
     A CPU's threads share a GELU's values out without regard to images, and what is left over of a share when
     it is cut into vectors is computed another way: with three threads, bits differed.
     """
-    return torch.stack([module(hidden_TC) for hidden_TC in hidden_NTC])
+
+    def gelu(self, module: Any, hidden_NTC: Tensor) -> Tensor:
+        return torch.stack([module(hidden_TC) for hidden_TC in hidden_NTC])
 
 
-def _embed_patches(patch_embed: Any, pixel_values: Tensor) -> Tensor:
-    """[patches, C]. A convolution whose steps are its size is a product."""
+@dataclass(frozen=True)
+class _ProductsInGroups(_AllAtOnce):
+    """A product a group, in one call, and all images at once in whatever takes each row or value alone.
+
+    For float32 on one thread of a CPU: there norms, attention and GELU do not look at how many images there
+    are, nor does a batch of products at how many it holds.
+
+    Attributes:
+        group: how many images a product takes; N is a multiple.
+    """
+
+    group: int
+
+    def product(self, x_NTI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+        images, rows, inputs = x_NTI.shape
+        x_GRI = x_NTI.reshape(images // self.group, self.group * rows, inputs)
+        weight_GIO = weight_OI.t().expand(len(x_GRI), -1, -1)
+        return torch.baddbmm(bias_O, x_GRI, weight_GIO).view(images, rows, -1)
+
+    def linear(self, module: Any, x_NTI: Tensor) -> Tensor:
+        if _is(module, nn.Linear) and type(module.weight) is nn.Parameter and module.bias is not None:
+            return self.product(x_NTI, module.weight, module.bias)
+        return self._by_group(module, x_NTI)
+
+    def gelu(self, module: Any, hidden_NTC: Tensor) -> Tensor:
+        from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen
+
+        if _is(module, qwen.Qwen3VLVisionMLP):
+            normed = hidden_NTC
+        elif _is(module, qwen.Qwen3VLVisionPatchMerger):
+            merged = (len(hidden_NTC), -1, module.hidden_size)
+            after = module.use_postshuffle_norm
+            normed = module.norm(hidden_NTC.view(merged) if after else hidden_NTC).view(merged)
+        else:
+            return self._by_group(module, hidden_NTC)
+        return self.linear(module.linear_fc2, module.act_fn(self.linear(module.linear_fc1, normed)))
+
+    def _by_group(self, module: Any, x_NTI: Tensor) -> Tensor:
+        """What is more than its weights is called as it is."""
+        return torch.cat([module(some) for some in x_NTI.split(self.group)])
+
+
+def _is(module: Any, plain: type[nn.Module]) -> bool:
+    """Whether a module computes what its class says: no other class, no hooks, no forward of its own."""
+    return why_module(module, plain) is None and "forward" not in vars(module)
+
+
+def _encode_together(
+    visual: Any, pixel_values: Tensor, tables: GridTables, calls: _AllAtOnce
+) -> tuple[Tensor, list[Tensor]]:
+    config = visual.config
+    heads, patches, width = config.num_heads, len(tables.positions), config.hidden_size
+    pixels_NTK = pixel_values.view(-1, patches, pixel_values.shape[-1])
+    hidden_NTC = _embed_patches(visual.patch_embed, pixels_NTK, calls).view(-1, patches, width)
+    hidden_NTC = hidden_NTC + tables.positions
+    cos, sin = _wide(tables, heads)
+    deepstack: list[Tensor] = []
+    for index, block in enumerate(visual.blocks):
+        qk, v = calls.linear(block.attn.qkv, block.norm1(hidden_NTC)).split((2 * width, width), dim=-1)
+        qk = _rotated(qk.float(), cos, sin, width // heads).to(v.dtype)
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (*qk.chunk(2, dim=-1), v))
+        attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        hidden_NTC = hidden_NTC + calls.linear(block.attn.proj, attended.flatten(2))
+        hidden_NTC = hidden_NTC + calls.gelu(block.mlp, block.norm2(hidden_NTC))
+        if index in config.deepstack_visual_indexes:
+            merger = visual.deepstack_merger_list[config.deepstack_visual_indexes.index(index)]
+            deepstack.append(calls.gelu(merger, hidden_NTC).flatten(0, -2))
+    return calls.gelu(visual.merger, hidden_NTC).flatten(0, -2), deepstack
+
+
+def _wide(tables: GridTables, heads: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 2·C] for q and k side by side; the sines of a head's first half are negative."""
+    first, second = tables.sin.chunk(2, dim=-1)
+    return tables.cos.repeat(1, 2 * heads), torch.cat((-first, second), dim=-1).repeat(1, 2 * heads)
+
+
+def _rotated(qk: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
+    """`rotate` of q and k side by side [N, T, 2·C], to the bit: on a CPU long rows are quicker than heads."""
+    first, second = qk.unflatten(-1, (-1, 2, head_dim // 2)).unbind(-2)
+    return qk * cos + torch.stack((second, first), dim=-2).flatten(2) * sin
+
+
+def _embed_patches(patch_embed: Any, pixels_NTK: Tensor, calls: _AllAtOnce) -> Tensor:
+    """[..., C]. A convolution whose steps are its size is a product."""
     projection = patch_embed.proj
-    if hooked(patch_embed) or why_module(projection, nn.Conv3d) is not None:
-        called: Tensor = patch_embed(pixel_values)
-        return called
-    pixels = pixel_values.to(projection.weight.dtype)
-    return functional.linear(pixels, projection.weight.flatten(1), projection.bias)
+    if hooked(patch_embed) or why_module(projection, nn.Conv3d) is not None or projection.bias is None:
+        return calls.linear(patch_embed, pixels_NTK)
+    pixels_NTK = pixels_NTK.to(projection.weight.dtype)
+    return calls.product(pixels_NTK, projection.weight.flatten(1), projection.bias)
 
 
 def _table(pos_embed: nn.Module) -> Tensor:
