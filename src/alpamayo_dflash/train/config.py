@@ -49,6 +49,9 @@ class TrainConfig:
         target_layers: layers to tap among the data's, such as 1,9,17; init_from's, or all, if left out.
         draft_vocab_size: tokens of a reduced head, the commonest of the training responses and the end marks;
             0 for the whole head; init_from's, or the whole, if left out.
+        previous_head: what the pick of one place adds to the logits of the next: bigram, mlp, gru, or none;
+            init_from's, or none, where it is left out.
+        previous_size: size of that head's code; init_from's, or 64, where it is left out.
         init_from: start from this draft (folder) in place of random weights.
         full_vocab: with init_from: resize the draft to the target's vocabulary.
         train_embeddings: train copies of the target's embedding and head, kept in the draft.
@@ -96,6 +99,8 @@ class TrainConfig:
     context_len: int | None = None
     target_layers: str | None = None
     draft_vocab_size: int | None = None
+    previous_head: Literal["none", "bigram", "mlp", "gru"] | None = None
+    previous_size: int | None = None
     init_from: Path | None = None
     full_vocab: bool = False
     train_embeddings: bool = False
@@ -131,7 +136,7 @@ class TrainConfig:
             return {name: getattr(self, name) for name in names}
 
         check_positive(**named("num_epochs", "batch_size", "stride", "log_interval"))
-        check_positive(**named("max_steps", "num_draft_layers", "context_len"))
+        check_positive(**named("max_steps", "num_draft_layers", "context_len", "previous_size"))
         check_at_least(0, **named("warmup_steps", "weight_decay", "save_every", "num_workers", "cache_gib"))
         check_at_least(0, draft_vocab_size=self.draft_vocab_size)
         check_range(2, MOST_BLOCK, block_size=self.block_size)
