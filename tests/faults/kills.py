@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gc
+import importlib
 import json
 import os
 import random
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a thread that pyarrow's import starts
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
@@ -39,6 +42,8 @@ from alpamayo_dflash.evaluate import run as _evaluate  # noqa: F401
 from alpamayo_dflash.layers import run as _layers  # noqa: F401
 from alpamayo_dflash.train import run as _train  # noqa: F401
 
+# What the stages import only when they need it; else every fork would import it again.
+LATE = ("huggingface_hub.hf_file_system", "physical_ai_av", "torch.utils.tensorboard", "tyro.extras")
 STAGES = ("layers", "distill", "train", "evaluate")
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod"}
 _FULL_KIB = {"layers": 8, "distill": 48, "train": 192, "evaluate": 4}
@@ -124,6 +129,9 @@ class Trials:
     def __init__(self, folder: Path) -> None:
         """Make the inputs, and each stage's artefacts undisturbed."""
         self.folder, self.log = folder, folder / "log.txt"
+        for name in LATE:
+            importlib.import_module(name)
+        gc.freeze()  # a collection in a fork would write to, and so copy, all that the imports made
         # In a child, as all that computes: threads do not live on in what is forked after them.
         assert ended(fork(lambda: prepare(folder), self.log)) == 0, self.log.read_text()[-3000:]
         self.counts: collections.Counter[str] = collections.Counter()

@@ -72,6 +72,7 @@ SUBSTITUTIONS = {
     "alpamayo.md": {
         "--device cuda": "--device cpu",
         'device="cuda"': 'device="cpu"',
+        "--context-len 64": "--context-len 64 --samples-per-clip 2",
         "--num-samples 32": "--num-samples 2",
         "--num-samples 60": "--num-samples 1",
         "--num-draft-layers 2": "--num-draft-layers 1 --num-epochs 1",
@@ -83,7 +84,9 @@ SUBSTITUTIONS = {
         "--target DIR": "--target random",
         "--out FILE": "--out figures.json",
         "--size r1-10b": "--size small",
-        "--target random:r1-10b --device cuda": "--target random:small --device cpu --repeats 2",
+        # Not quick it runs in test_bench.py.
+        "--target random:r1-10b --device cuda": "--target random:small --device cpu --repeats 2 --texts 3 "
+        "--windows 3 --quick",
         "--device cuda": "--device cpu",
     },
 }

@@ -263,6 +263,14 @@ def test_kernels_are_timed_on_a_gpu_only(tmp_path, capsys):
     assert "GPU" in capsys.readouterr().err
 
 
+@pytest.fixture
+def _not_warmed(monkeypatch):
+    """On a CPU nothing is compiled or captured by the first calls."""
+    for name in ("baselines.WARM", "clocks.WARM", "generation.WARM", "window._WARM"):
+        monkeypatch.setattr(f"alpamayo_dflash.bench.{name}", 0)
+
+
+@pytest.mark.usefixtures("_not_warmed")
 @pytest.mark.slow
 def test_a_small_run(tmp_path, capsys):
     out, counts = tmp_path / "engine.json", tmp_path / "counts.csv"
@@ -390,13 +398,6 @@ def test_plans_that_are_tried_fit_their_shapes():
             )
     with pytest.raises(ValueError, match="plans is 'heads'"):
         BenchKernelsConfig(plans="heads")
-
-
-@pytest.fixture
-def _not_warmed(monkeypatch):
-    """On a CPU nothing is compiled or captured by the first calls."""
-    monkeypatch.setattr("alpamayo_dflash.bench.window._WARM", 0)
-    monkeypatch.setattr("alpamayo_dflash.bench.baselines.WARM", 0)
 
 
 @pytest.mark.usefixtures("_not_warmed")
