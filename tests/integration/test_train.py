@@ -20,6 +20,7 @@ from alpamayo_dflash.target.checkpoint import read_target, target_identity
 from alpamayo_dflash.train import trainer as trainer_module
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.run import run
+from alpamayo_dflash.train.start import first_draft
 
 V, C, LAYERS, TAPS, CONTEXT = 64, 32, 3, (0, 2), 6
 TRAJ_START, TRAJ = 52, 8
@@ -258,6 +259,7 @@ from pathlib import Path
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.run import run
+from alpamayo_dflash.train.start import first_draft
 target, data, out = sys.argv[1:]
 config = TrainConfig(target, Path(data), Path(out), num_epochs=1, batch_size=48, learning_rate=3e-3,
                      num_draft_layers=1, held_out_chunks="3", log_interval=1, loss_type="ce+kl")
@@ -339,6 +341,44 @@ def test_training_goes_on_from_a_draft(made, tmp_path):
         )
     )
     assert wider["draft_config"]["block_size"] == 16
+
+
+@pytest.mark.parametrize("kind", ["bigram", "mlp", "gru"])
+def test_a_head_on_previous_picks_is_trained_kept_and_let_go(made, tmp_path, kind):
+    """From nothing, from a draft without one, with fewer columns; and a head of another kind begins anew."""
+    plain = run(options(made, tmp_path / "plain", num_epochs=4))
+    with_head = {"num_epochs": 2, "num_draft_layers": None, "previous_size": 8, "loss_type": "kl"}
+    grown = run(options(made, tmp_path / "grown", init_from=plain["draft"], previous_head=kind, **with_head))
+    # A new head adds nothing yet, so the first look finds the draft as it was.
+    assert grown["evaluations"][0]["acceptance_length"] == plain["acceptance_length"]
+    assert grown["losses"][-1]["kl"] < grown["losses"][0]["kl"]
+    moved = weights(tmp_path / "grown" / "checkpoint")
+    names = {name for name in moved if name.startswith("previous.")}
+    assert {"previous.token.weight", "previous.out.weight"} <= names
+    assert moved["previous.out.weight"].any()
+
+    config = options(made, tmp_path / "again", init_from=grown["draft"], num_draft_layers=None)
+    fewer, best = torch.arange(0, 40, 2), weights(tmp_path / "grown" / "draft")
+    manifest = DistillData(made / "data").manifest
+    reduced = first_draft(config, manifest, read_target(made / "target"), fewer)
+    assert (reduced.config.previous_head, reduced.config.previous_size) == (kind, 8)
+    assert torch.equal(reduced.previous.out.weight, best["previous.out.weight"][fewer])
+    other = dataclasses.replace(config, previous_head="mlp" if kind == "gru" else "gru")
+    anew = first_draft(other, manifest, read_target(made / "target"))
+    assert anew.previous.kind != kind and not anew.previous.out.weight.any()
+    assert torch.equal(anew.fc.weight, best["fc.weight"])
+
+    without = run(
+        options(
+            made,
+            tmp_path / "no",
+            init_from=grown["draft"],
+            num_draft_layers=None,
+            num_epochs=1,
+            previous_head="none",
+        )
+    )
+    assert DFlashDraft.from_pretrained(without["draft"]).previous is None
 
 
 def test_a_draft_of_another_vocabulary_is_resized_by_option(made, tmp_path):
