@@ -204,7 +204,7 @@ def _trainer(
     draft.bind(target.embedding.to(processes.device), target.head.to(processes.device), target.num_layers)
     unlabelled = range(0) if config.trajectory_labels else target.traj_ids
     cached = int(config.cache_gib * 2**30)
-    teacher = config.loss_type != "ce"
+    teacher = config.needs_teacher
     blocks = BlockData(data, train, draft.config, teacher=teacher, unlabelled=unlabelled, cache_bytes=cached)
     walked = BlockData(data, held_out, draft.config, teacher=False, unlabelled=range(0), cache_bytes=cached)
 
