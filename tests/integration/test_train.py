@@ -248,6 +248,70 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(made, tmp_path, monkeypa
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def contents(folder):
+    """Every file below a folder but logs and locks, with its bytes."""
+    files = (
+        path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors")
+    )
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps_between"),
+    [
+        ({"save_every": 4, "log_interval": 100}, (7, 8)),  # found before a checkpoint
+        ({"save_every": 5, "log_interval": 3}, (2, 3)),  # at a log entry
+        ({"log_interval": 100}, (10, 12)),  # at the end
+    ],
+)
+def test_nothing_is_written_after_a_loss_that_is_not_finite(
+    made, tmp_path, monkeypatch, changes, steps_between
+):
+    bad, found = steps_between
+    out, steps, before = tmp_path / "out", [], {}
+    step = trainer_module.Trainer._step
+
+    def spoilt(self, batch):
+        steps.append(self.progress.step + 1)
+        if steps[-1] == bad:
+            before.update(contents(out))
+            batch = dataclasses.replace(batch, states=batch.states * torch.inf)
+        return step(self, batch)  # the weights are bad from here on
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", spoilt)
+    message = rf"not finite at step {bad}: weight of ce [0-9.]+, ce nan, .*gradient norm nan; .* is whole"
+    with pytest.raises(ValueError, match=message):
+        run(options(made, out, **changes))
+    assert steps == list(range(1, found + 1))
+    assert contents(out) == before
+    assert not (out / "train.json").exists()
+    # Mended, the run goes on from its checkpoint and is the one that was never spoilt.
+    monkeypatch.undo()
+    mended, expected = run(options(made, out, **changes)), run(options(made, tmp_path / "whole", **changes))
+    for key in ("losses", "evaluations", "best_step"):
+        assert mended[key] == expected[key]
+
+
+def test_a_step_is_not_read_before_the_next_log_entry_or_evaluation(made, tmp_path, monkeypatch):
+    steps, read = [], []
+    note, check = trainer_module.FirstFault.note, trainer_module.FirstFault.check
+
+    def noted(self, step, report):
+        steps.append(step)
+        note(self, step, report)
+
+    def checked(self, names):
+        read.append(steps[-1])
+        check(self, names)
+
+    monkeypatch.setattr(trainer_module.FirstFault, "note", noted)
+    monkeypatch.setattr(trainer_module.FirstFault, "check", checked)
+    result = run(options(made, tmp_path / "out", log_interval=4))
+    assert result["steps_per_epoch"] == 6
+    assert steps == list(range(1, 13))
+    assert read == [4, 6, 8, 12]
+
+
 def test_a_checkpoint_of_other_options_is_refused_or_goes_on_where_they_are_the_same(made, tmp_path):
     config = options(made, tmp_path / "out", num_epochs=1, loss_type="ce+tv+kl")
     run(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,35 @@ class Progress:
     best_step: int = -1
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     losses: list[dict[str, Any]] = field(default_factory=list)
+
+
+class FirstFault:
+    """The first step whose report is not finite, kept on the device, so that noting a step does not wait."""
+
+    def __init__(self, device: str) -> None:
+        self._step = torch.full((), -1, device=device)
+        self._report = torch.zeros((), device=device)
+
+    def note(self, step: int, report: Tensor) -> None:
+        """Look at a step's report."""
+        first = ~torch.isfinite(report).all() & (self._step < 0)
+        self._step = torch.where(first, step, self._step)
+        self._report = torch.where(first, report, self._report)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise ValueError if there is one; this waits for the device.
+
+        Args:
+            names: what a report's numbers are, for the message.
+        """
+        step = int(self._step)
+        if step < 0:
+            return
+        found = zip(names, self._report.tolist(), strict=True)
+        raise ValueError(
+            f"the loss or its gradient is not finite at step {step}: "
+            f"{', '.join(f'{name} {value:g}' for name, value in found)}; the last checkpoint is whole"
+        )
 
 
 class Trainer:
@@ -118,23 +147,26 @@ class Trainer:
         Args:
             checkpoint: folder of the checkpoint.
             monitor: told of every step and evaluation.
+
+        Raises:
+            ValueError: the loss or its gradient was not finite; this is found out, and the first such step
+                named, at the next log entry or evaluation, and nothing is written after that step.
         """
         if self.progress.best_step < 0:
             self._evaluate(monitor)
+        fault = FirstFault(self.processes.device)
         for batch in self._batches():
             report = self._step(batch)
             step = self.progress.step
-            if not bool(torch.isfinite(report).all()):
-                found = zip(self._report_names, report.tolist(), strict=True)
-                raise ValueError(
-                    f"the loss or its gradient is not finite at step {step}: "
-                    f"{', '.join(f'{name} {value:g}' for name, value in found)}; the last checkpoint is whole"
-                )
-            if step % self.config.log_interval == 0 or step == self.total_steps:
+            fault.note(step, report)
+            logs, due = step % self.config.log_interval == 0 or step == self.total_steps, self._due(step)
+            if logs or due:
+                fault.check(self._report_names)  # before anything is written
+            if logs:
                 self.progress.losses.append(self._totals(report))
                 monitor.logged(self.progress.losses[-1], self._losses)
             monitor.stepped(step)
-            if self._due(step):
+            if due:
                 self._evaluate(monitor)
                 if self.processes.first:
                     save_training(checkpoint, self.draft, self.optimizer, self._state())
