@@ -326,6 +326,10 @@ def test_a_checkpoint_of_other_options_is_refused_or_goes_on_where_they_are_the_
     assert run(config)["nothing_to_do"]
     with pytest.raises(ValueError, match="made with labels 'emitted', not 'argmax'"):
         run(dataclasses.replace(config, labels="argmax"))
+    state["config"]["loss"] = {"terms": ["ce"]}
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"options that this version does not have, \['loss'\]"):
+        run(config)
 
 
 def test_a_run_with_other_options_does_not_continue(made, tmp_path):
