@@ -26,6 +26,7 @@ from alpamayo_dflash.draft.heads import moved_rows
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import FrozenTarget
 from alpamayo_dflash.train.config import DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS, TrainConfig, decay_gamma
+from alpamayo_dflash.train.terms import parse_mix
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,8 @@ def acting_options(
 ) -> dict[str, Any]:
     """A run's options with those that were left out filled in: a default may be given by name.
 
+    A mix of losses is the same in any order.
+
     Args:
         values: the options as they were given.
         manifest: of the distillation data.
@@ -198,8 +201,10 @@ def acting_options(
     with naming(where):
         wanted = parse_layers(given("target_layers", str, ",".join(map(str, taps))))
         held_out_chunks = parse_chunks(chunks or None)
+        terms = parse_mix(given("loss_type", str, "ce"))
     return {
         **values,
+        "loss_type": "+".join(term.name for term in terms),
         "block_size": block,
         "num_draft_layers": given("num_draft_layers", int, layers),
         "context_len": given("context_len", int, first.context_len if first else manifest["context_len"]),
