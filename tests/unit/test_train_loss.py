@@ -191,6 +191,7 @@ class Fixed(torch.nn.Module):
         super().__init__()
         self.hidden, self.head, self.token_ids = hidden, head, token_ids
         self.config = SimpleNamespace(block_size=block_size)
+        self.previous = None
 
     def forward(self, *_):
         return self.hidden

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +92,12 @@ class BlockLoss(nn.Module):
         return dpace_weights(ce_SB, labelled_SB, self.options.dpace_alpha)[labelled_SB]
 
 
-def _shift(draft: Any, hidden_RC: Tensor, batch: BlockBatch) -> tuple[Tensor, Tensor] | None:
-    """What a head of the tokens before each mask adds to its logits, as `row_losses` takes it."""
-    previous = getattr(draft, "previous", None)  # not every draft has the attribute yet
-    if previous is None:
+def _shift(draft: DFlashDraft, hidden_RC: Tensor, batch: BlockBatch) -> tuple[Tensor, Tensor] | None:
+    """What a head on previous picks adds to the masks' logits, as `row_losses` takes it."""
+    if draft.previous is None:
         return None
-    return draft.shift_codes(hidden_RC, batch.anchors, batch.labels, batch.labelled), previous.out.weight
+    codes_Rr = draft.shift_codes(hidden_RC, batch.anchors, batch.labels, batch.labelled)
+    return codes_Rr, draft.previous.out.weight
 
 
 def decay_weights(num_masks: int, gamma: float) -> Tensor:
