@@ -20,6 +20,7 @@ from alpamayo_dflash.target.checkpoint import read_target, target_identity
 from alpamayo_dflash.train import trainer as trainer_module
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.run import run
+from alpamayo_dflash.train.start import first_draft
 
 V, C, LAYERS, TAPS, CONTEXT = 64, 32, 3, (0, 2), 6
 TRAJ_START, TRAJ = 52, 8
@@ -188,14 +189,17 @@ def test_a_toy_is_learnt_to_nearly_the_longest_acceptance(made, tmp_path):
     [
         {"loss_type": "kl", "kl_temperature": 2.0},
         {"loss_type": "ce+kl", "position_weights": "dpace", "dtype": "bfloat16"},
+        {"loss_type": "lk", "labels": "argmax", "position_weights": "dpace"},
         {"train_embeddings": True, "prefix_weight_gamma": 3.0, "block_size": 4, "stride": 2},
         {"cache_gib": 0.0, "num_workers": 2, "save_every": 3, "context_len": 3, "target_layers": "2"},
     ],
 )
 def test_every_loss_and_option_brings_the_loss_down(made, tmp_path, changes):
     result = run(options(made, tmp_path / "out", num_epochs=4, **changes))
-    key = "kl" if "kl" in changes.get("loss_type", "ce") else "ce"
-    assert result["losses"][-1][key] < 0.8 * result["losses"][0][key]
+    names = ["ce", *(name for name in changes.get("loss_type", "ce").split("+") if name != "ce")]
+    first, *_, last = result["losses"]
+    assert list(last) == ["step", *names, "gradient_norm", "learning_rate"]
+    assert last[names[-1]] < 0.8 * first[names[-1]]
     draft = DFlashDraft.from_pretrained(result["draft"])
     assert draft.config.trained_embeddings == changes.get("train_embeddings", False)
     if "save_every" in changes:
@@ -204,6 +208,14 @@ def test_every_loss_and_option_brings_the_loss_down(made, tmp_path, changes):
     if draft.config.trained_embeddings:
         target = load_file(made / "target" / "model.safetensors")["vlm.lm_head.weight"]
         assert 0 < float((draft.lm_head.weight.detach() - target).abs().max()) < 0.1
+
+
+def test_a_mix_that_bounds_acceptance_teaches_the_toy(made, tmp_path):
+    result = run(options(made, tmp_path / "out", num_epochs=16, learning_rate=1e-2, loss_type="kl+tv"))
+    first, *_, last = result["losses"]
+    assert last["tv"] < 0.5 * first["tv"]
+    assert last["kl"] < 0.2 * first["kl"]
+    assert result["acceptance_length"] > 2 * result["evaluations"][0]["acceptance_length"]
 
 
 def test_an_interrupted_run_equals_an_uninterrupted_one(made, tmp_path, monkeypatch):
@@ -237,6 +249,90 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(made, tmp_path, monkeypa
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def contents(folder):
+    """Every file below a folder but logs and locks, with its bytes."""
+    files = (
+        path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors")
+    )
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps_between"),
+    [
+        ({"save_every": 4, "log_interval": 100}, (7, 8)),  # found before a checkpoint
+        ({"save_every": 5, "log_interval": 3}, (2, 3)),  # at a log entry
+        ({"log_interval": 100}, (10, 12)),  # at the end
+    ],
+)
+def test_nothing_is_written_after_a_loss_that_is_not_finite(
+    made, tmp_path, monkeypatch, changes, steps_between
+):
+    bad, found = steps_between
+    out, steps, before = tmp_path / "out", [], {}
+    step = trainer_module.Trainer._step
+
+    def spoilt(self, batch):
+        steps.append(self.progress.step + 1)
+        if steps[-1] == bad:
+            before.update(contents(out))
+            batch = dataclasses.replace(batch, states=batch.states * torch.inf)
+        return step(self, batch)  # the weights are bad from here on
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", spoilt)
+    message = rf"not finite at step {bad}: weight of ce [0-9.]+, ce nan, .*gradient norm nan; .* is whole"
+    with pytest.raises(ValueError, match=message):
+        run(options(made, out, **changes))
+    assert steps == list(range(1, found + 1))
+    assert contents(out) == before
+    assert not (out / "train.json").exists()
+    # Mended, the run goes on from its checkpoint and is the one that was never spoilt.
+    monkeypatch.undo()
+    mended, expected = run(options(made, out, **changes)), run(options(made, tmp_path / "whole", **changes))
+    for key in ("losses", "evaluations", "best_step"):
+        assert mended[key] == expected[key]
+
+
+def test_a_step_is_not_read_before_the_next_log_entry_or_evaluation(made, tmp_path, monkeypatch):
+    steps, read = [], []
+    note, check = trainer_module.FirstFault.note, trainer_module.FirstFault.check
+
+    def noted(self, step, report):
+        steps.append(step)
+        note(self, step, report)
+
+    def checked(self, names):
+        read.append(steps[-1])
+        check(self, names)
+
+    monkeypatch.setattr(trainer_module.FirstFault, "note", noted)
+    monkeypatch.setattr(trainer_module.FirstFault, "check", checked)
+    result = run(options(made, tmp_path / "out", log_interval=4))
+    assert result["steps_per_epoch"] == 6
+    assert steps == list(range(1, 13))
+    assert read == [4, 6, 8, 12]
+
+
+def test_a_checkpoint_of_other_options_is_refused_or_goes_on_where_they_are_the_same(made, tmp_path):
+    config = options(made, tmp_path / "out", num_epochs=1, loss_type="ce+tv+kl")
+    run(config)
+    assert run(dataclasses.replace(config, loss_type="kl+ce+tv"))["nothing_to_do"]
+    with pytest.raises(ValueError, match=r"made with loss_type 'ce\+kl\+tv', not 'ce\+kl'"):
+        run(dataclasses.replace(config, loss_type="kl+ce"))
+    path = tmp_path / "out" / "checkpoint" / "trainer.json"
+    state = read_json(path)
+    # An earlier version did not have the option, and did what is its default now.
+    del state["config"]["labels"]
+    path.write_text(json.dumps(state))
+    assert run(config)["nothing_to_do"]
+    with pytest.raises(ValueError, match="made with labels 'emitted', not 'argmax'"):
+        run(dataclasses.replace(config, labels="argmax"))
+    state["config"]["loss"] = {"terms": ["ce"]}
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"options that this version does not have, \['loss'\]"):
+        run(config)
+
+
 def test_a_run_with_other_options_does_not_continue(made, tmp_path):
     config = options(made, tmp_path / "out", num_epochs=1)
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
@@ -258,9 +354,11 @@ from pathlib import Path
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.run import run
+from alpamayo_dflash.train.start import first_draft
 target, data, out = sys.argv[1:]
 config = TrainConfig(target, Path(data), Path(out), num_epochs=1, batch_size=48, learning_rate=3e-3,
-                     num_draft_layers=1, held_out_chunks="3", log_interval=1, loss_type="ce+kl")
+                     num_draft_layers=1, held_out_chunks="3", log_interval=1,
+                     loss_type="ce+kl+tv+lk", position_weights="dpace")
 launch = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="two",
                       start_method="fork", monitor_interval=0.1)
 elastic_launch(launch, run)(config)
@@ -310,7 +408,8 @@ def test_two_processes_take_the_steps_of_one(made, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     two = read_json(tmp_path / "two" / "train.json")
-    one = run(options(made, tmp_path / "one", num_epochs=1, loss_type="ce+kl"))
+    mixed = {"loss_type": "ce+kl+tv+lk", "position_weights": "dpace"}
+    one = run(options(made, tmp_path / "one", num_epochs=1, **mixed))
     assert two["steps"] == one["steps"]
     for entry, other in zip(two["losses"], one["losses"], strict=True):
         assert entry == pytest.approx(other, rel=1e-3, abs=1e-4)
@@ -339,6 +438,44 @@ def test_training_goes_on_from_a_draft(made, tmp_path):
         )
     )
     assert wider["draft_config"]["block_size"] == 16
+
+
+@pytest.mark.parametrize("kind", ["bigram", "mlp", "gru"])
+def test_a_head_on_previous_picks_is_trained_kept_and_let_go(made, tmp_path, kind):
+    """From nothing, from a draft without one, with fewer columns; and a head of another kind begins anew."""
+    plain = run(options(made, tmp_path / "plain", num_epochs=4))
+    with_head = {"num_epochs": 2, "num_draft_layers": None, "previous_size": 8, "loss_type": "kl"}
+    grown = run(options(made, tmp_path / "grown", init_from=plain["draft"], previous_head=kind, **with_head))
+    # A new head adds nothing yet, so the first look finds the draft as it was.
+    assert grown["evaluations"][0]["acceptance_length"] == plain["acceptance_length"]
+    assert grown["losses"][-1]["kl"] < grown["losses"][0]["kl"]
+    moved = weights(tmp_path / "grown" / "checkpoint")
+    names = {name for name in moved if name.startswith("previous.")}
+    assert {"previous.token.weight", "previous.out.weight"} <= names
+    assert moved["previous.out.weight"].any()
+
+    config = options(made, tmp_path / "again", init_from=grown["draft"], num_draft_layers=None)
+    fewer, best = torch.arange(0, 40, 2), weights(tmp_path / "grown" / "draft")
+    manifest = DistillData(made / "data").manifest
+    reduced = first_draft(config, manifest, read_target(made / "target"), fewer)
+    assert (reduced.config.previous_head, reduced.config.previous_size) == (kind, 8)
+    assert torch.equal(reduced.previous.out.weight, best["previous.out.weight"][fewer])
+    other = dataclasses.replace(config, previous_head="mlp" if kind == "gru" else "gru")
+    anew = first_draft(other, manifest, read_target(made / "target"))
+    assert anew.previous.kind != kind and not anew.previous.out.weight.any()
+    assert torch.equal(anew.fc.weight, best["fc.weight"])
+
+    without = run(
+        options(
+            made,
+            tmp_path / "no",
+            init_from=grown["draft"],
+            num_draft_layers=None,
+            num_epochs=1,
+            previous_head="none",
+        )
+    )
+    assert DFlashDraft.from_pretrained(without["draft"]).previous is None
 
 
 def test_a_draft_of_another_vocabulary_is_resized_by_option(made, tmp_path):

@@ -21,11 +21,25 @@ from alpamayo_dflash.train.config import TrainConfig, decay_gamma
         ({"draft_vocab_size": -1}, "draft_vocab_size is -1"),
         ({"draft_vocab_size": 9, "train_embeddings": True}, "train_embeddings has its own"),
         ({"target_layers": "3,1"}, "ascending"),
+        ({"loss_type": "ce+mse"}, r"loss_type is 'ce\+mse'; it must be one of ce, kl, tv, lk, or several"),
     ],
 )
 def test_a_wrong_value_is_named(change, said):
     with pytest.raises(ValueError, match=said):
         TrainConfig("target", Path("data"), Path("out"), **change)
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({}, False),
+        ({"labels": "argmax"}, True),
+        ({"loss_type": "ce+lk"}, True),
+        ({"loss_type": "tv"}, True),
+    ],
+)
+def test_the_stored_logits_are_read_where_something_needs_them(changes, needed):
+    assert TrainConfig("target", Path("data"), Path("out"), **changes).needs_teacher is needed
 
 
 @pytest.mark.parametrize(

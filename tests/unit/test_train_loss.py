@@ -9,7 +9,6 @@ from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.data import BlockBatch
 from alpamayo_dflash.train.loss import (
     BlockLoss,
-    ce_weight,
     decay_weights,
     dpace_weights,
     head_rows,
@@ -17,6 +16,9 @@ from alpamayo_dflash.train.loss import (
     row_losses,
 )
 from alpamayo_dflash.train.optimizer import learning_rate_factor
+from alpamayo_dflash.train.terms import ce_weight, parse_mix
+
+BOTH = parse_mix("ce+kl")
 
 
 @pytest.fixture
@@ -51,7 +53,13 @@ def test_row_losses_equal_naive_loops_in_any_chunks(rows, temperature, chunk_ele
     hidden, head, labels, (logits, ids) = rows
     logits[2, 1] = -torch.inf  # a token that the target may not write
     ce, kl = row_losses(
-        hidden, head, labels, (logits, ids), temperature=temperature, chunk_elements=chunk_elements
+        hidden,
+        head,
+        labels,
+        (logits, ids),
+        terms=BOTH,
+        temperature=temperature,
+        chunk_elements=chunk_elements,
     )
     for row in range(6):
         assert float(ce[row]) == pytest.approx(naive_ce(hidden[row], head, int(labels[row])), abs=1e-5)
@@ -61,32 +69,58 @@ def test_row_losses_equal_naive_loops_in_any_chunks(rows, temperature, chunk_ele
 
 def test_chunks_give_the_same_gradients(rows):
     _, head, labels, teacher = rows
+    generator = torch.Generator().manual_seed(1)
+    shift = torch.randn(6, 2, generator=generator), torch.randn(11, 2, generator=generator)
     found = []
     for chunk_elements in (1 << 20, 22):
         hidden = rows[0].clone().requires_grad_()
         weight = head.clone().requires_grad_()
-        ce, kl = row_losses(hidden, weight, labels, teacher, chunk_elements=chunk_elements)
-        found.append(torch.autograd.grad((ce * torch.arange(6) + kl).sum(), (hidden, weight)))
+        codes, out = shift[0].clone().requires_grad_(), shift[1].clone().requires_grad_()
+        losses = row_losses(
+            hidden,
+            weight,
+            labels,
+            teacher,
+            terms=parse_mix("ce+kl+tv+lk"),
+            shift=(codes, out),
+            chunk_elements=chunk_elements,
+        )
+        mixed = sum((loss * torch.arange(1, 7) ** power).sum() for power, loss in enumerate(losses))
+        found.append(torch.autograd.grad(mixed, (hidden, weight, codes, out)))
+        assert all(bool(gradient.any()) for gradient in found[-1])
     for whole, chunked in zip(*found, strict=True):
         torch.testing.assert_close(whole, chunked)
+
+
+@pytest.mark.parametrize("chunk_elements", [1 << 20, 22])
+def test_a_shift_is_added_to_the_logits(rows, chunk_elements):
+    hidden, head, labels, teacher = rows
+    codes, out = torch.randn(6, 3), torch.randn(11, 3)
+    terms = parse_mix("ce+kl+tv+lk")
+    shifted = row_losses(
+        hidden, head, labels, teacher, terms=terms, shift=(codes, out), chunk_elements=chunk_elements
+    )
+    wide = torch.cat((hidden, codes), dim=1), torch.cat((head, out), dim=1)
+    for found, expected in zip(shifted, row_losses(*wide, labels, teacher, terms=terms), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_kl_is_zero_only_for_the_target_s_own_distribution():
     head = torch.eye(4)
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     ids = torch.arange(4)[None]
-    _, same = row_losses(logits, head, torch.tensor([0]), (logits, ids))
+    _, same = row_losses(logits, head, torch.tensor([0]), (logits, ids), terms=BOTH)
     assert float(same) == pytest.approx(0, abs=1e-6)
     # Mass on a token outside the target's k costs, although the k agree among themselves.
-    _, outside = row_losses(logits, head, torch.tensor([0]), (logits[:, :3], ids[:, :3]))
+    _, outside = row_losses(logits, head, torch.tensor([0]), (logits[:, :3], ids[:, :3]), terms=BOTH)
     assert float(outside) > 0.01
 
 
 def test_no_rows_give_no_loss_and_no_gradient():
     hidden = torch.zeros(0, 5, requires_grad=True)
-    ce, kl = row_losses(hidden, torch.zeros(7, 5), torch.zeros(0, dtype=torch.int64), None)
+    labels = torch.zeros(0, dtype=torch.int64)
+    (ce,) = row_losses(hidden, torch.zeros(7, 5), labels, None, terms=parse_mix("ce"))
     assert ce.shape == (0,)
-    assert kl is None
     ce.sum().backward()
 
 
@@ -138,7 +172,7 @@ def test_kl_over_a_reduced_head_leaves_out_what_it_does_not_keep(rows, temperatu
     hidden, head, labels, (logits, ids) = rows
     ids[3] = torch.tensor([0, 3, 4, 7])  # none is kept
     teacher, some = reduced_teacher((logits, ids), KEPT)
-    _, kl = row_losses(hidden, head[KEPT], labels * 0, teacher, temperature=temperature)
+    _, kl = row_losses(hidden, head[KEPT], labels * 0, teacher, terms=BOTH, temperature=temperature)
     assert bool(kl.isfinite().all())
     for row in range(6):
         kept = [place for place, token in enumerate(ids[row].tolist()) if token in KEPT.tolist()]
@@ -157,6 +191,7 @@ class Fixed(torch.nn.Module):
         super().__init__()
         self.hidden, self.head, self.token_ids = hidden, head, token_ids
         self.config = SimpleNamespace(block_size=block_size)
+        self.previous = None
 
     def forward(self, *_):
         return self.hidden
@@ -168,10 +203,10 @@ def test_labels_outside_a_reduced_head_get_no_weight_and_are_counted(rows, posit
     labels = torch.tensor([[5, 3, 9, 1, 0, 2]])  # 3 and 0 are not kept
     ids[4] = torch.tensor([0, 3, 4, 7])
     hidden.requires_grad_()
-    options = TrainConfig("", Path(), Path(), position_weights=position_weights)
+    options = TrainConfig("", Path(), Path(), loss_type="kl", position_weights=position_weights)
     labelled = torch.ones(1, 6, dtype=torch.bool)
     batch = BlockBatch(*(torch.zeros(1),) * 4, labels, labelled, logits, ids)
-    ce, kl, sums = BlockLoss(Fixed(hidden, head[KEPT], KEPT, 7), options)(batch)
+    (ce, kl), sums = BlockLoss(Fixed(hidden, head[KEPT], KEPT, 7), options)(batch)
     inside = [0, 2, 3, 5]
     each = [
         naive_ce(h, head[KEPT], KEPT.tolist().index(token)) if token in KEPT.tolist() else math.inf
@@ -188,3 +223,42 @@ def test_labels_outside_a_reduced_head_get_no_weight_and_are_counted(rows, posit
     assert int(sums[4]) == 2
     (gradient,) = torch.autograd.grad(ce, hidden)
     assert [i for i in range(6) if bool(gradient[i].any())] == inside
+
+
+def test_labels_may_be_the_targets_best_tokens(rows):
+    hidden, head, _, (logits, ids) = rows
+    logits[0, int(logits[0].argmax())] = -torch.inf  # what may not be written is no label
+    labels, labelled = torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 6, dtype=torch.bool)
+    batch = BlockBatch(*(torch.zeros(1),) * 4, labels, labelled, logits, ids)
+    options = TrainConfig("", Path(), Path(), labels="argmax")
+    best = [max(zip(*row, strict=True))[1] for row in zip(logits.tolist(), ids.tolist(), strict=True)]
+    (ce,), _ = BlockLoss(Fixed(hidden, head, None, 7), options)(batch)
+    each = [naive_ce(h, head, token) for h, token in zip(hidden, best, strict=True)]
+    weights = decay_weights(6, 3.5).tolist()
+    assert float(ce) == pytest.approx(sum(w * loss for w, loss in zip(weights, each, strict=True)), rel=1e-5)
+    # In a reduced head the best token may have no row, and the next best does not take its place.
+    (_,), report = BlockLoss(Fixed(hidden, head[KEPT], KEPT, 7), options)(batch)
+    inside = [token in KEPT.tolist() for token in best]
+    assert float(report[0]) == pytest.approx(sum(w for w, kept in zip(weights, inside, strict=True) if kept))
+    assert int(report[-1]) == 6 - sum(inside) > 0
+
+
+def test_a_head_of_previous_tokens_shifts_the_loss(rows):
+    hidden, head, labels, teacher = rows
+    codes, out = torch.randn(6, 3, requires_grad=True), torch.randn(11, 3, requires_grad=True)
+    labelled = torch.ones(1, 6, dtype=torch.bool)
+    anchors = torch.tensor([4])
+    batch = BlockBatch(*(torch.zeros(1),) * 3, anchors, labels[None], labelled, *teacher)
+    draft = Fixed(hidden, head, None, 7)
+    draft.previous = SimpleNamespace(out=SimpleNamespace(weight=out))
+    asked = []
+    draft.shift_codes = lambda *given: asked.append(given) or codes
+    options = TrainConfig("", Path(), Path(), loss_type="tv")
+    (_, tv), _ = BlockLoss(draft, options)(batch)
+    assert [value is other for value, other in zip(asked[0], (hidden, anchors), strict=False)] == [True] * 2
+    assert asked[0][2] is batch.labels
+    assert asked[0][3] is labelled
+    wide = torch.cat((hidden, codes), dim=1), torch.cat((head, out), dim=1)
+    (expected,) = row_losses(*wide, labels, teacher, terms=parse_mix("tv"))
+    torch.testing.assert_close(tv, (expected * decay_weights(6, 3.5)).sum())
+    assert all(bool(gradient.any()) for gradient in torch.autograd.grad(tv, (codes, out)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ class Monitor:
     def stepped(self, step: int) -> None:
         """A step is done."""
 
-    def logged(self, entry: dict[str, Any]) -> None:
-        """A log entry: step, ce, kl, gradient_norm, learning_rate."""
+    def logged(self, entry: dict[str, Any], losses: Sequence[str]) -> None:
+        """A log entry: step, gradient_norm, learning_rate and, by these names, losses."""
 
     def evaluated(self, entry: dict[str, Any]) -> None:
         """An evaluation: step, acceptance_length, tokens, passes."""
@@ -59,10 +60,9 @@ class Live(Monitor):
         """Move the bar."""
         self._bar.update(self._task, completed=step)
 
-    def logged(self, entry: dict[str, Any]) -> None:
+    def logged(self, entry: dict[str, Any], losses: Sequence[str]) -> None:
         """Show and log losses."""
-        parts = [f"{name} {entry[name]:.3f}" for name in ("ce", "kl") if name in entry]
-        self._bar.update(self._task, loss=" ".join(parts))
+        self._bar.update(self._task, loss=" ".join(f"{name} {entry[name]:.3f}" for name in losses))
         self._log("train", entry)
 
     def evaluated(self, entry: dict[str, Any]) -> None:

@@ -113,6 +113,22 @@ class BlockLogits(Protocol):
         ...
 
 
+@runtime_checkable
+class Chained(BlockLogits, Protocol):
+    """The same of a draft whose places are filled in one after the other."""
+
+    def shift(self, place: int, rows: Tensor | None, tokens: Tensor, /) -> Tensor:
+        """What is added to the logits of a place, float [R, Vd]; called for place 0, 1, … in this order.
+
+        Args:
+            place: column of the logits' middle axis.
+            rows: int64 [R], which of the S texts each row belongs to, the same at every place; None for each
+                text once, in order.
+            tokens: int64 [R], the target's ids of the picks at the place before; at place 0 the anchors.
+        """
+        ...
+
+
 class BlockDraft(Protocol):
     """A block draft. It need not import this package: it only has to look like this.
 
@@ -144,7 +160,7 @@ class BlockDraft(Protocol):
         ...
 
     def propose(self, context: Tensor, context_lengths: Tensor, anchors: Tensor, /) -> BlockLogits:
-        """Predict b − 1 tokens after each anchor.
+        """Predict b − 1 tokens after each anchor; what is returned may be `Chained`.
 
         Args:
             context: [S, X, F], right-aligned, its left part zero where there is less context than X.
@@ -267,22 +283,59 @@ class DraftProposer:
         try:
             block = self.draft.propose(context, lengths, anchors)
         except DRAFT_ERRORS as error:
-            warn_failed(error)
-            self.failures = len(asked)
-            return {}
+            return self._failed(error, asked)
         finite = torch.isfinite(block.logits).flatten(1).all(-1).tolist()
-        self.failures = finite.count(False)
         wanted = [(i, sample) for i, good in enumerate(finite) if good for sample in asked[i]]
         if not wanted:
+            self.failures = len(asked)
             return {}
-        count = block.logits.shape[1]
         columns = draft_columns(block, self._chooser.vocab_size)
+        if isinstance(block, Chained):
+            try:
+                picked = self._chain(block, wanted, anchors, columns)
+            except DRAFT_ERRORS as error:
+                return self._failed(error, asked)
+        else:
+            picked = self._picks(block, wanted, columns)
+        self.failures = len(asked) - len({index for index, sample in wanted if sample.index in picked})
+        return picked
+
+    def _failed(self, error: Exception, asked: Sequence[Sequence[Sample]]) -> dict[int, list[int]]:
+        """What is picked where the draft raised an error: nothing."""
+        warn_failed(error)
+        self.failures = len(asked)
+        return {}
+
+    def _picks(
+        self, block: BlockLogits, wanted: Sequence[tuple[int, Sample]], columns: int
+    ) -> dict[int, list[int]]:
+        """Picks by sample index, of samples and the texts of the block that they have."""
+        count = block.logits.shape[1]
         logits = block.logits[[index for index, _ in wanted], :, :columns].float().flatten(0, 1)
         places = [(sample.index, len(sample.tokens) + step) for _, sample in wanted for step in range(count)]
         picks = self._chooser(logits, [s for s, _ in places], [p for _, p in places], block.token_ids)
         ids = picks if block.token_ids is None else block.token_ids[picks]
         rows: list[list[int]] = ids.view(-1, count).tolist()
         return {sample.index: row for (_, sample), row in zip(wanted, rows, strict=True)}
+
+    def _chain(
+        self, block: Chained, wanted: Sequence[tuple[int, Sample]], anchors: Tensor, columns: int
+    ) -> dict[int, list[int]]:
+        """The same, each place from the one before; nothing for samples whose logits are not finite."""
+        rows = torch.tensor([index for index, _ in wanted], device=anchors.device)
+        samples, tokens = [sample.index for _, sample in wanted], anchors[rows]
+        chains, finite = [], torch.ones_like(rows, dtype=torch.bool)
+        for place in range(block.logits.shape[1]):
+            shift = block.shift(place, rows, tokens)
+            logits = block.logits[rows, place, :columns].float() + shift[:, :columns].float()
+            finite &= torch.isfinite(logits).all(-1)
+            positions = [len(sample.tokens) + place for _, sample in wanted]
+            picks = self._chooser(logits.nan_to_num(), samples, positions, block.token_ids)
+            tokens = picks if block.token_ids is None else block.token_ids[picks]
+            chains.append(tokens)
+        picked: list[list[int]] = torch.stack(chains, dim=1).tolist()
+        parts = zip(wanted, picked, finite.tolist(), strict=True)
+        return {sample.index: chain for (_, sample), chain, good in parts if good}
 
 
 def draft_columns(block: BlockLogits, vocab_size: int) -> int:

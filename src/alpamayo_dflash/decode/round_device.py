@@ -34,6 +34,7 @@ from alpamayo_dflash.decode.proposer import (
     TARGET,
     BlockDraft,
     BlockLogits,
+    Chained,
     Proposers,
     StaticBlock,
     StaticDraft,
@@ -300,6 +301,8 @@ class DeviceRound:
         state, count = self.state, self.block - 1
         try:
             block = draft(state)
+            if isinstance(block, Chained):
+                return self._chain(block)
         except DRAFT_ERRORS as error:
             if self._capturing:
                 raise
@@ -313,6 +316,25 @@ class DeviceRound:
         places = (state.lengths[:, None] + self._draft_steps).flatten()
         picked = self._choose_draft(logits, self._draft_keys, places)
         return steps.Picks(picked.columns, picked.finite, block.token_ids)
+
+    def _chain(self, block: Chained) -> steps.Picks:
+        """The same of a draft that fills its places in one after the other."""
+        state, ids = self.state, block.token_ids
+        columns = draft_columns(block, self._verifier.target.vocab_size)
+        if self._choose_draft is None:
+            self._choose_draft = self._chooser(state.samples, columns, ids)
+        keys_S2 = self._draft_keys.view(state.samples, -1, 2)[:, 0].contiguous()
+        tokens = state.tokens.gather(1, state.lengths[:, None] - 1)[:, 0]
+        picked, finite = [], []
+        for place in range(self.block - 1):
+            shift = block.shift(place, None, tokens)
+            logits = block.logits[:, place, :columns].float() + shift[:, :columns].float()
+            choice = self._choose_draft(logits, keys_S2, state.lengths + place)
+            chosen = choice.columns.clone()  # the chooser's own are written over at the next place
+            tokens = chosen if ids is None else ids[chosen]
+            picked.append(chosen)
+            finite.append(choice.finite.clone())
+        return steps.Picks(torch.stack(picked, 1).flatten(), torch.stack(finite, 1).flatten(), ids)
 
     def _verify(self, *, logits: bool = True) -> Tensor | None:
         """The target's logits after every row, or None."""

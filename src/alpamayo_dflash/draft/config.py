@@ -11,7 +11,10 @@ from alpamayo_dflash.common.options import (
     check_positive,
     check_range,
 )
+from alpamayo_dflash.draft.heads import KINDS, PreviousKind
 
+DEFAULT_PREVIOUS_SIZE = 64
+_MOST_CODE = 65_536
 _MOST_LAYERS = 1024  # each has tensors by name, which are listed before any is read
 FULL_CONTEXT = 2**31 - 1
 """A `context_len` beyond any prompt: the draft sees every state before the anchor, as z-lab's drafts do."""
@@ -42,6 +45,9 @@ class DraftConfig:
         draft_vocab_size: Vd, rows of the target's head that the draft uses, its `draft_token_ids`; None for
             all. Tokens outside are never proposed; the target writes them all the same. The embedding is
             whole in any case.
+        previous_head: what the pick of one place adds to the logits of the next (`draft.heads`): bigram, mlp
+            or gru; None for nothing.
+        previous_size: r, the size of its code.
     """
 
     hidden_size: int
@@ -60,6 +66,8 @@ class DraftConfig:
     rope_theta: float = 1e6
     trained_embeddings: bool = False
     draft_vocab_size: int | None = None
+    previous_head: PreviousKind | None = None
+    previous_size: int = DEFAULT_PREVIOUS_SIZE
 
     def __post_init__(self) -> None:
         """Check every value against the others."""
@@ -74,6 +82,11 @@ class DraftConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
         check_at_least(0, mask_token_id=self.mask_token_id)
+        if self.previous_head not in (None, *KINDS):
+            raise ValueError(
+                f"previous_head is {self.previous_head!r}; it must be {', '.join(KINDS)}, or left out"
+            )
+        check_range(1, _MOST_CODE, previous_size=self.previous_size)
         self._check_head()
         self._check_taps()
 
@@ -103,6 +116,11 @@ class DraftConfig:
         if wrong:
             known = "" if layers is None else f"; the target's {layers} layers are 0 to {layers - 1}"
             raise ValueError(f"target_layer_ids {wrong} out of range{known}")
+
+    @property
+    def columns(self) -> int:
+        """Vd, columns of the draft's logits."""
+        return self.draft_vocab_size or self.vocab_size
 
     @property
     def feature_size(self) -> int:

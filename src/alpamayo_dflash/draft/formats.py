@@ -6,7 +6,8 @@ Ours adds the tensor `mask_embedding` [C], the key `context_len` (null: every st
 `dflash_config` again at top level (where FlashDrive's files have them), `tap_convention: "layer_output"`,
 and, with `trained_embeddings`, the tensors `embed_tokens.weight` and `lm_head.weight` [V, C]. A reduced head
 is the key `draft_vocab_size` and the tensor `draft_token_ids` int64 [Vd], the ascending target ids of its
-columns; only our layout has it.
+columns; a head on previous picks (`draft.heads`) is the keys `previous_head` and `previous_size` and the
+tensors `previous.*`. Only our layout has these.
 
 FlashDrive's published Alpamayo drafts are known by `context_len` and the keys of the draft at top level with
 `mask_embedding.pt` beside them; then `architectures` and `num_target_layers` may be absent. Their taps are
@@ -32,6 +33,7 @@ from alpamayo_dflash.common.fields import file_name, value_of
 from alpamayo_dflash.common.identity import Fingerprint, identity_of
 from alpamayo_dflash.common.tensors import FLOATS, MOST_PICKLED, read_pickled, read_tensors, save_tensors
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
+from alpamayo_dflash.draft.heads import head_shapes, moved_rows
 from alpamayo_dflash.target.rotary import rope_settings
 
 WEIGHTS = "model.safetensors"
@@ -40,6 +42,7 @@ CONFIG = "config.json"
 MASK_FILE = "mask_embedding.pt"
 PROVENANCE = "provenance.json"
 KEPT_IDS = "draft_token_ids"
+PREVIOUS_OUT = "previous.out.weight"
 
 ARCHITECTURE = "DFlashDraftModel"
 TAP_CONVENTION = "layer_output"
@@ -98,7 +101,10 @@ _OWN = {
     *("architectures", "context_len", "dflash_config", "rms_norm_eps", "rope_parameters", "rope_theta"),
     "trained_embeddings",
 }
-_REDUCED = "draft_vocab_size"  # ours alone
+_REDUCED = "draft_vocab_size"
+_PREVIOUS = ("previous_head", "previous_size")
+_OURS = {_REDUCED, *_PREVIOUS}
+"""Keys that our layout alone has."""
 _KNOWN = _IGNORED | _OWN | set(_FIXED) | set(_SHAPE_KEYS.values()) | set(_DRAFT_KEYS)
 
 
@@ -131,6 +137,9 @@ def tensor_shapes(config: DraftConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {"embed_tokens.weight": (config.vocab_size, c), "lm_head.weight": (config.vocab_size, c)}
     if config.draft_vocab_size is not None:
         shapes[KEPT_IDS] = (config.draft_vocab_size,)
+    if config.previous_head is not None:
+        head = head_shapes(config.previous_head, c, config.previous_size, config.columns)
+        shapes |= {f"previous.{name}": shape for name, shape in head.items()}
     return shapes
 
 
@@ -156,6 +165,7 @@ def to_json(config: DraftConfig) -> dict[str, Any]:
         "tap_convention": TAP_CONVENTION,
         "trained_embeddings": config.trained_embeddings,
         **({} if config.draft_vocab_size is None else {_REDUCED: config.draft_vocab_size}),
+        **({} if config.previous_head is None else {key: getattr(config, key) for key in _PREVIOUS}),
     }
 
 
@@ -209,9 +219,20 @@ def from_json(
             draft_vocab_size=None
             if values.get(_REDUCED) is None
             else value_of(values, _REDUCED, int, where=where),
+            **_previous(values, where),
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _previous(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keys of a head on previous picks."""
+    if values.get("previous_head") is None:
+        return {}
+    return {
+        "previous_head": value_of(values, "previous_head", str, where=where),
+        "previous_size": value_of(values, "previous_size", int, where=where),
+    }
 
 
 def _check_convention(values: Mapping[str, Any], where: str, *, flashdrive: bool) -> None:
@@ -232,7 +253,7 @@ def _check_keys(values: Mapping[str, Any], where: str) -> None:
     inner = values.get("dflash_config", {})
     if not isinstance(inner, dict):
         raise ValueError(f"{where}: dflash_config is {inner!r}; it must be an object")
-    known = _KNOWN | {_REDUCED} if "tap_convention" in values else _KNOWN
+    known = _KNOWN | _OURS if "tap_convention" in values else _KNOWN
     unknown = sorted(set(values) - known)
     unknown += [f"dflash_config.{key}" for key in inner if key not in _DRAFT_KEYS]
     if unknown:
@@ -450,4 +471,6 @@ def resize_vocabulary(
         for name, table in (("embed_tokens.weight", embedding_VC), ("lm_head.weight", head_VC)):
             old = tensors[name][:size]
             resized[name] = torch.cat((old, table[len(old) :].to(old)))
+    if config.previous_head is not None and config.draft_vocab_size is None:
+        resized[PREVIOUS_OUT] = moved_rows(tensors[PREVIOUS_OUT], None, None, size)
     return replace(config, vocab_size=size, mask_token_id=size), resized

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from alpamayo_dflash.draft.blocks import DraftLogits
 from alpamayo_dflash.draft.config import DraftConfig
+from alpamayo_dflash.draft.heads import ChainedLogits
 from alpamayo_dflash.target.qwen3_fused import FusedDecoder, FusedLayer
 from alpamayo_dflash.target.weights import Linear, padded
 
@@ -58,9 +59,8 @@ class BoundDraft(Protocol):
         """[Vd, C]."""
         ...
 
-    @property
-    def token_ids(self) -> Tensor | None:
-        """int64 [Vd], or None."""
+    def block_logits(self, hidden_SBC: Tensor, logits: Tensor, /) -> DraftLogits | ChainedLogits:
+        """A block's logits, with what shifts them."""
         ...
 
     def tables(self, like: Tensor, count: int, /) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ class FusedDraft:
         for index, layer in enumerate(self._decoder.layers):
             self._store(index, layer, features, rotary, entries)
 
-    def __call__(self, state: DraftState) -> DraftLogits:
+    def __call__(self, state: DraftState) -> DraftLogits | ChainedLogits:
         """Predict the masks of one block for each sample."""
         from alpamayo_dflash.kernels.attention import attend
         from alpamayo_dflash.kernels.rows import add_norm
@@ -209,8 +209,11 @@ class FusedDraft:
 
         # The block's normed input lands after the new features, and one product serves both.
         normed = self._decoder(self._tokens.flatten(0, 1), attention, inputs_RC=self._inputs[rows:])
-        logits = self._head(normed.index_select(0, self._predicting))
-        return DraftLogits(logits.view(-1, self._block - 1, logits.shape[-1]), self._draft.token_ids)
+        hidden = normed.index_select(0, self._predicting)
+        logits = self._head(hidden)
+        count = self._block - 1
+        hidden_SBC = hidden.view(-1, count, hidden.shape[-1])
+        return self._draft.block_logits(hidden_SBC, logits.view(-1, count, logits.shape[-1]))
 
     def _placed(self, state: DraftState) -> DraftPlaces:
         """`places` by one kernel."""

@@ -29,6 +29,7 @@ from alpamayo_dflash.draft.blocks import DraftLogits, attention_mask
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.draft.formats import read_draft, write_draft
 from alpamayo_dflash.draft.fused import FusedDraft
+from alpamayo_dflash.draft.heads import ChainedLogits, PreviousHead
 from alpamayo_dflash.target.qwen3 import rms_norm
 from alpamayo_dflash.target.qwen3_fused import why_plain
 from alpamayo_dflash.target.weights import share_groups
@@ -179,6 +180,10 @@ class DFlashDraft(nn.Module):
         if config.draft_vocab_size is not None:
             self.draft_token_ids: Tensor
             self.register_buffer("draft_token_ids", torch.arange(config.draft_vocab_size))
+        self.previous: PreviousHead | None = None
+        if config.previous_head is not None:
+            sizes = config.hidden_size, config.previous_size, config.columns
+            self.previous = PreviousHead(config.previous_head, *sizes)
         self._bound: tuple[Tensor, Tensor] | None = None
         # Whether the mask embedding is to be a copy of a row of the target's table, which `bind` takes.
         self._mask_from_target = self._mask_is_targets = False
@@ -191,8 +196,12 @@ class DFlashDraft(nn.Module):
         generator = torch.Generator().manual_seed(generator_seed(seed))
         with torch.no_grad():
             for name, parameter in draft.named_parameters():
+                if name.startswith("previous."):
+                    continue  # after the rest, so that this is the same without a head
                 if parameter.ndim == 2 or name == "mask_embedding":
                     parameter.normal_(0.0, INITIAL_STD, generator=generator)
+        if draft.previous is not None:
+            draft.previous.reset(generator)
         return draft
 
     @classmethod
@@ -405,8 +414,25 @@ class DFlashDraft(nn.Module):
         hidden: Tensor = self.norm(x[:, 1:] if wanted_SB is None else x)
         return hidden
 
+    def shift_codes(
+        self, hidden_RC: Tensor, anchors_S: Tensor, labels_SB: Tensor, wanted_SB: Tensor
+    ) -> Tensor:
+        """The head's codes where the picks are known, [R, r]: `@ previous.out.weight.T` are the shifts.
+
+        Args:
+            hidden_RC: from `forward`, of the wanted masks.
+            anchors_S: int64, the known tokens.
+            labels_SB: int64, the tokens of the masks.
+            wanted_SB: bool, the masks that are wanted.
+        """
+        assert self.previous is not None
+        before_SB = torch.cat((anchors_S[:, None], labels_SB[:, :-1]), dim=1)
+        return self.previous.codes(hidden_RC, functional.embedding(before_SB, self.embedding), wanted_SB)
+
     @torch.no_grad()
-    def propose(self, context_SXF: Tensor, context_lengths_S: Tensor, anchors_S: Tensor) -> DraftLogits:
+    def propose(
+        self, context_SXF: Tensor, context_lengths_S: Tensor, anchors_S: Tensor
+    ) -> DraftLogits | ChainedLogits:
         """Propose the b−1 tokens after each anchor.
 
         Args:
@@ -416,4 +442,16 @@ class DFlashDraft(nn.Module):
             anchors_S: int64 [S], the known tokens.
         """
         hidden = self(context_SXF, context_lengths_S, anchors_S)
-        return DraftLogits(functional.linear(hidden, self.head), self.token_ids)
+        return self.block_logits(hidden, functional.linear(hidden, self.head))
+
+    def block_logits(self, hidden_SBC: Tensor, logits: Tensor) -> DraftLogits | ChainedLogits:
+        """A block's logits, with what shifts them."""
+        if self.previous is None:
+            return DraftLogits(logits, self.token_ids)
+        return ChainedLogits(
+            logits,
+            self.token_ids,
+            hidden_SBC=hidden_SBC,
+            embedding=self.embedding,
+            previous=self.previous,
+        )

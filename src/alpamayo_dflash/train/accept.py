@@ -63,6 +63,11 @@ def simulate(
         batch = data.batch(Blocks(responses[blocks.responses], blocks.positions)).to(draft.fc.weight.device)
         hidden = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries)
         logits = torch.nn.functional.linear(hidden, draft.head)
+        if draft.previous is not None:
+            # Along an accepted prefix the picks are the labels; after it nothing counts.
+            everything = torch.ones_like(batch.labelled)
+            codes = draft.shift_codes(hidden.flatten(0, 1), batch.anchors, batch.labels, everything)
+            logits = logits + draft.previous.out(codes).view_as(logits)
         predicted = columns[logits.masked_fill(masked_V, -torch.inf).argmax(-1)]
         return accepted_prefix(predicted, batch.labels, batch.labelled).cpu()
 

@@ -17,6 +17,7 @@ from alpamayo_dflash.common.options import (
     parse_layers,
 )
 from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT, BadShardRule
+from alpamayo_dflash.train.terms import Term, parse_mix
 
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_NUM_LAYERS = 5
@@ -49,12 +50,17 @@ class TrainConfig:
         target_layers: layers to tap among the data's, such as 1,9,17; init_from's, or all, if left out.
         draft_vocab_size: tokens of a reduced head, the commonest of the training responses and the end marks;
             0 for the whole head; init_from's, or the whole, if left out.
+        previous_head: what the pick of one place adds to the logits of the next: bigram, mlp, gru, or none;
+            init_from's, or none, where it is left out.
+        previous_size: size of that head's code; init_from's, or 64, where it is left out.
         init_from: start from this draft (folder) in place of random weights.
         full_vocab: with init_from: resize the draft to the target's vocabulary.
         train_embeddings: train copies of the target's embedding and head, kept in the draft.
         embed_lr_scale: learning rate of those copies, as a part of learning_rate.
-        loss_type: ce on the emitted tokens, kl to the target's stored top-k logits, or ce+kl.
-        ce_weight_start: weight of ce in ce+kl at the first step; kl has the rest.
+        loss_type: ce on the labels, kl, tv or lk to the target's stored top-k logits, or several with +
+            between, such as ce+kl.
+        labels: of ce: emitted, the tokens of the responses, or argmax, the target's best stored token there.
+        ce_weight_start: weight of ce beside other losses at the first step; they share the rest equally.
         ce_weight_end: the same at the last step; linear between.
         kl_temperature: divides both sides' logits in kl.
         position_weights: decay: exp(-(i-1)/gamma) for the block's i-th mask; dpace: what the position does to
@@ -96,11 +102,14 @@ class TrainConfig:
     context_len: int | None = None
     target_layers: str | None = None
     draft_vocab_size: int | None = None
+    previous_head: Literal["none", "bigram", "mlp", "gru"] | None = None
+    previous_size: int | None = None
     init_from: Path | None = None
     full_vocab: bool = False
     train_embeddings: bool = False
     embed_lr_scale: float = 0.1
-    loss_type: Literal["ce", "kl", "ce+kl"] = "ce"
+    loss_type: str = "ce"
+    labels: Literal["emitted", "argmax"] = "emitted"
     ce_weight_start: float = 1.0
     ce_weight_end: float = 0.8
     kl_temperature: float = 1.0
@@ -131,7 +140,7 @@ class TrainConfig:
             return {name: getattr(self, name) for name in names}
 
         check_positive(**named("num_epochs", "batch_size", "stride", "log_interval"))
-        check_positive(**named("max_steps", "num_draft_layers", "context_len"))
+        check_positive(**named("max_steps", "num_draft_layers", "context_len", "previous_size"))
         check_at_least(0, **named("warmup_steps", "weight_decay", "save_every", "num_workers", "cache_gib"))
         check_at_least(0, draft_vocab_size=self.draft_vocab_size)
         check_range(2, MOST_BLOCK, block_size=self.block_size)
@@ -141,7 +150,18 @@ class TrainConfig:
         if self.held_out_chunks is None:
             check_fraction(held_out=self.held_out)
         parse_layers(self.target_layers)
+        parse_mix(self.loss_type)
         self._check_together()
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms of the loss."""
+        return parse_mix(self.loss_type)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether training reads the target's stored logits."""
+        return self.labels == "argmax" or any(term.needs_teacher for term in self.terms)
 
     def _check_together(self) -> None:
         if self.full_vocab and self.init_from is None:

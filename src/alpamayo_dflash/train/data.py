@@ -32,7 +32,7 @@ class ResponseTensors:
     Attributes:
         states: [prompt states + T, F], in the order of the taps.
         prompt_states: how many of them belong to the prompt.
-        teacher_logits: [T, k], row i predicts token i; None where only cross-entropy is asked for.
+        teacher_logits: [T, k], row i predicts token i; None where nothing needs them.
         teacher_ids: [T, k].
     """
 
@@ -59,7 +59,7 @@ class BlockBatch:
         anchors: int64 [S], token ids.
         labels: int64 [S, B], token ids; 0 where there is none.
         labelled: bool [S, B].
-        teacher_logits: [R, k] of the label rows, block by block; None without KL.
+        teacher_logits: [R, k] of the label rows, block by block; None where nothing needs them.
         teacher_ids: int64 [R, k].
     """
 

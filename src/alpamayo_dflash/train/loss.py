@@ -1,10 +1,13 @@
-"""Losses over the masks of blocks: cross-entropy, KL to stored logits, and the weights of positions.
+"""The loss of a batch of blocks: the terms of `terms.LOSSES` over its label rows, and weights of positions.
 
 Shapes: S blocks, B masks of a block (b−1), R label rows (the masks that have a label, block by block),
-V vocabulary (rows of the draft's head), k stored logits, C hidden.
+V vocabulary (rows of the draft's head), k stored logits, C hidden, T terms, r rank of a shift.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,31 +17,38 @@ from torch.utils.checkpoint import checkpoint
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.config import TrainConfig, decay_gamma
 from alpamayo_dflash.train.data import BlockBatch
+from alpamayo_dflash.train.terms import CROSS_ENTROPY, LabelRows, Term
 
 CHUNK_ELEMENTS = 1 << 26
 """Vocabulary logits computed at once: 256 MiB in float32."""
 
 
 class BlockLoss(nn.Module):
-    """The draft with its loss, as one module for DDP."""
+    """The draft with its loss, as one module for DDP.
+
+    Attributes:
+        terms: what is computed: cross-entropy in any case, which logs show and D-PACE needs, then the others
+            of the config's mix.
+    """
 
     def __init__(self, draft: DFlashDraft, config: TrainConfig) -> None:
         super().__init__()
         self.draft = draft
         self.options = config
+        self.terms = (CROSS_ENTROPY, *(term for term in config.terms if term is not CROSS_ENTROPY))
         block_size = draft.config.block_size
         gamma = decay_gamma(block_size, config.prefix_weight_gamma)
         self._decay_B = decay_weights(block_size - 1, gamma)
 
-    def forward(self, batch: BlockBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: BlockBatch) -> tuple[tuple[Tensor, ...], Tensor]:
         """Weighted sums over the batch's label rows.
 
-        Labels that a reduced head has no row for get no weight in CE, and rows of which it keeps none of the
-        target's stored logits none in KL; so the two have sums of weights of their own.
+        Labels that a reduced head has no row for get no weight in cross-entropy, and rows of which it keeps
+        none of the target's stored logits none in the other terms; so each has a sum of weights of its own.
 
         Returns:
-            weighted sums of CE and of KL, with gradient, and detached (sum of CE's weights, sum of KL's
-            weights, CE, KL, labels without a row of the head) [5].
+            the weighted sum of each of `terms`, with gradient, and as one report, detached [2·T + 1]: the
+            sum of each term's weights, each term's weighted sum, and how many labels have no row of the head.
         """
         draft = self.draft
         labelled_SB = batch.labelled
@@ -47,29 +57,47 @@ class BlockLoss(nn.Module):
         if batch.teacher_logits is not None and batch.teacher_ids is not None:
             teacher = (batch.teacher_logits, batch.teacher_ids)
         labels_R = batch.labels[labelled_SB]
+        if self.options.labels == "argmax":
+            assert teacher is not None
+            labels_R = best_stored(*teacher)
         has_label_R = has_teacher_R = torch.ones_like(labels_R, dtype=torch.bool)
         if draft.token_ids is not None:
             labels_R, has_label_R = head_rows(labels_R, draft.token_ids)
             if teacher is not None:
                 teacher, has_teacher_R = reduced_teacher(teacher, draft.token_ids)
-        ce_R, kl_R = row_losses(
-            hidden_RC, draft.head, labels_R, teacher, temperature=self.options.kl_temperature
+        losses = row_losses(
+            hidden_RC,
+            draft.head,
+            labels_R,
+            teacher,
+            terms=self.terms,
+            temperature=self.options.kl_temperature,
+            shift=_shift(draft, hidden_RC, batch),
         )
         # A token that the draft cannot propose has an infinite cross-entropy, and D-PACE is to know that.
-        weight_R = self._weights(ce_R.detach().masked_fill(~has_label_R, torch.inf), labelled_SB)
-        ce_weight_R, kl_weight_R = weight_R * has_label_R, weight_R * has_teacher_R
-        ce = (ce_weight_R * ce_R).sum()
-        kl = torch.zeros_like(ce) if kl_R is None else (kl_weight_R * kl_R).sum()
-        outside = (~has_label_R).sum().to(ce)
-        sums = (ce_weight_R.sum(), kl_weight_R.sum(), ce.detach(), kl.detach(), outside)
-        return ce, kl, torch.stack(sums)
+        weight_R = self._weights(losses[0].detach().masked_fill(~has_label_R, torch.inf), labelled_SB)
+        counted = [has_teacher_R if term.needs_teacher else has_label_R for term in self.terms]
+        weights = [weight_R * counted_R for counted_R in counted]
+        sums = tuple((mine_R * loss_R).sum() for mine_R, loss_R in zip(weights, losses, strict=True))
+        masses = [mine_R.sum() for mine_R in weights]
+        outside = (~has_label_R).sum().to(sums[0])
+        return sums, torch.stack((*masses, *(total.detach() for total in sums), outside))
 
     def _weights(self, ce_R: Tensor, labelled_SB: Tensor) -> Tensor:
         if self.options.position_weights == "decay":
-            return self._decay_B.to(ce_R.device).expand(labelled_SB.shape)[labelled_SB]
+            self._decay_B = self._decay_B.to(ce_R.device)
+            return self._decay_B.expand(labelled_SB.shape)[labelled_SB]
         ce_SB = torch.zeros(labelled_SB.shape, device=ce_R.device)
         ce_SB[labelled_SB] = ce_R
         return dpace_weights(ce_SB, labelled_SB, self.options.dpace_alpha)[labelled_SB]
+
+
+def _shift(draft: DFlashDraft, hidden_RC: Tensor, batch: BlockBatch) -> tuple[Tensor, Tensor] | None:
+    """What a head on previous picks adds to the masks' logits, as `row_losses` takes it."""
+    if draft.previous is None:
+        return None
+    codes_Rr = draft.shift_codes(hidden_RC, batch.anchors, batch.labels, batch.labelled)
+    return codes_Rr, draft.previous.out.weight
 
 
 def decay_weights(num_masks: int, gamma: float) -> Tensor:
@@ -88,6 +116,11 @@ def dpace_weights(ce_SB: Tensor, labelled_SB: Tensor, alpha: float) -> Tensor:
     q_SB = (1 - alpha) * torch.exp(-ce_SB.detach().float()) + alpha
     prefix_SB = q_SB.where(labelled_SB, torch.ones_like(q_SB)).cumprod(dim=1) * labelled_SB
     return prefix_SB.flip(1).cumsum(1).flip(1) * labelled_SB
+
+
+def best_stored(logits_Rk: Tensor, ids_Rk: Tensor) -> Tensor:
+    """The target's best token of each row among its stored logits, int64 [R]; −inf leaves a token out."""
+    return ids_Rk.gather(-1, logits_Rk.argmax(-1, keepdim=True))[:, 0]
 
 
 def head_rows(token_ids: Tensor, kept_V: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,14 +161,12 @@ def row_losses(
     labels_R: Tensor,
     teacher: tuple[Tensor, Tensor] | None,
     *,
+    terms: Sequence[Term],
     temperature: float = 1.0,
+    shift: tuple[Tensor, Tensor] | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
-) -> tuple[Tensor, Tensor | None]:
-    """Cross-entropy, and KL(target‖draft) where the target's logits are given, of each label row.
-
-    The target's distribution is its top-k logits, tempered and normalised over those k; the draft's is over
-    the whole vocabulary, so that mass on tokens outside the k costs too. KL is multiplied by the temperature
-    squared, which keeps its gradient's size.
+) -> tuple[Tensor, ...]:
+    """The losses of each label row.
 
     Vocabulary logits exist for `chunk_elements` values at a time; where that takes more than one chunk they
     are computed again for the gradient.
@@ -144,23 +175,29 @@ def row_losses(
         hidden_RC: draft states after its final norm.
         head_VC: the head.
         labels_R: rows of the head: token ids where it is whole.
-        teacher: the target's logits [R, k] (−inf leaves a token out) and their rows of the head [R, k].
-        temperature: of KL.
+        teacher: the target's logits [R, k] (−inf leaves a token out) and their rows of the head [R, k]; None
+            where no term needs them.
+        terms: which losses.
+        temperature: of kl.
+        shift: codes [R, r] and their output weights [V, r], whose product is added to the logits.
         chunk_elements: see above.
 
     Returns:
-        CE [R] and KL [R] (or None), float32.
+        [R] for each term, float32.
     """
+    count = hidden_RC.shape[0]
     rows = max(1, chunk_elements // head_VC.shape[0])
-    if hidden_RC.shape[0] <= rows:
-        return _chunk_losses(hidden_RC, head_VC, labels_R, teacher, temperature)
+    chunk = functools.partial(_chunk_losses, terms=terms, temperature=temperature)
+    if count <= rows:
+        return chunk(hidden_RC, head_VC, labels_R, teacher, shift)
     parts = []
-    for start in range(0, hidden_RC.shape[0], rows):
+    for start in range(0, count, rows):
         part = slice(start, start + rows)
         few = None if teacher is None else (teacher[0][part], teacher[1][part])
-        arguments = (hidden_RC[part], head_VC, labels_R[part], few, temperature)
-        parts.append(checkpoint(_chunk_losses, *arguments, use_reentrant=False))
-    return torch.cat([ce for ce, _ in parts]), None if teacher is None else torch.cat([kl for _, kl in parts])
+        moved = None if shift is None else (shift[0][part], shift[1])
+        arguments = (hidden_RC[part], head_VC, labels_R[part], few, moved)
+        parts.append(checkpoint(chunk, *arguments, use_reentrant=False))
+    return tuple(torch.cat(losses) for losses in zip(*parts, strict=True))
 
 
 def _chunk_losses(
@@ -168,25 +205,13 @@ def _chunk_losses(
     head_VC: Tensor,
     labels_R: Tensor,
     teacher: tuple[Tensor, Tensor] | None,
+    shift: tuple[Tensor, Tensor] | None,
+    *,
+    terms: Sequence[Term],
     temperature: float,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, ...]:
     logits_RV = functional.linear(hidden_RC, head_VC).float()
-    ce_R = functional.cross_entropy(logits_RV, labels_R, reduction="none")
-    if teacher is None:
-        return ce_R, None
-    target_logits_Rk, ids_Rk = teacher
-    target_log_Rk = (target_logits_Rk.float() / temperature).log_softmax(-1)
-    target_Rk = target_log_Rk.exp()
-    # Tokens that the target leaves out have probability 0 and add nothing; 0 · −inf would be nan.
-    target_log_Rk = target_log_Rk.where(target_Rk > 0, torch.zeros_like(target_log_Rk))
-    normaliser_R = (logits_RV / temperature).logsumexp(-1)
-    draft_log_Rk = logits_RV.gather(-1, ids_Rk) / temperature - normaliser_R[:, None]
-    kl_R = (target_Rk * (target_log_Rk - draft_log_Rk)).sum(-1)
-    return ce_R, kl_R * temperature**2
-
-
-def ce_weight(step: int, total_steps: int, start: float, end: float) -> float:
-    """The share of cross-entropy in ce+kl: linear from `start` at step 0 to `end` at the last step."""
-    if total_steps <= 1:
-        return start
-    return start + (end - start) * step / (total_steps - 1)
+    if shift is not None:
+        logits_RV = logits_RV + functional.linear(*shift).float()
+    rows = LabelRows(logits_RV, labels_R, teacher, temperature)
+    return tuple(term.rows(rows) for term in terms)

@@ -141,6 +141,11 @@ def _earlier(config: TrainConfig, world_size: int, data: DistillData) -> dict[st
         if config.resume == "must":
             raise ValueError(f"{folder}: no checkpoint to resume from")
         return None
+    if unknown := state["config"].keys() - to_plain(config).keys():
+        raise ValueError(
+            f"{folder}: made with options that this version does not have, {shown(sorted(unknown))}; go on "
+            "with the version that made it, use another output_dir, or --resume never to start over"
+        )
     first = None
     if config.init_from is not None:
         first = read_config(config.init_from, context_len=config.context_len or data.manifest["context_len"])
@@ -204,7 +209,7 @@ def _trainer(
     draft.bind(target.embedding.to(processes.device), target.head.to(processes.device), target.num_layers)
     unlabelled = range(0) if config.trajectory_labels else target.traj_ids
     cached = int(config.cache_gib * 2**30)
-    teacher = config.loss_type != "ce"
+    teacher = config.needs_teacher
     blocks = BlockData(data, train, draft.config, teacher=teacher, unlabelled=unlabelled, cache_bytes=cached)
     walked = BlockData(data, held_out, draft.config, teacher=False, unlabelled=range(0), cache_bytes=cached)
 

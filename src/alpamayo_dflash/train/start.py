@@ -14,11 +14,19 @@ from alpamayo_dflash.clips.lists import parse_chunks
 from alpamayo_dflash.common.fields import naming, value_of
 from alpamayo_dflash.common.identity import Fingerprint, is_made_from
 from alpamayo_dflash.common.options import parse_layers
-from alpamayo_dflash.draft.config import DraftConfig
-from alpamayo_dflash.draft.formats import KEPT_IDS, check_token_ids, read_draft, resize_vocabulary
+from alpamayo_dflash.draft.config import DEFAULT_PREVIOUS_SIZE, DraftConfig
+from alpamayo_dflash.draft.formats import (
+    KEPT_IDS,
+    PREVIOUS_OUT,
+    check_token_ids,
+    read_draft,
+    resize_vocabulary,
+)
+from alpamayo_dflash.draft.heads import moved_rows
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import FrozenTarget
 from alpamayo_dflash.train.config import DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS, TrainConfig, decay_gamma
+from alpamayo_dflash.train.terms import parse_mix
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ def _new(
             num_target_layers=target.num_layers,
             mask_token_id=vocab_size,
             draft_vocab_size=None if token_ids is None else len(token_ids),
+            **_previous(config, None),
         ),
         config.seed,
     )
@@ -117,24 +126,44 @@ def _existing(
     tensors.setdefault("mask_embedding", target.embedding.mean(0))
     if config.full_vocab:
         shape, tensors = resize_vocabulary(shape, tensors, target.embedding, target.head)
-    # The head is the target's, so another choice of its rows changes no weight of the draft.
+    # The head is the target's, so another choice of its rows moves rows of what is added to it at most.
+    before, kind = tensors.get(KEPT_IDS), _previous(config, shape)
     if token_ids is not None:
         tensors[KEPT_IDS] = token_ids
     elif config.draft_vocab_size == 0:
         tensors.pop(KEPT_IDS, None)
+    if PREVIOUS_OUT in tensors:
+        after = tensors.get(KEPT_IDS)
+        tensors[PREVIOUS_OUT] = moved_rows(tensors[PREVIOUS_OUT], before, after, shape.vocab_size)
+    same_head = kind == {name: getattr(shape, name) for name in kind}
     shape = replace(
         shape,
+        **kind,
         block_size=config.block_size or shape.block_size,
         context_len=config.context_len or shape.context_len,
         mask_token_id=shape.vocab_size,
         draft_vocab_size=len(tensors[KEPT_IDS]) if KEPT_IDS in tensors else None,
     )
     check_token_ids(tensors, shape, str(folder))
-    draft = DFlashDraft(shape)
+    if not same_head:  # a new one, which adds nothing yet
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("previous.")}
+    draft = DFlashDraft.random(shape, config.seed)
     draft.load_state_dict(
-        {name: tensor if name == KEPT_IDS else tensor.float() for name, tensor in tensors.items()}
+        draft.state_dict()
+        | {name: tensor if name == KEPT_IDS else tensor.float() for name, tensor in tensors.items()}
     )
     return draft
+
+
+def _previous(config: TrainConfig, first: DraftConfig | None) -> dict[str, Any]:
+    """The kind and size of the head on previous picks that the options ask for, or the first draft has."""
+    kind = first.previous_head if first else None
+    if config.previous_head is not None:
+        kind = None if config.previous_head == "none" else config.previous_head
+    if kind is None:
+        return {"previous_head": None, "previous_size": DEFAULT_PREVIOUS_SIZE}
+    size = config.previous_size or (first.previous_size if first else DEFAULT_PREVIOUS_SIZE)
+    return {"previous_head": kind, "previous_size": size}
 
 
 def _with_embeddings(draft: DFlashDraft, target: FrozenTarget) -> DFlashDraft:
@@ -149,6 +178,8 @@ def acting_options(
     values: Mapping[str, Any], manifest: Mapping[str, Any], first: DraftConfig | None, where: str
 ) -> dict[str, Any]:
     """A run's options with those that were left out filled in: a default may be given by name.
+
+    A mix of losses is the same in any order.
 
     Args:
         values: the options as they were given.
@@ -170,13 +201,17 @@ def acting_options(
     with naming(where):
         wanted = parse_layers(given("target_layers", str, ",".join(map(str, taps))))
         held_out_chunks = parse_chunks(chunks or None)
+        terms = parse_mix(given("loss_type", str, "ce"))
     return {
         **values,
+        "loss_type": "+".join(term.name for term in terms),
         "block_size": block,
         "num_draft_layers": given("num_draft_layers", int, layers),
         "context_len": given("context_len", int, first.context_len if first else manifest["context_len"]),
         "target_layers": wanted,
         "draft_vocab_size": given("draft_vocab_size", int, (first.draft_vocab_size if first else 0) or 0),
+        "previous_head": given("previous_head", str, (first.previous_head if first else None) or "none"),
+        "previous_size": given("previous_size", int, first.previous_size if first else DEFAULT_PREVIOUS_SIZE),
         "prefix_weight_gamma": given("prefix_weight_gamma", float, decay_gamma(block, None)),
         "held_out_chunks": held_out_chunks,
         "held_out": None if chunks else values.get("held_out"),

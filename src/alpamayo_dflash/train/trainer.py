@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from alpamayo_dflash.train.accept import simulate
 from alpamayo_dflash.train.checkpoint import load_training, save_training
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.data import BlockBatch, BlockData, Blocks, step_count, step_share
-from alpamayo_dflash.train.loss import BlockLoss, ce_weight
+from alpamayo_dflash.train.loss import BlockLoss
 from alpamayo_dflash.train.optimizer import (
     MAX_GRADIENT_NORM,
     WARMUP_SHARE,
     learning_rate_factor,
     make_optimizer,
 )
+from alpamayo_dflash.train.terms import ce_weight, shares
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Progress:
         best_length: simulated acceptance length of the best draft so far.
         best_step: the step it was found at; −1 before the first evaluation.
         evaluations: step, epoch and counts of every evaluation.
-        losses: step, loss, its parts and the learning rate at every log entry; with a reduced head also how
-            many of the step's labels it has no row for.
+        losses: step, the loss's terms, the gradient's norm and the learning rate at every log entry; with a
+            reduced head also how many of the step's labels it has no row for.
     """
 
     step: int = 0
@@ -47,6 +48,35 @@ class Progress:
     best_step: int = -1
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     losses: list[dict[str, Any]] = field(default_factory=list)
+
+
+class FirstFault:
+    """The first step whose report is not finite, kept on the device, so that noting a step does not wait."""
+
+    def __init__(self, device: str) -> None:
+        self._step = torch.full((), -1, device=device)
+        self._report = torch.zeros((), device=device)
+
+    def note(self, step: int, report: Tensor) -> None:
+        """Look at a step's report."""
+        first = ~torch.isfinite(report).all() & (self._step < 0)
+        self._step = torch.where(first, step, self._step)
+        self._report = torch.where(first, report, self._report)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise ValueError if there is one; this waits for the device.
+
+        Args:
+            names: what a report's numbers are, for the message.
+        """
+        step = int(self._step)
+        if step < 0:
+            return
+        found = zip(names, self._report.tolist(), strict=True)
+        raise ValueError(
+            f"the loss or its gradient is not finite at step {step}: "
+            f"{', '.join(f'{name} {value:g}' for name, value in found)}; the last checkpoint is whole"
+        )
 
 
 class Trainer:
@@ -93,7 +123,9 @@ class Trainer:
             raise ValueError(f"warmup_steps is {warmup}; it must be below the run's {self.total_steps} steps")
         self.optimizer = make_optimizer(draft, config, processes.world_size)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.loss: nn.Module = BlockLoss(draft, config)
+        loss = BlockLoss(draft, config)
+        self._losses = [term.name for term in loss.terms]
+        self.loss: nn.Module = loss
         if processes.world_size > 1:
             self.loss = nn.parallel.DistributedDataParallel(self.loss)
         self.progress = Progress()
@@ -115,23 +147,26 @@ class Trainer:
         Args:
             checkpoint: folder of the checkpoint.
             monitor: told of every step and evaluation.
+
+        Raises:
+            ValueError: the loss or its gradient was not finite; this is found out, and the first such step
+                named, at the next log entry or evaluation, and nothing is written after that step.
         """
         if self.progress.best_step < 0:
             self._evaluate(monitor)
+        fault = FirstFault(self.processes.device)
         for batch in self._batches():
             report = self._step(batch)
             step = self.progress.step
-            if not bool(torch.isfinite(report).all()):
-                raise ValueError(
-                    f"the loss or its gradient is not finite at step {step}: (weights of ce and "
-                    "kl, ce, kl, labels outside the draft's vocabulary, gradient norm) = "
-                    f"{report.tolist()}; the last checkpoint is whole"
-                )
-            if step % self.config.log_interval == 0 or step == self.total_steps:
+            fault.note(step, report)
+            logs, due = step % self.config.log_interval == 0 or step == self.total_steps, self._due(step)
+            if logs or due:
+                fault.check(self._report_names)  # before anything is written
+            if logs:
                 self.progress.losses.append(self._totals(report))
-                monitor.logged(self.progress.losses[-1])
+                monitor.logged(self.progress.losses[-1], self._losses)
             monitor.stepped(step)
-            if self._due(step):
+            if due:
                 self._evaluate(monitor)
                 if self.processes.first:
                     save_training(checkpoint, self.draft, self.optimizer, self._state())
@@ -163,12 +198,12 @@ class Trainer:
     def _step(self, batch: BlockBatch) -> Tensor:
         """One step of the optimizer.
 
-        CE and KL are weighted means over the label rows of *all* processes: each divides its own sum by the
+        Each term is a weighted mean over the label rows of *all* processes: each divides its own sum by the
         mean weight of a process, and DDP averages the gradients. So more processes with smaller batches take
-        the same step as one with a larger batch.
+        the same step as one with a larger batch. The report stays on the device.
 
         Returns:
-            sums over this process, as `BlockLoss` gives them, and the gradient's norm.
+            `BlockLoss`'s report, summed over all processes, and the gradient's norm.
         """
         config, progress = self.config, self.progress
         factor = learning_rate_factor(progress.step, self.total_steps, self.warmup_steps)
@@ -177,41 +212,39 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         device_type = self.processes.device.partition(":")[0]
         with torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            ce, kl, sums = self.loss(batch)
-        mean_weights = self.processes.add(sums[:2].clone()) / self.processes.world_size
-        ce_mass, kl_mass = mean_weights.clamp_min(1e-12)
-        share = self.ce_share
-        if share == 1:
-            (ce / ce_mass).backward()
-        elif share == 0:
-            (kl / kl_mass).backward()
-        else:
-            (share * ce / ce_mass + (1 - share) * kl / kl_mass).backward()
+            sums, report = self.loss(batch)
+        report = self.processes.add(report)
+        masses = (report[: len(sums)] / self.processes.world_size).clamp_min(1e-12)
+        found = dict(zip(self._losses, zip(sums, masses, strict=True), strict=True))
+        # A term of no weight gets no backward pass: 0 times what is not finite would be nan.
+        parts = [share * found[name][0] / found[name][1] for name, share in self.shares.items() if share]
+        sum(parts[1:], parts[0]).backward()
         norm = nn.utils.clip_grad_norm_(self.draft.parameters(), MAX_GRADIENT_NORM)
         self.optimizer.step()
         progress.step += 1
-        return torch.cat((sums, norm[None]))
+        return torch.cat((report, norm[None]))
 
     @property
-    def ce_share(self) -> float:
-        """Weight of cross-entropy at the present step."""
-        if self.config.loss_type == "ce+kl":
-            start, end = self.config.ce_weight_start, self.config.ce_weight_end
-            return ce_weight(self.progress.step, self.total_steps, start, end)
-        return 1.0 if self.config.loss_type == "ce" else 0.0
+    def shares(self) -> dict[str, float]:
+        """Weight of each term of the loss at the present step."""
+        start, end = self.config.ce_weight_start, self.config.ce_weight_end
+        return shares(self.config.terms, ce_weight(self.progress.step, self.total_steps, start, end))
+
+    @property
+    def _report_names(self) -> list[str]:
+        """What the numbers of a step's report are."""
+        weights = [f"weight of {name}" for name in self._losses]
+        return [*weights, *self._losses, "labels outside the draft's vocabulary", "gradient norm"]
 
     def _totals(self, report: Tensor) -> dict[str, Any]:
-        """A log entry of the step just done, over all processes."""
-        ce_mass, kl_mass, ce, kl, outside = self.processes.add(report[:5].clone()).tolist()
-        entry = {"step": self.progress.step, "ce": ce / max(ce_mass, 1e-12)}
-        if self.config.loss_type != "ce":
-            entry["kl"] = kl / max(kl_mass, 1e-12)
+        """A log entry of the step just done; losses are weighted means."""
+        values, count = report.tolist(), len(self._losses)
+        masses, sums, (outside, norm) = values[:count], values[count : 2 * count], values[2 * count :]
+        means = (total / max(mass, 1e-12) for mass, total in zip(masses, sums, strict=True))
+        entry = {"step": self.progress.step, **dict(zip(self._losses, means, strict=True))}
         if self.draft.token_ids is not None:
             entry["labels_outside_vocab"] = int(outside)
-        return entry | {
-            "gradient_norm": float(report[5]),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
+        return entry | {"gradient_norm": norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     def _evaluate(self, monitor: Monitor) -> None:
         """Walk through the held-out responses, and keep the draft if it is the best so far."""
