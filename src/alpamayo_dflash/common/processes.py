@@ -66,7 +66,11 @@ def join(device: str) -> Iterator[Processes]:
     if world_size == 1:
         yield Processes(rank, world_size, device)
         return
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device.startswith("cuda"):
+        # With the device, NCCL knows it before the first barrier and does not guess one.
+        distributed.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    else:
+        distributed.init_process_group("gloo")
     try:
         yield Processes(rank, world_size, device)
     finally:
