@@ -6,6 +6,7 @@ the tokens of a text's end get more probable, so that texts end by themselves.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -179,20 +180,21 @@ def random_prompt(target: Alpamayo, *, seed: int = 0, length: int = 20, images: 
     )
 
 
-def random_draft(target: Alpamayo) -> DFlashDraft:
-    """A draft of one layer with random weights, for a target of five layers or more."""
-    config = DraftConfig(
-        hidden_size=target.hidden_size,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=64,
-        vocab_size=target.vocab_size,
-        block_size=4,
-        context_len=8,
-        target_layer_ids=(1, 4),
-        num_target_layers=target.num_layers,
-        mask_token_id=target.vocab_size,
-    )
+def random_draft(target: Alpamayo, **changes: Any) -> DFlashDraft:
+    """A draft of one layer with random weights; unless others are given, its taps want five layers."""
+    shape = {
+        "hidden_size": target.hidden_size,
+        "num_layers": 1,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "vocab_size": target.vocab_size,
+        "block_size": 4,
+        "context_len": 8,
+        "target_layer_ids": (1, 4),
+        "num_target_layers": target.num_layers,
+        "mask_token_id": target.vocab_size,
+    }
+    config = DraftConfig(**(shape | changes))
     return DFlashDraft.random(config, 3).eval()

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_target import random_prompt, random_target
+from random_target import random_draft, random_prompt, random_target
 
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.observer import Recorder
-from alpamayo_dflash.draft.config import DraftConfig
 from alpamayo_dflash.draft.heads import KINDS
 from alpamayo_dflash.draft.model import DFlashDraft
 
@@ -28,24 +27,13 @@ def prompts(target):
 
 def draft_of(target, kind, *, few=None):
     """A random draft whose head has a say; with `few`, of a reduced vocabulary."""
-    config = DraftConfig(
-        hidden_size=target.hidden_size,
-        num_layers=1,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=64,
-        vocab_size=target.vocab_size,
-        block_size=4,
-        context_len=8,
+    draft = random_draft(
+        target,
         target_layer_ids=(0, target.num_layers - 1),
-        num_target_layers=target.num_layers,
-        mask_token_id=target.vocab_size,
         draft_vocab_size=few,
         previous_head=kind,
         previous_size=16,
     )
-    draft = DFlashDraft.random(config, 3).eval()
     if few is not None:
         draft.draft_token_ids.copy_(torch.arange(few) * 2)
     with torch.no_grad():
