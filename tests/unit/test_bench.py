@@ -133,6 +133,11 @@ def test_figures_are_ratios_of_medians_and_means():
     assert figures(raw_timings()) == FIGURES
 
 
+def test_picks_with_a_head_have_figures_of_their_own():
+    raw = raw_timings() | {"picks_ms": {"no": [0.3, 0.6, 0.9], "gru": [1.2]}}
+    assert figures(raw) == FIGURES | {"picks_no_head_over_verify": 0.2, "picks_gru_head_over_verify": 0.4}
+
+
 def test_texts_of_transformers_that_end_earlier_are_taken_at_our_passes():
     raw = raw_timings()
     raw["text_rounds"]["transformers_1"] = [8]
@@ -284,7 +289,8 @@ def test_a_small_run(tmp_path, capsys):
     assert written["figures"] == figures(written["raw"])
     assert written["floors"] == floors(written["raw"])
     assert written["spread"] == spread(written["raw"])
-    assert set(written["figures"]) == (set(FIGURES) | {"verify_1_over_floor"})
+    picks = {f"picks_{kind}_head_over_verify" for kind in ("no", "bigram", "mlp", "gru")}
+    assert set(written["figures"]) == (set(FIGURES) | {"verify_1_over_floor"} | picks)
     assert {"round_overhead", "decode_vs_transformers"} <= set(written["replayed"])
     assert written["lossless"]["passed"] and written["lossless"]["one_row_width"]["equal"] == 4
     reason = {"because": "transformers compiles nothing by itself on a device of type cpu"}

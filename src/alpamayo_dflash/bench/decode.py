@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from alpamayo_dflash.bench.generation import Texts
 from alpamayo_dflash.bench.setup import Bench, replayed
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
+from alpamayo_dflash.decode.picks import DraftPicks
+from alpamayo_dflash.decode.proposer import StaticBlock
 from alpamayo_dflash.decode.round_device import per_sample_slots, static_block
 from alpamayo_dflash.decode.steps import State
 from alpamayo_dflash.decode.verify import Prefilled
+from alpamayo_dflash.draft.heads import KINDS
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.reference import generate
 
@@ -43,6 +47,7 @@ def timings(bench: Bench) -> dict[str, Any]:
             **_prompts(bench),
             "verify_ms": _passes(bench),
             "draft_ms": _drafts(bench),
+            "picks_ms": _picks(bench),
         }
     return raw | _texts(bench)
 
@@ -146,6 +151,31 @@ def _drafts(bench: Bench) -> dict[str, list[float]]:
 
 
 def _draft(bench: Bench, draft: DFlashDraft, samples: int) -> list[float]:
+    block, state = _begun(bench, draft, samples)
+    return graph_ms(lambda: block(state), bench.config.repeats, bench.device)
+
+
+def _picks(bench: Bench) -> dict[str, list[float]]:
+    """A draft's forward and the choice of its tokens for one sample, by its head on previous picks."""
+    config, target = bench.config, bench.target
+    out: dict[str, list[float]] = {}
+    for kind in (None, *KINDS):
+        draft = bench.make_draft(bench.draft.config.num_layers, kind)
+        block, state = _begun(bench, draft, 1)
+        picks = DraftPicks(
+            block,
+            samples=1,
+            places=draft.block_size - 1,
+            target_ids=(target.vocab_size, target.traj_ids),
+            sampling=Sampling(config.temperature),
+            device=bench.device,
+        )
+        out[kind or "no"] = graph_ms(partial(picks, state), config.repeats, bench.device)
+    return out
+
+
+def _begun(bench: Bench, draft: DFlashDraft, samples: int) -> tuple[StaticBlock, State]:
+    """A draft's block, and the state that it finds after a round that accepted five tokens."""
     config, verifier = bench.config, bench.decoder(draft).verifier
     prefilled = verifier.prefill(bench.prompt)
     per_sample = per_sample_slots(config.text_tokens, config.block_size)
@@ -162,10 +192,9 @@ def _draft(bench: Bench, draft: DFlashDraft, samples: int) -> list[float]:
     state.bases.copy_(torch.arange(samples) * per_sample)
     block = static_block(draft, verifier.cache, samples=samples, per_sample=per_sample, slots=slots)
     block.begin(verifier.cache.prompt_length)
-    # As after a round that accepted five tokens.
     state.lengths.fill_(min(config.text_tokens, 9))
     state.previous.copy_((state.lengths - 6).clamp_min(0))
-    return graph_ms(lambda: block(state), config.repeats, bench.device)
+    return block, state
 
 
 class _Pair:

@@ -31,9 +31,10 @@ def figures(raw: Mapping[str, Any]) -> dict[str, float]:
     Forwards and rounds by their medians, texts by their means: how many rounds a text takes is drawn.
 
     Args:
-        raw: lists of milliseconds: `verify_ms` by rows, `draft_ms` by draft, `round_ms` by samples, `text_ms`
-            by arm and samples, `prefill_ms` by arm; `text_rounds`, passes after the first token, like
-            `text_ms`; `block_size`, `weight_bytes`, and the list `read_bytes_per_s`.
+        raw: lists of milliseconds: `verify_ms` by rows, `draft_ms` by draft, `picks_ms` by its head on
+            previous picks (older runs have none), `round_ms` by samples, `text_ms` by arm and samples,
+            `prefill_ms` by arm; `text_rounds`, passes after the first token, like `text_ms`; `block_size`,
+            `weight_bytes`, and the list `read_bytes_per_s`.
     """
     median, mean = statistics.median, statistics.fmean
     floor = raw["weight_bytes"] / median(raw["read_bytes_per_s"]) * 1e3
@@ -43,6 +44,10 @@ def figures(raw: Mapping[str, Any]) -> dict[str, float]:
     keys = {f"verify_{rows}_over_floor": median(times) / floor for rows, times in verify.items()}
     keys |= {
         "draft_over_verify": draft / block,
+        **{
+            f"picks_{kind}_head_over_verify": median(times) / block
+            for kind, times in raw.get("picks_ms", {}).items()
+        },
         "round_overhead": (one - draft - block) / one,
         "round_six_over_one": six / one,
         "decode_six_over_one": mean(texts[f"speculative_{SIX}"]) / mean(texts["speculative_1"]),
@@ -55,6 +60,12 @@ def figures(raw: Mapping[str, Any]) -> dict[str, float]:
     if texts.get("compiled_1"):
         keys["decode_vs_compiled"] = _text_over_ours(raw, "compiled_1")
     return {key: round(value, 4) for key, value in keys.items()}
+
+
+def _picks_figures(raw: Mapping[str, Any], block: float) -> dict[str, float]:
+    """A draft with the choice of its tokens over a pass, by its head."""
+    times: Mapping[str, Sequence[float]] = raw.get("picks_ms", {})
+    return {f"picks_{kind}_head_over_verify": statistics.median(ms) / block for kind, ms in times.items()}
 
 
 def _text_over_ours(raw: Mapping[str, Any], arm: str) -> float:

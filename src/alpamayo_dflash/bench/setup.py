@@ -22,6 +22,7 @@ from alpamayo_dflash.decode.observer import Observer
 from alpamayo_dflash.decode.proposer import BlockDraft, Captured
 from alpamayo_dflash.decode.verify import Prefilled
 from alpamayo_dflash.draft.config import DraftConfig
+from alpamayo_dflash.draft.heads import PreviousKind
 from alpamayo_dflash.draft.model import INITIAL_STD, DFlashDraft
 from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
 from alpamayo_dflash.standins.untrained import noise_window, random_target
@@ -75,7 +76,7 @@ class Bench:
             logits = self.decoder(None).prefill(self.prompt).logits_V
             head.mul_(8.5 / float(logits.max()))
 
-    def make_draft(self, layers: int) -> DFlashDraft:
+    def make_draft(self, layers: int, previous_head: PreviousKind | None = None) -> DFlashDraft:
         """A random draft of the target's width, with a reduced head."""
         config = self.config
         return random_draft(
@@ -84,6 +85,7 @@ class Bench:
             block_size=config.block_size,
             context_len=config.context_len,
             draft_vocab=config.draft_vocab,
+            previous_head=previous_head,
         )
 
     def decoder(
@@ -140,7 +142,13 @@ class Bench:
 
 
 def random_draft(
-    target: Qwen3VLTarget, layers: int, *, block_size: int, context_len: int, draft_vocab: int
+    target: Qwen3VLTarget,
+    layers: int,
+    *,
+    block_size: int,
+    context_len: int,
+    draft_vocab: int,
+    previous_head: PreviousKind | None = None,
 ) -> DFlashDraft:
     """A random draft of a target's width on its device, with a reduced head."""
     last = target.num_layers - 1
@@ -160,6 +168,7 @@ def random_draft(
         num_target_layers=target.num_layers,
         mask_token_id=target.vocab_size,
         draft_vocab_size=few,
+        previous_head=previous_head,
     )
     with torch.device(target.device):
         draft = DFlashDraft(shape).eval()

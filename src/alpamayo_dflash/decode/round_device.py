@@ -27,6 +27,7 @@ from alpamayo_dflash.decode.config import Request, Sampling
 from alpamayo_dflash.decode.loop import NotFiniteError, Pass, Sample, Step
 from alpamayo_dflash.decode.noise import stream_keys
 from alpamayo_dflash.decode.observer import Observer, SampleTrace
+from alpamayo_dflash.decode.picks import DraftPicks
 from alpamayo_dflash.decode.proposer import (
     DRAFT,
     DRAFT_ERRORS,
@@ -34,11 +35,9 @@ from alpamayo_dflash.decode.proposer import (
     TARGET,
     BlockDraft,
     BlockLogits,
-    Chained,
     Proposers,
     StaticBlock,
     StaticDraft,
-    draft_columns,
     unite,
     warn_failed,
 )
@@ -110,15 +109,19 @@ class DeviceRound:
         self._first_position = torch.zeros(1, dtype=torch.int64, device=device)
         self._sources: list[list[str]] = [[] for _ in range(shape.samples)]  # of what the host has listed
         self._keys = torch.zeros(shape.rows, 2, dtype=torch.int64, device=device)
-        self._draft_keys = torch.zeros(shape.samples * (self.block - 1), 2, dtype=torch.int64, device=device)
         self._choose = self._chooser(shape.rows, target.vocab_size, None)
         self._choose_first = self._chooser(shape.samples, target.vocab_size, None)
-        self._draft: StaticBlock | None = None
+        self._draft: DraftPicks | None = None
         if proposers.draft is not None:
             sizes = {"samples": shape.samples, "per_sample": shape.per_sample, "slots": shape.slots}
-            self._draft = static_block(proposers.draft, verifier.cache, **sizes)
-        self._choose_draft: Chooser | None = None  # made when the draft's first word tells its columns
-        self._draft_steps = torch.arange(self.block - 1, device=device)
+            self._draft = DraftPicks(
+                static_block(proposers.draft, verifier.cache, **sizes),
+                samples=shape.samples,
+                places=self.block - 1,
+                target_ids=(target.vocab_size, target.traj_ids),
+                sampling=shape.sampling,
+                device=device,
+            )
         self._logits: Tensor | None = None
         self._finite: Tensor | None = None
         pinned = device.type == "cuda"
@@ -181,11 +184,10 @@ class DeviceRound:
         """Begin the state and the draft for samples with these first tokens."""
         keys_S2, index = self._keys_of(samples), samples[0].index
         self._keys[: len(samples) * self.block] = keys_S2.repeat_interleave(self.block, 0)
-        self._draft_keys.copy_(keys_S2.repeat_interleave(self.block - 1, 0))
         bases = self._first_slots + index * self.shape.per_sample
         self.state.begin(first_S, bases, self._limit, self._marks)
         if self._draft is not None:
-            self._draft.begin(self._verifier.cache.prompt_length)
+            self._draft.begin(keys_S2, self._verifier.cache.prompt_length)
         self._started = index
 
     @torch.inference_mode()
@@ -296,45 +298,18 @@ class DeviceRound:
             chains, lengths = torch.where(free[:, None], more, chains), torch.where(free, counts, lengths)
         return chains, lengths
 
-    def _picks(self, draft: StaticBlock) -> steps.Picks:
-        """The draft's tokens, with the noise of their places."""
-        state, count = self.state, self.block - 1
+    def _picks(self, draft: DraftPicks) -> steps.Picks:
+        """The draft's tokens; none that count where it fails."""
+        state = self.state
         try:
-            block = draft(state)
-            if isinstance(block, Chained):
-                return self._chain(block)
+            return draft(state)
         except DRAFT_ERRORS as error:
             if self._capturing:
                 raise
             warn_failed(error)
-            nothing = torch.zeros(state.samples * count, dtype=torch.int64, device=state.tokens.device)
+            count = state.samples * (self.block - 1)
+            nothing = torch.zeros(count, dtype=torch.int64, device=state.tokens.device)
             return steps.Picks(nothing, nothing.bool(), None)
-        logits = block.logits.flatten(0, 1).contiguous()
-        if self._choose_draft is None:
-            columns = draft_columns(block, self._verifier.target.vocab_size)
-            self._choose_draft = self._chooser(len(logits), columns, block.token_ids)
-        places = (state.lengths[:, None] + self._draft_steps).flatten()
-        picked = self._choose_draft(logits, self._draft_keys, places)
-        return steps.Picks(picked.columns, picked.finite, block.token_ids)
-
-    def _chain(self, block: Chained) -> steps.Picks:
-        """The same of a draft that fills its places in one after the other."""
-        state, ids = self.state, block.token_ids
-        columns = draft_columns(block, self._verifier.target.vocab_size)
-        if self._choose_draft is None:
-            self._choose_draft = self._chooser(state.samples, columns, ids)
-        keys_S2 = self._draft_keys.view(state.samples, -1, 2)[:, 0].contiguous()
-        tokens = state.tokens.gather(1, state.lengths[:, None] - 1)[:, 0]
-        picked, finite = [], []
-        for place in range(self.block - 1):
-            shift = block.shift(place, None, tokens)
-            logits = block.logits[:, place, :columns].float() + shift[:, :columns].float()
-            choice = self._choose_draft(logits, keys_S2, state.lengths + place)
-            chosen = choice.columns.clone()  # the chooser's own are written over at the next place
-            tokens = chosen if ids is None else ids[chosen]
-            picked.append(chosen)
-            finite.append(choice.finite.clone())
-        return steps.Picks(torch.stack(picked, 1).flatten(), torch.stack(finite, 1).flatten(), ids)
 
     def _verify(self, *, logits: bool = True) -> Tensor | None:
         """The target's logits after every row, or None."""

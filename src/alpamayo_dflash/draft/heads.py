@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 PreviousKind = Literal["bigram", "mlp", "gru"]
-KINDS: tuple[str, ...] = get_args(PreviousKind)
+KINDS: tuple[PreviousKind, ...] = get_args(PreviousKind)
 
 
 def head_shapes(kind: PreviousKind, hidden_size: int, size: int, columns: int) -> dict[str, tuple[int, ...]]:
