@@ -44,10 +44,7 @@ def figures(raw: Mapping[str, Any]) -> dict[str, float]:
     keys = {f"verify_{rows}_over_floor": median(times) / floor for rows, times in verify.items()}
     keys |= {
         "draft_over_verify": draft / block,
-        **{
-            f"picks_{kind}_head_over_verify": median(times) / block
-            for kind, times in raw.get("picks_ms", {}).items()
-        },
+        **_picks_figures(raw, block),
         "round_overhead": (one - draft - block) / one,
         "round_six_over_one": six / one,
         "decode_six_over_one": mean(texts[f"speculative_{SIX}"]) / mean(texts["speculative_1"]),

@@ -58,8 +58,13 @@ def run(config: MeasureTargetConfig) -> dict[str, Any]:
     after_load, load_peak = gpu.allocated(), gpu.phase_peak()
     draft = None
     if config.draft_layers:
-        sizes = {name: getattr(BenchConfig, name) for name in ("block_size", "context_len", "draft_vocab")}
-        draft = random_draft(target, config.draft_layers, **sizes).to(target.dtype)
+        draft = random_draft(
+            target,
+            config.draft_layers,
+            block_size=BenchConfig.block_size,
+            context_len=BenchConfig.context_len,
+            draft_vocab=BenchConfig.draft_vocab,
+        )
     decoder = SpeculativeDecoder(target, draft, DecodeConfig(prompt_capacity=config.prompt_capacity))
     window = noise_window(config.seed)
     first = _generate(decoder, window, config)

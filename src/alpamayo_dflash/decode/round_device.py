@@ -102,7 +102,7 @@ class DeviceRound:
             device=device,
         )
         self._samples: Sequence[Sample] = ()
-        self._started: int | None = None  # the first of the samples that the state was last begun for
+        self._started = False  # whether `first` has begun the state already
         self._first_slots = torch.arange(shape.samples, device=device) * shape.per_sample
         # `State.written` of every sample asked for.
         self._written = torch.zeros(3, shape.slots // shape.per_sample, dtype=torch.int64, device=device)
@@ -148,7 +148,6 @@ class DeviceRound:
         """See Round."""
         self._verifier.begin(prefilled, self.shape.slots)
         self._logits_V, self._limit, self._span = prefilled.logits_V, request.max_new_tokens, observer.span
-        self._started = None
         torch.add(self._verifier.cache.length_1, prefilled.prompt.rope_delta, out=self._first_position)
         everyone = range(request.num_samples)
         self._streams = stream_keys(request.seed, prefilled.prompt.key, everyone, self.state.tokens.device)
@@ -156,27 +155,30 @@ class DeviceRound:
             proposer.begin(prefilled, samples)
 
     def first(self, samples: Sequence[Sample]) -> list[int]:
-        """See Round. Before the host reads the tokens, what starts from them is enqueued."""
+        """See Round. What starts from the tokens of all samples is enqueued before the host reads them."""
         keys_S2 = self._keys_of(samples)
         logits_SV = self._logits_V.expand(len(samples), -1)
         start = torch.zeros(len(samples), dtype=torch.int64, device=keys_S2.device)
+        self._started = len(samples) == len(self._streams)
         with self._span("sampling"):
             choice = self._choose_first(logits_SV, keys_S2, start)
             report = torch.stack((choice.columns, choice.finite, choice.settled))
-            self._start(samples, choice.columns)
+            if self._started:
+                self._start(samples, choice.columns)
         tokens, finite, settled = report.tolist()
         if not all(finite):
             raise NotFiniteError(samples[0].index, 0)
         if not all(settled):
             columns = self._choose_first.exactly(logits_SV, keys_S2, start)
-            self._start(samples, columns)
+            if self._started:
+                self._start(samples, columns)
             tokens = columns.tolist()
         return [int(token) for token in tokens]
 
     def begin(self, samples: Sequence[Sample]) -> None:
         """See Round. Sample i's slots start at i · per_sample."""
         self._samples = samples
-        if self._started != samples[0].index:
+        if not self._started:
             anchors = torch.tensor([sample.anchor for sample in samples], device="cpu")
             self._start(samples, uploaded(anchors, self._keys.device))
 
@@ -188,7 +190,6 @@ class DeviceRound:
         self.state.begin(first_S, bases, self._limit, self._marks)
         if self._draft is not None:
             self._draft.begin(keys_S2, self._verifier.cache.prompt_length)
-        self._started = index
 
     @torch.inference_mode()
     def __call__(self) -> Pass:

@@ -87,10 +87,10 @@ class PreviousHead(nn.Module):
         Returns:
             the codes [R, r], and the state for the next place.
         """
-        x = self._tokens(previous_RC)
+        told = self._tokens(previous_RC)
         if self.kind == "gru":
-            state_Rr = self.cell(x, state_Rr)
-        return self._code(hidden_RC, x, state_Rr), state_Rr
+            told = state_Rr = self.cell(told, state_Rr)
+        return self._code(hidden_RC, told), state_Rr
 
     def codes(self, hidden_RC: Tensor, previous_SBC: Tensor, wanted_SB: Tensor) -> Tensor:
         """The codes of many places whose previous picks are known: what training asks.
@@ -104,24 +104,23 @@ class PreviousHead(nn.Module):
             [R, r].
         """
         if self.kind != "gru":
-            return self._code(hidden_RC, self._tokens(previous_SBC[wanted_SB]), hidden_RC)
+            return self._code(hidden_RC, self._tokens(previous_SBC[wanted_SB]))
         x_SBr = self._tokens(previous_SBC)
         state, states = x_SBr.new_zeros(len(x_SBr), x_SBr.shape[-1]), []
         for x_Sr in x_SBr.unbind(1):
             state = self.cell(x_Sr, state)
             states.append(state)
-        wanted = torch.stack(states, dim=1)[wanted_SB]
-        return self._code(hidden_RC, wanted, wanted)
+        return self._code(hidden_RC, torch.stack(states, dim=1)[wanted_SB])
 
     def _tokens(self, embeddings: Tensor) -> Tensor:
         x: Tensor = self.token(functional.rms_norm(embeddings, embeddings.shape[-1:]))
         return x
 
-    def _code(self, hidden: Tensor, x: Tensor, state: Tensor) -> Tensor:
+    def _code(self, hidden: Tensor, told: Tensor) -> Tensor:
+        """Of what is told of the picks: x, or a gru's state."""
         if self.kind == "bigram":
-            return x
-        added = self.state(state) if self.kind == "gru" else x
-        return functional.silu(self.hidden(hidden) + added)
+            return told
+        return functional.silu(self.hidden(hidden) + (self.state(told) if self.kind == "gru" else told))
 
 
 class ChainedLogits:
