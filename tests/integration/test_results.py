@@ -268,6 +268,13 @@ def test_the_kernels_medians_follow_from_their_raw_timings():
     assert 10 * found["choice_ms"]["8"]["project"] < found["choice_ms"]["8"]["sort, uncaptured"]
 
 
+def test_the_heads_lengths_follow_from_their_counts():
+    for name, row in read_json(RESULTS / "heads_tiny.json")["rows"].items():
+        for sampled, counts in (("0.6", row["counts_t_0.6"]), ("0", [row["counts_t_0"]])):
+            tokens, passes = (sum(each[key] for each in counts) for key in ("tokens_after_first", "passes"))
+            assert row[f"acceptance_length_t_{sampled}"] == pytest.approx(tokens / passes, abs=1e-4), name
+
+
 def test_the_cuda_tests_passed():
     shipped = read_json(RESULTS / "cuda_tests_h100.json")
     assert shipped["failed"] == 0 and shipped["passed"] >= 34
