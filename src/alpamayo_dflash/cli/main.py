@@ -53,6 +53,7 @@ COMMANDS = {
     "bench": Command("bench.config:BenchConfig", "bench.run:run", tables="report.tables:bench_tables"),
     "bench-kernels": Command("bench.config:BenchKernelsConfig", "bench.kernels:run"),
     "report": Command("report.config:ReportConfig", "report.run:run"),
+    "study": Command("cli.study:StudyConfig", "cli.study:run"),
     "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables="report.tables:all_tables"),
 }
 

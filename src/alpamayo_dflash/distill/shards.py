@@ -359,8 +359,12 @@ def remove_leftovers(folder: Path, rank: int) -> None:
 
 def is_held_out(clip_id: str, share: float) -> bool:
     """Whether a clip is held out: by a hash of its id, so always the same way, whatever else there is."""
-    number = int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8], "big")
-    return number < share * 2**64
+    return clip_number(clip_id) < share * 2**64
+
+
+def clip_number(clip_id: str) -> int:
+    """A number below 2⁶⁴ that a clip's id hashes to."""
+    return int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8], "big")
 
 
 def count_tokens(samples: Sequence[DistillSample]) -> dict[int, int]:

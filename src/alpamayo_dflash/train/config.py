@@ -71,6 +71,7 @@ class TrainConfig:
         stride: use every stride-th response position as an anchor.
         held_out: share of the clips held out, chosen by a hash of the clip id.
         held_out_chunks: hold out the clips of these chunks instead, such as 8-9.
+        train_clips: train on so many clips only, those whose ids have the lowest hashes; all if left out.
         save_every: evaluate and save every so many steps, besides every epoch's end; 0: only there.
         log_interval: steps between log entries.
         num_workers: threads that read ahead when the data does not fit cache_gib; 0 reads in line.
@@ -120,6 +121,7 @@ class TrainConfig:
     stride: int = 1
     held_out: float = DEFAULT_HELD_OUT
     held_out_chunks: str | None = None
+    train_clips: int | None = None
     save_every: int = 0
     log_interval: int = 20
     num_workers: int = 2
@@ -140,7 +142,9 @@ class TrainConfig:
             return {name: getattr(self, name) for name in names}
 
         check_positive(**named("num_epochs", "batch_size", "stride", "log_interval"))
-        check_positive(**named("max_steps", "num_draft_layers", "context_len", "previous_size"))
+        check_positive(
+            **named("max_steps", "num_draft_layers", "context_len", "previous_size", "train_clips")
+        )
         check_at_least(0, **named("warmup_steps", "weight_decay", "save_every", "num_workers", "cache_gib"))
         check_at_least(0, draft_vocab_size=self.draft_vocab_size)
         check_range(2, MOST_BLOCK, block_size=self.block_size)

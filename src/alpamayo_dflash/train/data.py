@@ -20,7 +20,7 @@ from torch import Tensor
 
 from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.distill.data import DistillData
-from alpamayo_dflash.distill.shards import DistillSample, is_held_out
+from alpamayo_dflash.distill.shards import DistillSample, clip_number, is_held_out
 from alpamayo_dflash.draft.blocks import anchors, context_slots, label_positions
 from alpamayo_dflash.draft.config import DraftConfig
 
@@ -130,6 +130,19 @@ def split_samples(
             "raise --held-out, or name --held-out-chunks"
         )
     return train, rest
+
+
+def of_few_clips(samples: Sequence[DistillSample], count: int | None) -> list[DistillSample]:
+    """The responses on so many clips, those whose ids have the lowest hashes; all if `count` is None.
+
+    Raises:
+        ValueError: there are fewer clips.
+    """
+    clips = sorted({sample.clip_id for sample in samples}, key=clip_number)
+    if count is not None and count > len(clips):
+        raise ValueError(f"train_clips is {count}; there are {len(clips)} training clips")
+    kept = set(clips[:count])
+    return [sample for sample in samples if sample.clip_id in kept]
 
 
 class BlockData:

@@ -33,7 +33,7 @@ from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import FrozenTarget, read_target, target_identity
 from alpamayo_dflash.train.checkpoint import STATE, read_state
 from alpamayo_dflash.train.config import TrainConfig
-from alpamayo_dflash.train.data import BlockData, split_samples
+from alpamayo_dflash.train.data import BlockData, of_few_clips, split_samples
 from alpamayo_dflash.train.start import (
     Vocabulary,
     acting_options,
@@ -201,6 +201,7 @@ def _trainer(
     train, rest = split_samples(
         data.samples, share=config.held_out, chunks=parse_chunks(config.held_out_chunks)
     )
+    train = of_few_clips(train, config.train_clips)
     held_out = [sample for sample in rest if sample.temperature == 0] or rest
     if all(len(sample.token_ids) < 2 for sample in held_out):
         raise ValueError(f"{config.data_dir}: no held-out response has a second token to predict")

@@ -1,0 +1,200 @@
+"""What decoding with a proposer accepts, clip by clip, and intervals over clips.
+
+A text is the same with any proposer, so two proposers over the same clips and seeds differ in passes alone,
+and are compared clip by clip.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from alpamayo_dflash.target.prompt import Prompt
+
+RESAMPLES = 10_000
+COMPARED = ("prototype", "dflash")
+"""Recipes that a study's others are compared with."""
+
+
+@dataclass(frozen=True)
+class ClipCounts:
+    """Counts of decoding, by clip, over seeds.
+
+    Attributes:
+        tokens: emitted after the first.
+        passes: verify passes.
+    """
+
+    tokens: tuple[int, ...]
+    passes: tuple[int, ...]
+
+    @property
+    def length(self) -> float:
+        """The acceptance length: tokens a pass, pooled over clips.
+
+        Raises:
+            ValueError: there was no pass.
+        """
+        if not sum(self.passes):
+            raise ValueError(f"no pass on {len(self.passes)} clips: no text has a second token")
+        return sum(self.tokens) / sum(self.passes)
+
+
+def count_clips(
+    decoder: SpeculativeDecoder,
+    prompts: Sequence[Prompt],
+    samplings: Sequence[tuple[Sampling, Sequence[int]]],
+    *,
+    asked: Callable[[Prompt, Sampling, int], None] = lambda *_: None,
+) -> list[ClipCounts]:
+    """Decode every prompt, one sample a seed, no trajectory.
+
+    Args:
+        decoder: with the proposer that is measured.
+        prompts: a clip's each; each is read once.
+        samplings: how to choose tokens, and with which seeds.
+        asked: told of each decode before it begins.
+
+    Returns:
+        Counts for each of `samplings`.
+    """
+    tokens = [[0] * len(prompts) for _ in samplings]
+    passes = [[0] * len(prompts) for _ in samplings]
+    for clip, prompt in enumerate(prompts):
+        read = decoder.prefill(prompt)
+        for way, (sampling, seeds) in enumerate(samplings):
+            for seed in seeds:
+                asked(prompt, sampling, seed)
+                result = decoder.generate(
+                    read,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    seed=seed,
+                    trajectories=False,
+                )
+                tokens[way][clip] += result.emitted
+                passes[way][clip] += result.passes
+    return [ClipCounts(tuple(some), tuple(others)) for some, others in zip(tokens, passes, strict=True)]
+
+
+def pooled(counts: Sequence[ClipCounts]) -> ClipCounts:
+    """Several runs over the same clips as one."""
+    tokens = zip(*(each.tokens for each in counts), strict=True)
+    passes = zip(*(each.passes for each in counts), strict=True)
+    return ClipCounts(tuple(map(sum, tokens)), tuple(map(sum, passes)))
+
+
+def length_ratio(one: ClipCounts, other: ClipCounts, *, seed: int = 0) -> tuple[float, float, float]:
+    """One acceptance length over another's on the same clips: the ratio, and a paired bootstrap's interval.
+
+    Args:
+        one: counts by clip.
+        other: likewise, of the same clips in the same order, over any number of runs.
+        seed: of the bootstrap.
+
+    Returns:
+        the ratio, and its 2.5th and 97.5th percentile where the clips are drawn anew (Efron 1979).
+
+    Raises:
+        ValueError: the two are of different numbers of clips.
+    """
+    if len(one.tokens) != len(other.tokens):
+        raise ValueError(f"{len(one.tokens)} clips beside {len(other.tokens)}; they must be the same clips")
+    drawn = np.random.default_rng(seed).integers(len(one.tokens), size=(RESAMPLES, len(one.tokens)))
+    ratios = _lengths(one, drawn) / _lengths(other, drawn)
+    low, high = np.percentile(ratios, (2.5, 97.5))
+    return one.length / other.length, float(low), float(high)
+
+
+def _lengths(counts: ClipCounts, drawn: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """The acceptance length over each drawing of clips."""
+    lengths: npt.NDArray[np.float64] = np.array(counts.tokens)[drawn].sum(1) / np.array(counts.passes)[
+        drawn
+    ].sum(1)
+    return lengths
+
+
+def study_figures(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a study (`cli.study`) from its counts.
+
+    Returns:
+        by amount of data `best`, the recipe with the least ms a CoC on validation clips (the most accepted
+        where no benchmark gives ms); and on test clips, pooled over training seeds, by recipe the acceptance
+        length, its share of the ceiling, passes and ms a CoC, greedy acceptance, and the ratio to the
+        prototype's recipe and to plain DFlash with intervals.
+    """
+    units = list(results["units"].values())
+    found: dict[str, Any] = {}
+    ceiling = results.get("ceilings")
+    if ceiling is not None:
+        found["ceilings"] = {
+            name: round(sum(results["sampled_tokens"]) / sum(passes), 4) for name, passes in ceiling.items()
+        }
+    for data in dict.fromkeys(unit["data"] for unit in units):
+        of_data = [unit for unit in units if unit["data"] == data]
+        recipes = list(dict.fromkeys(unit["recipe"] for unit in of_data))
+        rows = {
+            recipe: _recipe_figures(results, [unit for unit in of_data if unit["recipe"] == recipe], of_data)
+            for recipe in recipes
+        }
+        found[data] = {"best": min(rows, key=lambda name: _cost(rows[name])), "recipes": rows}
+    return found
+
+
+def _cost(row: Mapping[str, Any]) -> tuple[float, float]:
+    """What the best recipe has least of: ms a CoC on validation clips, or passes a token there."""
+    return (row.get("validation_ms_per_coc", 0.0), -row["validation_acceptance_length"])
+
+
+def _recipe_figures(
+    results: Mapping[str, Any], units: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The figures of one recipe's units; `others` are all units on the same data."""
+    sampled, greedy = _counts(results, units, "sampled"), _counts(results, units, "greedy")
+    texts = len(results["test_clips"]) * results["decoding_seeds"] * len(units)
+    validation = [unit["validation"] for unit in units]
+    tokens, passes = (sum(each[key] for each in validation) for key in ("tokens", "passes"))
+    validated = len(results["validation_clips"]) * results["validation_seeds"] * len(units)
+    row: dict[str, Any] = {
+        "seeds": len(units),
+        "steps": units[0]["steps"],
+        "train_s": round(sum(unit["train_s"] for unit in units) / len(units), 1),
+        "acceptance_length": round(sampled.length, 4),
+        "by_seed": [round(_counts(results, [unit], "sampled").length, 4) for unit in units],
+        "greedy_acceptance_length": round(greedy.length, 4),
+        "passes_per_coc": round(sum(sampled.passes) / texts, 4),
+        "validation_acceptance_length": round(tokens / passes, 4),
+    }
+    if "ceilings" in results:
+        ceiling = sum(results["sampled_tokens"]) / sum(results["ceilings"]["text"])
+        row["ceiling_share"] = round(sampled.length / ceiling, 4)
+    if "bench_raw" in results:
+        pass_ms = _pass_ms(results["bench_raw"], units[0]["options"].get("previous_head") or "no")
+        row["pass_ms"] = round(pass_ms, 4)
+        row["ms_per_coc"] = round(pass_ms * row["passes_per_coc"], 4)
+        row["validation_ms_per_coc"] = round(pass_ms * passes / validated, 4)
+    for name in COMPARED:
+        reference = [unit for unit in others if unit["recipe"] == name]
+        if reference:
+            ratio = length_ratio(sampled, _counts(results, reference, "sampled"))
+            row[f"over_{name}"] = [round(value, 4) for value in ratio]
+    return row
+
+
+def _counts(results: Mapping[str, Any], units: Sequence[Mapping[str, Any]], mode: str) -> ClipCounts:
+    """Counts on test clips, pooled over units."""
+    tokens = tuple(results[f"{mode}_tokens"])
+    return pooled([ClipCounts(tokens, tuple(unit[f"{mode}_passes"])) for unit in units])
+
+
+def _pass_ms(raw: Mapping[str, Any], head: str) -> float:
+    """A round at R1's size: the verify pass of 8 rows, and the draft's forward with its picks."""
+    verify, picks = raw["verify_ms"]["8"], raw["picks_ms"][head]
+    return float(statistics.median(verify) + statistics.median(picks))
