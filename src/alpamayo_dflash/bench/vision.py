@@ -134,7 +134,7 @@ def vision_plans(target: Alpamayo, prompt: Prompt, repeats: int) -> dict[str, An
         times |= _timed(name, target, prompt, plan, repeats=repeats)
     best = min(times, key=medians(times).__getitem__)
     others = {
-        "GELU in the epilogue": replace(plans[best], gelu="epilogue"),
+        "GELU of the rounded product": replace(plans[best], gelu="rounded"),
         "one stream": replace(plans[best], streams=1),
         "three streams": replace(plans[best], streams=3),
         "once more": plans[best],

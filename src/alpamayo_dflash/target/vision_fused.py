@@ -37,6 +37,8 @@ from alpamayo_dflash.target.weights import BiasedLinear, biased_linear, not_plai
 if TYPE_CHECKING:
     from alpamayo_dflash.kernels.vision import AttentionKind
 
+Gelu = Literal["rounded", "epilogue"]
+
 _GELU = "gelu_pytorch_tanh"
 _HEAD_WIDTHS = (16, 256)
 _HEAD_MULTIPLE = 8  # what a library's attention takes without copies
@@ -51,12 +53,12 @@ class VisionPlan:
     Attributes:
         attention: see `kernels.vision.attend_images`; None for what suits the GPU.
         gelu: whether an MLP's product is `rounded` before its GELU, as in the plain form, or goes into it
-            unrounded in the product's `epilogue` (on a GPU only).
+            unrounded in the product's `epilogue` (on a GPU only); None for what suits the device.
         streams: groups of images that run side by side, each with its own buffers and graph.
     """
 
     attention: AttentionKind | None = None
-    gelu: Literal["rounded", "epilogue"] = "rounded"
+    gelu: Gelu | None = None
     streams: int = 2
 
     def attention_on(self, device: torch.device) -> AttentionKind:
@@ -64,6 +66,10 @@ class VisionPlan:
         if self.attention is not None:
             return self.attention
         return "cudnn" if is_hopper(device) else "flash"
+
+    def gelu_on(self, device: torch.device) -> Gelu:
+        """Where the GELU is taken on a device: on a GPU it saves a pass over the product."""
+        return self.gelu or ("epilogue" if device.type == "cuda" else "rounded")
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ class _Tower:
 
     def __init__(self, visual: Any, plan: VisionPlan) -> None:
         config = visual.config
-        self._plan, self._heads = plan, config.num_heads
+        self._heads = config.num_heads
         self._patch = biased_linear(visual.patch_embed.proj)
         self._blocks = [_Block.of(block) for block in visual.blocks]
         self._merger = _Merger.of(visual.merger)
@@ -141,7 +147,7 @@ class _Tower:
         self.levels, self.inputs = len(self._levels), self._patch.weight.shape[1]
         self.width = self._merger.down.weight.shape[0]
         self.dtype, self.device = self._patch.weight.dtype, self._patch.weight.device
-        self._attention = plan.attention_on(self.device)
+        self._attention, self._gelu = plan.attention_on(self.device), plan.gelu_on(self.device)
 
     def __call__(self, pixels_RK: Tensor, tables: GridTables) -> tuple[Tensor, list[Tensor]]:
         """Merged and deepstack features, [R / M, text hidden] each."""
@@ -164,12 +170,11 @@ class _Tower:
         """A block from its normed input to what its MLP adds: hidden, and what is to be added to it."""
         from alpamayo_dflash.kernels.vision import attend_images, rotate_in_place
 
-        plan = self._plan
         qkv = block.qkv(normed_RC)
         rotate_in_place(qkv, tables.cos, tables.sin, self._heads)
         attended = attend_images(qkv, len(tables.cos), self._heads, self._attention)
         hidden_RC, normed_RC = block.mlp_norm.after(hidden_RC, block.out(attended))
-        return hidden_RC, block.down(block.up.gelu_tanh(normed_RC, rounded=plan.gelu == "rounded"))
+        return hidden_RC, block.down(block.up.gelu_tanh(normed_RC, rounded=self._gelu == "rounded"))
 
 
 class FusedVision:
