@@ -332,6 +332,7 @@ def ceilings(
     target: Alpamayo, prompts: Sequence[Prompt], block: int, sampling: Sampling, seeds: Sequence[int]
 ) -> dict[str, list[int]]:
     """Passes by clip of proposers that know the target, `independent` and `text` (`evaluate.ceilings`)."""
+    from alpamayo_dflash.decode.config import DecodeConfig
     from alpamayo_dflash.decode.decoder import SpeculativeDecoder
     from alpamayo_dflash.evaluate.acceptance import count_clips
     from alpamayo_dflash.evaluate.ceilings import IndependentOracle, TextOracle
@@ -351,7 +352,7 @@ def ceilings(
 
     found = {}
     for name, oracle, tell in (("text", knows, tell_text), ("independent", independent, tell_seed)):
-        decoder = SpeculativeDecoder(target, proposers=[oracle])
+        decoder = SpeculativeDecoder(target, None, DecodeConfig(loop="device"), proposers=[oracle])
         (counts,) = count_clips(decoder, prompts, [(sampling, seeds)], asked=tell)
         found[name] = list(counts.passes)
     return found

@@ -36,7 +36,7 @@ DRAFT_ERRORS = (RuntimeError, ArithmeticError, LookupError)
 
 
 LISTED_BLOCK = 16
-"""b where lists are offered and there is no draft."""
+"""b where lists are offered and there is no draft, unless a `Listed` one names its own."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,14 @@ class Proposed:
 
 
 class Listed(ABC):
-    """A proposer that says on the host what it offers. It must not change the samples."""
+    """A proposer that says on the host what it offers. It must not change the samples.
+
+    Attributes:
+        block_size: b of the device's rounds where there is no draft: they take at most b − 1 of its tokens,
+            ends of sentences included.
+    """
+
+    block_size = LISTED_BLOCK
 
     def begin(self, prefilled: Prefilled, samples: Sequence[Sample]) -> None:  # noqa: B027
         """A prompt has been read, and these samples of it are about to be written."""
@@ -238,7 +245,8 @@ class Proposers:
         """b, 1 where nobody proposes."""
         if self.draft is not None:
             return self.draft.block_size
-        return LISTED_BLOCK if self.listed or self.captured else 1
+        sizes = [proposer.block_size for proposer in self.listed] + [LISTED_BLOCK] * bool(self.captured)
+        return max(sizes, default=1)
 
 
 class DraftProposer:

@@ -42,13 +42,13 @@ class TextOracle(Listed):
     """
 
     def __init__(self, block_size: int) -> None:
-        self._count = block_size - 1
+        self.block_size = block_size
         self.text: Sequence[int] = ()
 
     def propose(self, samples: Sequence[Sample]) -> list[Proposed]:
         """See Listed."""
         ends = [len(sample.tokens) for sample in samples]
-        return [Proposed(self.text[end : end + self._count], source="oracle") for end in ends]
+        return [Proposed(self.text[end : end + self.block_size - 1], source="oracle") for end in ends]
 
 
 class Continuations:
@@ -125,7 +125,7 @@ class IndependentOracle(Listed):
 
     def __init__(self, target: Alpamayo, block_size: int, sampling: Sampling, rules: StopRules) -> None:
         self._continuations = Continuations(target, sampling, rules)
-        self._places, self._vocab = block_size - 1, target.vocab_size
+        self.block_size, self._vocab = block_size, target.vocab_size
         self._device = target.device
         self.seed = 0
 
@@ -141,7 +141,9 @@ class IndependentOracle(Listed):
 
     def _picks(self, sample: Sample) -> list[int]:
         picks = []
-        for place, masses in enumerate(self._continuations.marginals(tuple(sample.tokens), self._places)):
+        for place, masses in enumerate(
+            self._continuations.marginals(tuple(sample.tokens), self.block_size - 1)
+        ):
             if not masses:
                 break
             noise_V = self._noise.rows([sample.index], [len(sample.tokens) + place])[0]

@@ -1,0 +1,81 @@
+"""Counts of decoding by clip, and what is made of them."""
+
+import pytest
+
+from alpamayo_dflash.evaluate.acceptance import ClipCounts, length_ratio, pooled, study_figures
+
+TOKENS = (10, 12, 14, 16)
+
+
+def test_lengths_are_pooled_over_clips():
+    assert ClipCounts(TOKENS, (2, 3, 4, 4)).length == 52 / 13
+    both = pooled([ClipCounts(TOKENS, (2, 3, 4, 4)), ClipCounts(TOKENS, (3, 3, 3, 3))])
+    assert both == ClipCounts((20, 24, 28, 32), (5, 6, 7, 7))
+    with pytest.raises(ValueError, match="no pass on 2 clips"):
+        _ = ClipCounts((0, 0), (0, 0)).length
+
+
+def test_the_interval_is_of_paired_clips():
+    """Clips that differ alike in both leave no doubt about the ratio; others do."""
+    slow = ClipCounts(TOKENS, (5, 6, 7, 8))
+    fast = ClipCounts(TOKENS, (10, 12, 14, 16))
+    assert length_ratio(slow, fast) == pytest.approx((2.0, 2.0, 2.0))
+    ratio, low, high = length_ratio(slow, ClipCounts(TOKENS, (5, 12, 7, 16)))
+    assert ratio == pytest.approx(40 / 26) and 1.0 <= low < ratio < high <= 2.0
+    with pytest.raises(ValueError, match="4 clips beside 1"):
+        length_ratio(slow, ClipCounts((3,), (1,)))
+
+
+def unit(recipe, seed, passes, **options):
+    return {
+        "recipe": recipe,
+        "data": "all",
+        "seed": seed,
+        "options": options,
+        "steps": 5,
+        "train_s": 2.0,
+        "validation": {"tokens": 60, "passes": 20},
+        "sampled_passes": passes,
+        "greedy_passes": [2, 2],
+    }
+
+
+def results():
+    units = [
+        unit("dflash", 0, [6, 6]),
+        unit("dflash", 1, [4, 8]),
+        unit("gru kl", 0, [5, 5], previous_head="gru"),
+    ]
+    return {
+        "test_clips": ["a", "b"],
+        "validation_clips": ["c", "d"],
+        "decoding_seeds": 2,
+        "validation_seeds": 1,
+        "sampled_tokens": [20, 28],
+        "greedy_tokens": [10, 14],
+        "ceilings": {"text": [4, 4], "independent": [6, 6]},
+        "units": {str(index): each for index, each in enumerate(units)},
+    }
+
+
+def test_figures_of_a_study():
+    found = study_figures(results())
+    assert found["ceilings"] == {"text": 6.0, "independent": 4.0}
+    rows = found["all"]["recipes"]
+    assert rows["dflash"]["seeds"] == 2 and rows["dflash"]["by_seed"] == [4.0, 4.0]
+    assert rows["gru kl"]["acceptance_length"] == 4.8 and rows["gru kl"]["ceiling_share"] == 0.8
+    assert rows["gru kl"]["passes_per_coc"] == 2.5 and rows["gru kl"]["greedy_acceptance_length"] == 6.0
+    assert rows["gru kl"]["over_dflash"][0] == 1.2
+    assert "over_prototype" not in rows["gru kl"] and "ms_per_coc" not in rows["gru kl"]
+
+
+def test_the_best_recipe_is_the_one_of_least_ms():
+    """A head that accepts more but costs more than it saves is not chosen."""
+    study = results() | {"bench_raw": {"verify_ms": {"8": [5.0]}, "picks_ms": {"no": [0.5], "gru": [5.5]}}}
+    study["units"]["2"]["validation"] = {"tokens": 60, "passes": 15}
+    found = study_figures(study)["all"]
+    assert found["recipes"]["gru kl"]["ms_per_coc"] == 26.25
+    assert found["recipes"]["gru kl"]["validation_acceptance_length"] == 4.0
+    assert found["best"] == "dflash"
+    study["bench_raw"]["picks_ms"]["gru"] = [0.6]
+    assert study_figures(study)["all"]["best"] == "gru kl"
