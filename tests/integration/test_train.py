@@ -18,13 +18,16 @@ from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import read_target, target_identity
 from alpamayo_dflash.train import trainer as trainer_module
+from alpamayo_dflash.train.checkpoint import load_training
 from alpamayo_dflash.train.config import TrainConfig
+from alpamayo_dflash.train.optimizer import make_optimizer
 from alpamayo_dflash.train.run import run
 from alpamayo_dflash.train.start import first_draft
 
 V, C, LAYERS, TAPS, CONTEXT = 64, 32, 3, (0, 2), 6
 TRAJ_START, TRAJ = 52, 8
 PHRASES, CLIPS = 6, 40
+HAS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 
 
 def write_target(folder):
@@ -191,6 +194,7 @@ def test_a_toy_is_learnt_to_nearly_the_longest_acceptance(made, tmp_path):
         {"loss_type": "ce+kl", "position_weights": "dpace", "dtype": "bfloat16"},
         {"loss_type": "lk", "labels": "argmax", "position_weights": "dpace"},
         {"train_embeddings": True, "prefix_weight_gamma": 3.0, "block_size": 4, "stride": 2},
+        pytest.param({"optimizer": "muon", "loss_type": "ce+kl"}, marks=HAS_MUON),
         {"cache_gib": 0.0, "num_workers": 2, "save_every": 3, "context_len": 3, "target_layers": "2"},
     ],
 )
@@ -218,8 +222,9 @@ def test_a_mix_that_bounds_acceptance_teaches_the_toy(made, tmp_path):
     assert result["acceptance_length"] > 2 * result["evaluations"][0]["acceptance_length"]
 
 
-def test_an_interrupted_run_equals_an_uninterrupted_one(made, tmp_path, monkeypatch):
-    changes = {"save_every": 4, "loss_type": "ce+kl", "train_embeddings": True}
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=HAS_MUON)])
+def test_an_interrupted_run_equals_an_uninterrupted_one(made, tmp_path, monkeypatch, optimizer):
+    changes = {"save_every": 4, "loss_type": "ce+kl", "train_embeddings": True, "optimizer": optimizer}
     whole = run(options(made, tmp_path / "whole", **changes))
 
     class PulledError(Exception):
@@ -331,6 +336,24 @@ def test_a_checkpoint_of_other_options_is_refused_or_goes_on_where_they_are_the_
     path.write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"options that this version does not have, \['loss'\]"):
         run(config)
+
+
+@HAS_MUON
+def test_a_checkpoint_of_another_optimizer_does_not_continue(made, tmp_path):
+    config = options(made, tmp_path / "out", num_epochs=1, optimizer="muon")
+    run(config)
+    with pytest.raises(ValueError, match="made with optimizer 'muon', not 'adamw'"):
+        run(dataclasses.replace(config, optimizer="adamw"))
+    kept = load_file(tmp_path / "out" / "checkpoint" / "optimizer.safetensors")
+    matrix, vector = "layers.0.mlp.up_proj.weight", "norm.weight"
+    assert {name for name in kept if name.startswith(f"{matrix}:")} == {f"{matrix}:momentum_buffer"}
+    assert {name for name in kept if name.startswith(f"{vector}:")} == {
+        f"{vector}:{part}" for part in ("step", "exp_avg", "exp_avg_sq")
+    }
+    draft = DFlashDraft.from_pretrained(tmp_path / "out" / "checkpoint")
+    other = make_optimizer(draft, dataclasses.replace(config, optimizer="adamw"), 1)
+    with pytest.raises(ValueError, match=r"momentum_buffer.*the optimizer keeps numbers of shapes.*exp_avg"):
+        load_training(tmp_path / "out" / "checkpoint", draft, other)
 
 
 def test_a_run_with_other_options_does_not_continue(made, tmp_path):

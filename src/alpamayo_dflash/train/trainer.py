@@ -209,7 +209,7 @@ class Trainer:
         factor = learning_rate_factor(progress.step, self.total_steps, self.warmup_steps)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         device_type = self.processes.device.partition(":")[0]
         with torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             sums, report = self.loss(batch)
