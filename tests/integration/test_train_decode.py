@@ -133,7 +133,7 @@ def test_a_draft_that_has_decoded_can_still_be_trained(tmp_path):
         torch.tensor([CONTEXT]),
         torch.tensor([1]),
         torch.arange(CONTEXT)[None],
-        torch.ones(1, 3, dtype=torch.bool),
+        torch.arange(3),
     )
     out.sum().backward()
     assert draft.fc.weight.grad is not None

@@ -205,7 +205,7 @@ def test_labels_outside_a_reduced_head_get_no_weight_and_are_counted(rows, posit
     hidden.requires_grad_()
     options = TrainConfig("", Path(), Path(), loss_type="kl", position_weights=position_weights)
     labelled = torch.ones(1, 6, dtype=torch.bool)
-    batch = BlockBatch(*(torch.zeros(1),) * 4, labels, labelled, logits, ids)
+    batch = BlockBatch(*(torch.zeros(1),) * 4, labels, labelled, torch.arange(6), logits, ids)
     (ce, kl), sums = BlockLoss(Fixed(hidden, head[KEPT], KEPT, 7), options)(batch)
     inside = [0, 2, 3, 5]
     each = [
@@ -229,7 +229,7 @@ def test_labels_may_be_the_targets_best_tokens(rows):
     hidden, head, _, (logits, ids) = rows
     logits[0, int(logits[0].argmax())] = -torch.inf  # what may not be written is no label
     labels, labelled = torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 6, dtype=torch.bool)
-    batch = BlockBatch(*(torch.zeros(1),) * 4, labels, labelled, logits, ids)
+    batch = BlockBatch(*(torch.zeros(1),) * 4, labels, labelled, torch.arange(6), logits, ids)
     options = TrainConfig("", Path(), Path(), labels="argmax")
     best = [max(zip(*row, strict=True))[1] for row in zip(logits.tolist(), ids.tolist(), strict=True)]
     (ce,), _ = BlockLoss(Fixed(hidden, head, None, 7), options)(batch)
@@ -248,7 +248,7 @@ def test_a_head_of_previous_tokens_shifts_the_loss(rows):
     codes, out = torch.randn(6, 3, requires_grad=True), torch.randn(11, 3, requires_grad=True)
     labelled = torch.ones(1, 6, dtype=torch.bool)
     anchors = torch.tensor([4])
-    batch = BlockBatch(*(torch.zeros(1),) * 3, anchors, labels[None], labelled, *teacher)
+    batch = BlockBatch(*(torch.zeros(1),) * 3, anchors, labels[None], labelled, torch.arange(6), *teacher)
     draft = Fixed(hidden, head, None, 7)
     draft.previous = SimpleNamespace(out=SimpleNamespace(weight=out))
     asked = []
@@ -257,7 +257,7 @@ def test_a_head_of_previous_tokens_shifts_the_loss(rows):
     (_, tv), _ = BlockLoss(draft, options)(batch)
     assert [value is other for value, other in zip(asked[0], (hidden, anchors), strict=False)] == [True] * 2
     assert asked[0][2] is batch.labels
-    assert asked[0][3] is labelled
+    assert asked[0][3] is batch.label_rows
     wide = torch.cat((hidden, codes), dim=1), torch.cat((head, out), dim=1)
     (expected,) = row_losses(*wide, labels, teacher, terms=parse_mix("tv"))
     torch.testing.assert_close(tv, (expected * decay_weights(6, 3.5)).sum())

@@ -74,7 +74,8 @@ class TrainConfig:
         held_out_chunks: hold out the clips of these chunks instead, such as 8-9.
         save_every: evaluate and save every so many steps, besides every epoch's end; 0: only there.
         log_interval: steps between log entries.
-        num_workers: threads that read ahead when the data does not fit cache_gib; 0 reads in line.
+        num_workers: threads that make batches ahead: on a GPU, and where the data does not fit cache_gib; 0
+            makes them in line.
         cache_gib: keep data in memory up to this size, GiB, for training and for held-out clips each.
         seed: of new weights and of the order of blocks.
         device: torch device; under torchrun, cuda takes the local rank's.

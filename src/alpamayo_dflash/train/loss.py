@@ -38,7 +38,7 @@ class BlockLoss(nn.Module):
         self.terms = (CROSS_ENTROPY, *(term for term in config.terms if term is not CROSS_ENTROPY))
         block_size = draft.config.block_size
         gamma = decay_gamma(block_size, config.prefix_weight_gamma)
-        self._decay_B = decay_weights(block_size - 1, gamma)
+        self._decay_B = decay_weights(block_size - 1, gamma).to(draft.head.device)
 
     def forward(self, batch: BlockBatch) -> tuple[tuple[Tensor, ...], Tensor]:
         """Weighted sums over the batch's label rows.
@@ -51,12 +51,12 @@ class BlockLoss(nn.Module):
             sum of each term's weights, each term's weighted sum, and how many labels have no row of the head.
         """
         draft = self.draft
-        labelled_SB = batch.labelled
-        hidden_RC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries, labelled_SB)
+        rows_R = batch.label_rows
+        hidden_RC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries, rows_R)
         teacher = None
         if batch.teacher_logits is not None and batch.teacher_ids is not None:
             teacher = (batch.teacher_logits, batch.teacher_ids)
-        labels_R = batch.labels[labelled_SB]
+        labels_R = batch.labels.flatten()[rows_R]
         if self.options.labels == "argmax":
             assert teacher is not None
             labels_R = best_stored(*teacher)
@@ -75,7 +75,7 @@ class BlockLoss(nn.Module):
             shift=_shift(draft, hidden_RC, batch),
         )
         # A token that the draft cannot propose has an infinite cross-entropy, and D-PACE is to know that.
-        weight_R = self._weights(losses[0].detach().masked_fill(~has_label_R, torch.inf), labelled_SB)
+        weight_R = self._weights(losses[0].detach().masked_fill(~has_label_R, torch.inf), batch)
         counted = [has_teacher_R if term.needs_teacher else has_label_R for term in self.terms]
         weights = [weight_R * counted_R for counted_R in counted]
         sums = tuple((mine_R * loss_R).sum() for mine_R, loss_R in zip(weights, losses, strict=True))
@@ -83,20 +83,20 @@ class BlockLoss(nn.Module):
         outside = (~has_label_R).sum().to(sums[0])
         return sums, torch.stack((*masses, *(total.detach() for total in sums), outside))
 
-    def _weights(self, ce_R: Tensor, labelled_SB: Tensor) -> Tensor:
+    def _weights(self, ce_R: Tensor, batch: BlockBatch) -> Tensor:
+        rows_R, labelled_SB = batch.label_rows, batch.labelled
         if self.options.position_weights == "decay":
-            self._decay_B = self._decay_B.to(ce_R.device)
-            return self._decay_B.expand(labelled_SB.shape)[labelled_SB]
+            return self._decay_B[rows_R % len(self._decay_B)]
         ce_SB = torch.zeros(labelled_SB.shape, device=ce_R.device)
-        ce_SB[labelled_SB] = ce_R
-        return dpace_weights(ce_SB, labelled_SB, self.options.dpace_alpha)[labelled_SB]
+        ce_SB.view(-1)[rows_R] = ce_R
+        return dpace_weights(ce_SB, labelled_SB, self.options.dpace_alpha).flatten()[rows_R]
 
 
 def _shift(draft: DFlashDraft, hidden_RC: Tensor, batch: BlockBatch) -> tuple[Tensor, Tensor] | None:
     """What a head on previous picks adds to the masks' logits, as `row_losses` takes it."""
     if draft.previous is None:
         return None
-    codes_Rr = draft.shift_codes(hidden_RC, batch.anchors, batch.labels, batch.labelled)
+    codes_Rr = draft.shift_codes(hidden_RC, batch.anchors, batch.labels, batch.label_rows)
     return codes_Rr, draft.previous.out.weight
 
 
