@@ -47,8 +47,8 @@ class DraftNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of x."""
-        return rms_norm(x, self.weight, self.eps)
+        """Normalise the last axis of x, which with wider weights (under autocast) is widened first."""
+        return rms_norm(x.to(torch.promote_types(x.dtype, self.weight.dtype)), self.weight, self.eps)
 
 
 def rotate_signed(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
@@ -71,7 +71,6 @@ class DraftAttention(nn.Module):
         c, d = config.hidden_size, config.head_dim
         q, kv = config.num_heads * d, config.num_kv_heads * d
         self.head_dim = config.head_dim
-        self.grouped = config.num_heads != config.num_kv_heads
         self.q_proj = nn.Linear(c, q, bias=False)
         self.k_proj = nn.Linear(c, kv, bias=False)
         self.v_proj = nn.Linear(c, kv, bias=False)
@@ -110,10 +109,14 @@ class DraftAttention(nn.Module):
         k_block, v_block = self.keys_values(x_SbC)
         k = rotate_signed(torch.cat((context[0], k_block), dim=1), rotary)
         v = torch.cat((context[1], v_block), dim=1)
+        # All tokens of a block see the same, so the query heads of a key head stand as rows of one attention:
+        # the kernels that take a mask would copy keys and values for each of them.
+        heads = k.shape[2]
+        grouped = q.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mixed = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen, enable_gqa=self.grouped
+            grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen
         )
-        mixed = mixed.transpose(1, 2).flatten(-2)
+        mixed = mixed.unflatten(2, (-1, size)).permute(0, 3, 1, 2, 4).flatten(2)
         out: Tensor = self.o_proj(_rows(mixed, rows_R))
         return out
 

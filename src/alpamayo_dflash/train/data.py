@@ -11,8 +11,9 @@ N all blocks.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ class BlockBatch:
         labelled: bool [S, B].
         label_rows: int64 [R], the label rows' places among the S·B masks, ascending: counted on the host, so
             that no step waits for the device to count them.
+        row_ends: label rows up to the end of each block, S numbers of the host's.
         teacher_logits: [R, k] of the label rows, block by block; None where nothing needs them.
         teacher_ids: int64 [R, k].
     """
@@ -71,22 +73,26 @@ class BlockBatch:
     labels: Tensor
     labelled: Tensor
     label_rows: Tensor
+    row_ends: Sequence[int]
     teacher_logits: Tensor | None
     teacher_ids: Tensor | None
 
     def tensors(self) -> dict[str, Tensor]:
         """All that there are, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
     def to(self, device: torch.device | str) -> BlockBatch:
         """The same on another device; from pinned memory the copies go on after the return."""
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors().items()}
-        return replace(self, **moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> BlockBatch:
         """The same in memory that a GPU copies from by itself."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self.tensors().items()})
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> BlockBatch:
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -274,6 +280,7 @@ class BlockData:
             labels=labels_SB,
             labelled=labelled_SB,
             label_rows=label_rows,
+            row_ends=labelled_SB.sum(1).cumsum(0).tolist(),
             teacher_logits=logits_Rk,
             teacher_ids=ids_Rk,
         )
