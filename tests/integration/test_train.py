@@ -10,151 +10,37 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from toy_training import (
+    CONTEXT,
+    LAYERS,
+    PHRASES,
+    TAPS,
+    V,
+    identity_of,
+    make_toy,
+    options,
+    weights,
+    write_target,
+    write_vlm,
+)
 
 from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import shard_path
-from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 from alpamayo_dflash.draft.model import DFlashDraft
-from alpamayo_dflash.target.checkpoint import read_target, target_identity
+from alpamayo_dflash.target.checkpoint import read_target
 from alpamayo_dflash.train import trainer as trainer_module
-from alpamayo_dflash.train.config import TrainConfig
+from alpamayo_dflash.train.checkpoint import load_training
+from alpamayo_dflash.train.optimizer import make_optimizer
 from alpamayo_dflash.train.run import run
 from alpamayo_dflash.train.start import first_draft
 
-V, C, LAYERS, TAPS, CONTEXT = 64, 32, 3, (0, 2), 6
-TRAJ_START, TRAJ = 52, 8
-PHRASES, CLIPS = 6, 40
-
-
-def write_target(folder):
-    """What training reads of a checkpoint in the official layout; the rest is left out."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    text = "vlm.model.language_model."
-    shapes = {
-        text + "embed_tokens.weight": (V, C),
-        "vlm.lm_head.weight": (V, C),
-        text + "norm.weight": (C,),
-    }
-    tensors = {
-        name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator)
-        for name, shape in shapes.items()
-    }
-    save_file(tensors, folder / "model.safetensors")
-    config = {
-        "model_type": "alpamayo_r1",
-        "vlm_name_or_path": "vlm",
-        "vocab_size": V,
-        "traj_token_start_idx": TRAJ_START,
-        "traj_vocab_size": TRAJ,
-        "expert_cfg": {"hidden_size": 16},
-        "hist_traj_tokenizer_cfg": {"num_bins": 4},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    write_vlm(folder, LAYERS)
-    return tensors[text + "embed_tokens.weight"]
-
-
-def write_vlm(folder, layers):
-    """The text model's shape, as training reads it."""
-    shape = {
-        "hidden_size": C,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 48,
-    }
-    (folder / "vlm").mkdir(exist_ok=True)
-    path = folder / "vlm" / "config.json"
-    path.write_text(json.dumps({"model_type": "qwen3_vl", "text_config": shape | {"rope_theta": 1e6}}))
-
-
-def toy_response(embedding, clip, sample):
-    """A phrase of the clip's own; every state holds its token and the phrase, as a target's states would."""
-    phrase = clip % PHRASES
-    words = torch.Generator().manual_seed(100 + phrase)
-    tokens = torch.randperm(TRAJ_START, generator=words)[: 9 + phrase % 3]
-    plan = torch.randn(len(TAPS), C, generator=words)
-    noise = torch.Generator().manual_seed(clip * 10 + sample)
-    prompt = plan + 0.1 * torch.randn(CONTEXT, len(TAPS), C, generator=noise)
-    states = plan + 0.5 * embedding[tokens][:, None] + 0.1 * torch.randn(len(tokens), 2, C, generator=noise)
-    logits = torch.tensor([6.0, 2.0, 1.0]).expand(len(tokens), 3).contiguous()
-    others = torch.randint(0, V, (len(tokens), 2), generator=noise)
-    return Response(
-        token_ids=tuple(tokens.tolist()),
-        text="",
-        stop="traj_future_start",
-        temperature=0.6 if sample else 0.0,
-        top_p=0.98,
-        seed=sample,
-        tensors={
-            "prompt_states": prompt,
-            "states": states,
-            "topk_logits": logits,
-            "topk_ids": torch.cat((tokens[:, None], others), dim=1).int(),
-        },
-    )
-
-
-def identity_of(folder):
-    target = read_target(folder)
-    return target_identity(target.folder, target.vlm_files)
+HAS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Target and distillation data."""
-    folder = tmp_path_factory.mktemp("toy")
-    embedding = write_target(folder / "target")
-    settings = {
-        "identity": 2,
-        "target": identity_of(folder / "target").hash,
-        "world_size": 1,
-        "taps": list(TAPS),
-        "context_len": CONTEXT,
-        "top_k": 3,
-        "full_vocab": False,
-        "hidden_size": C,
-        "vocab_size": V,
-        "num_target_layers": LAYERS,
-        "dtype": "float32",
-        "t0_us": 0,
-    }
-    clips = [f"clip-{number}" for number in range(CLIPS)]
-    writer = RankWriter(folder / "data", 0, settings, clips, clips_per_shard=16, provenance={})
-    writer.begin()
-    while not writer.complete:
-        writer.write(
-            [
-                ClipResult(
-                    clip,
-                    number // 10,
-                    tuple(toy_response(embedding, number, sample) for sample in range(2)),
-                )
-                for clip in writer.remaining[0]
-                for number in [int(clip.split("-")[1])]
-            ]
-        )
-    return folder
-
-
-def options(made, out, **changes):
-    values = {
-        "num_epochs": 2,
-        "batch_size": 96,
-        "learning_rate": 3e-3,
-        "num_draft_layers": 1,
-        "held_out_chunks": "3",
-        "log_interval": 1,
-        **changes,
-    }
-    return TrainConfig(str(made / "target"), made / "data", out, **values)
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
+    return make_toy(tmp_path_factory.mktemp("toy"))
 
 
 def test_a_toy_is_learnt_to_nearly_the_longest_acceptance(made, tmp_path):
@@ -191,6 +77,7 @@ def test_a_toy_is_learnt_to_nearly_the_longest_acceptance(made, tmp_path):
         {"loss_type": "ce+kl", "position_weights": "dpace", "dtype": "bfloat16"},
         {"loss_type": "lk", "labels": "argmax", "position_weights": "dpace"},
         {"train_embeddings": True, "prefix_weight_gamma": 3.0, "block_size": 4, "stride": 2},
+        pytest.param({"optimizer": "muon", "loss_type": "ce+kl"}, marks=HAS_MUON),
         {"cache_gib": 0.0, "num_workers": 2, "save_every": 3, "context_len": 3, "target_layers": "2"},
     ],
 )
@@ -218,8 +105,9 @@ def test_a_mix_that_bounds_acceptance_teaches_the_toy(made, tmp_path):
     assert result["acceptance_length"] > 2 * result["evaluations"][0]["acceptance_length"]
 
 
-def test_an_interrupted_run_equals_an_uninterrupted_one(made, tmp_path, monkeypatch):
-    changes = {"save_every": 4, "loss_type": "ce+kl", "train_embeddings": True}
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=HAS_MUON)])
+def test_an_interrupted_run_equals_an_uninterrupted_one(made, tmp_path, monkeypatch, optimizer):
+    changes = {"save_every": 4, "loss_type": "ce+kl", "train_embeddings": True, "optimizer": optimizer}
     whole = run(options(made, tmp_path / "whole", **changes))
 
     class PulledError(Exception):
@@ -331,6 +219,24 @@ def test_a_checkpoint_of_other_options_is_refused_or_goes_on_where_they_are_the_
     path.write_text(json.dumps(state))
     with pytest.raises(ValueError, match=r"options that this version does not have, \['loss'\]"):
         run(config)
+
+
+@HAS_MUON
+def test_a_checkpoint_of_another_optimizer_does_not_continue(made, tmp_path):
+    config = options(made, tmp_path / "out", num_epochs=1, optimizer="muon")
+    run(config)
+    with pytest.raises(ValueError, match="made with optimizer 'muon', not 'adamw'"):
+        run(dataclasses.replace(config, optimizer="adamw"))
+    kept = load_file(tmp_path / "out" / "checkpoint" / "optimizer.safetensors")
+    matrix, vector = "layers.0.mlp.up_proj.weight", "norm.weight"
+    assert {name for name in kept if name.startswith(f"{matrix}:")} == {f"{matrix}:momentum_buffer"}
+    assert {name for name in kept if name.startswith(f"{vector}:")} == {
+        f"{vector}:{part}" for part in ("step", "exp_avg", "exp_avg_sq")
+    }
+    draft = DFlashDraft.from_pretrained(tmp_path / "out" / "checkpoint")
+    other = make_optimizer(draft, dataclasses.replace(config, optimizer="adamw"), 1)
+    with pytest.raises(ValueError, match=r"momentum_buffer.*the optimizer keeps numbers of shapes.*exp_avg"):
+        load_training(tmp_path / "out" / "checkpoint", draft, other)
 
 
 def test_a_run_with_other_options_does_not_continue(made, tmp_path):

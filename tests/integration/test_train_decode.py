@@ -17,6 +17,7 @@ from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import VLMFiles, target_identity
 from alpamayo_dflash.train.checkpoint import load_training
 from alpamayo_dflash.train.config import TrainConfig
+from alpamayo_dflash.train.optimizer import make_optimizer
 from alpamayo_dflash.train.run import run
 
 TAPS, CONTEXT, TOKENS, PROMPTS = (0, 2), 24, 18, 6  # the prompts are shorter than the context
@@ -132,7 +133,7 @@ def test_a_draft_that_has_decoded_can_still_be_trained(tmp_path):
         torch.tensor([CONTEXT]),
         torch.tensor([1]),
         torch.arange(CONTEXT)[None],
-        torch.ones(1, 3, dtype=torch.bool),
+        torch.arange(3),
     )
     out.sum().backward()
     assert draft.fc.weight.grad is not None
@@ -228,7 +229,7 @@ def test_a_reduced_head_is_chosen_anew_kept_or_dropped(small, tmp_path, capsys):
         run(dataclasses.replace(wide, draft_vocab_size=different + 41))
     draft = DFlashDraft.from_pretrained(tmp_path / "wide" / "checkpoint")
     draft.draft_token_ids[-1] += 1
-    optimizer = torch.optim.AdamW(draft.parameters())
+    optimizer = make_optimizer(draft, wide, 1)
     with pytest.raises(ValueError, match="keeps other tokens"):
         load_training(tmp_path / "wide" / "checkpoint", draft, optimizer)
     with pytest.raises(ValueError, match="draft_vocab_size is 3; it must be 4"):

@@ -31,7 +31,7 @@ def test_place_by_place_and_all_at_once_are_the_same(kind):
     head, table = head_of(kind), torch.randn(V, C)
     hidden, before = torch.randn(S, B, C), torch.randint(0, V, (S, B))
     wanted = torch.rand(S, B) < 0.7
-    at_once = head.out(head.codes(hidden[wanted], table[before], wanted))
+    at_once = head.out(head.codes(hidden[wanted], table[before], wanted.flatten().nonzero()[:, 0]))
     block = ChainedLogits(torch.zeros(S, B, V), None, hidden_SBC=hidden, embedding=table, previous=head)
     steps = torch.stack([block.shift(place, None, before[:, place]) for place in range(B)], dim=1)
     torch.testing.assert_close(at_once, steps[wanted])
@@ -39,8 +39,7 @@ def test_place_by_place_and_all_at_once_are_the_same(kind):
     rows = torch.tensor([2, 0, 2])
     picked = torch.randint(0, V, (3, B))
     again = torch.stack([block.shift(place, rows, picked[:, place]) for place in range(B)], dim=1)
-    everything = torch.ones(3, B, dtype=torch.bool)
-    expected = head.out(head.codes(hidden[rows].flatten(0, 1), table[picked], everything)).view(3, B, V)
+    expected = head.out(head.codes(hidden[rows].flatten(0, 1), table[picked])).view(3, B, V)
     torch.testing.assert_close(again, expected)
 
 
@@ -70,10 +69,10 @@ def test_what_a_place_is_told(kind):
 def test_a_new_head_adds_nothing_and_every_weight_gets_a_gradient_once_it_does(kind):
     head = PreviousHead(kind, C, R, V)
     head.reset(torch.Generator().manual_seed(0))
-    hidden, table, wanted = torch.randn(S * B, C), torch.randn(S, B, C), torch.ones(S, B, dtype=torch.bool)
-    assert not head.out(head.codes(hidden, table, wanted)).any()
+    hidden, table = torch.randn(S * B, C), torch.randn(S, B, C)
+    assert not head.out(head.codes(hidden, table)).any()
     head = head_of(kind)
-    head.out(head.codes(hidden, table, wanted)).square().sum().backward()
+    head.out(head.codes(hidden, table)).square().sum().backward()
     assert all(parameter.grad.any() for parameter in head.parameters())
 
 

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from alpamayo_dflash.draft.blocks import anchors, attention_mask, context_slots, label_positions
+from alpamayo_dflash.draft.blocks import (
+    anchors,
+    attention_mask,
+    block_rows,
+    context_slots,
+    label_positions,
+)
 
 
 @pytest.mark.parametrize(("length", "stride"), [(0, 1), (1, 1), (2, 1), (9, 1), (9, 3), (10, 3)])
@@ -37,3 +43,10 @@ def test_a_block_sees_filled_slots_and_itself():
     seen = attention_mask(torch.tensor([0, 2, 3]), 3, 2)
     assert seen.shape == (3, 1, 1, 5)
     assert seen[:, 0, 0].int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("block_size", [2, 4, 8])
+def test_masks_stand_after_the_known_token_of_their_block(block_size):
+    tokens = torch.arange(3 * block_size).view(3, block_size)
+    masks = torch.arange(3 * (block_size - 1))
+    assert torch.equal(block_rows(masks, block_size), tokens[:, 1:].flatten()[masks])

@@ -106,8 +106,14 @@ def test_wanted_masks_get_the_same_as_all():
     lengths, anchors = torch.tensor([X, 2]), torch.tensor([3, 9])
     wanted = torch.tensor([[1, 0, 1], [0, 1, 0]]).bool()
     states = contexts(lengths.tolist())
-    some = draft(states, lengths, anchors, wanted_SB=wanted)
+    some = draft(states, lengths, anchors, wanted_R=wanted.flatten().nonzero()[:, 0])
     torch.testing.assert_close(some, draft(states, lengths, anchors)[wanted], atol=1e-5, rtol=1e-5)
+
+
+def test_states_are_read_in_the_dtype_that_they_were_kept_in():
+    draft, lengths, anchors = bound(), torch.tensor([X, 2]), torch.tensor([3, 9])
+    kept = contexts(lengths.tolist()).bfloat16()
+    assert torch.equal(draft(kept, lengths, anchors), draft(kept.float(), lengths, anchors))
 
 
 def test_block_tokens_see_each_other_in_both_directions_and_all_context():

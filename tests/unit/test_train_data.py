@@ -84,6 +84,7 @@ def test_batches_equal_naively_formed_blocks():
         row = 0
         for start in range(0, len(naive), size):
             batch = data.batch(blocks[start : start + size])
+            assert torch.equal(batch.label_rows, batch.labelled.flatten().nonzero()[:, 0])
             teacher_row = 0
             for i in range(len(batch.anchors)):
                 context, anchor, labels, teacher = naive[row]

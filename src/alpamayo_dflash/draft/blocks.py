@@ -3,7 +3,7 @@
 A response's tapped states are kept as one list: first those of the last prompt positions, then those of the
 response's tokens, so that the state of response token i is entry (prompt states) + i.
 
-Shapes: S blocks, X context length, b block size.
+Shapes: S blocks, X context length, b block size, R masks that are wanted.
 """
 
 from __future__ import annotations
@@ -55,6 +55,20 @@ def label_positions(anchors_S: Tensor, lengths_S: Tensor, block_size: int) -> tu
     positions = anchors_S[:, None] + torch.arange(1, block_size, device=anchors_S.device)
     inside = positions < lengths_S[:, None]
     return positions.where(inside, torch.zeros_like(positions)), inside
+
+
+def block_rows(masks_R: Tensor, block_size: int) -> Tensor:
+    """Where masks stand among the blocks' tokens.
+
+    Args:
+        masks_R: int64, of the S·(b−1) masks, block by block.
+        block_size: b.
+
+    Returns:
+        int64 [R], of the S·b tokens: each block's known token is passed over.
+    """
+    blocks_R = masks_R.div(block_size - 1, rounding_mode="floor")
+    return masks_R + blocks_R + 1
 
 
 def attention_mask(context_lengths_S: Tensor, context_len: int, block_size: int) -> Tensor:

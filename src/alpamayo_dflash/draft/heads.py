@@ -92,25 +92,25 @@ class PreviousHead(nn.Module):
             told = state_Rr = self.cell(told, state_Rr)
         return self._code(hidden_RC, told), state_Rr
 
-    def codes(self, hidden_RC: Tensor, previous_SBC: Tensor, wanted_SB: Tensor) -> Tensor:
+    def codes(self, hidden_RC: Tensor, previous_SBC: Tensor, wanted_R: Tensor | None = None) -> Tensor:
         """The codes of many places whose previous picks are known: what training asks.
 
         Args:
-            hidden_RC: states of the wanted places, block by block.
+            hidden_RC: states of the wanted places.
             previous_SBC: embeddings of the picks before every place.
-            wanted_SB: bool, the places.
+            wanted_R: int64, the places, ascending, of the S·B, block by block; None for all.
 
         Returns:
             [R, r].
         """
         if self.kind != "gru":
-            return self._code(hidden_RC, self._tokens(previous_SBC[wanted_SB]))
+            return self._code(hidden_RC, self._tokens(_places(previous_SBC, wanted_R)))
         x_SBr = self._tokens(previous_SBC)
         state, states = x_SBr.new_zeros(len(x_SBr), x_SBr.shape[-1]), []
         for x_Sr in x_SBr.unbind(1):
             state = self.cell(x_Sr, state)
             states.append(state)
-        return self._code(hidden_RC, torch.stack(states, dim=1)[wanted_SB])
+        return self._code(hidden_RC, _places(torch.stack(states, dim=1), wanted_R))
 
     def _tokens(self, embeddings: Tensor) -> Tensor:
         x: Tensor = self.token(functional.rms_norm(embeddings, embeddings.shape[-1:]))
@@ -121,6 +121,12 @@ class PreviousHead(nn.Module):
         if self.kind == "bigram":
             return told
         return functional.silu(self.hidden(hidden) + (self.state(told) if self.kind == "gru" else told))
+
+
+def _places(x_SBC: Tensor, wanted_R: Tensor | None) -> Tensor:
+    """The wanted of S·B places, [R, C]."""
+    flat = x_SBC.flatten(0, 1)
+    return flat if wanted_R is None else flat.index_select(0, wanted_R)
 
 
 class ChainedLogits:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from alpamayo_dflash.common.options import generator_seed
-from alpamayo_dflash.draft.blocks import DraftLogits, attention_mask
+from alpamayo_dflash.draft.blocks import DraftLogits, attention_mask, block_rows
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.draft.formats import read_draft, write_draft
 from alpamayo_dflash.draft.fused import FusedDraft
@@ -47,8 +47,8 @@ class DraftNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis of x."""
-        return rms_norm(x, self.weight, self.eps)
+        """Normalise the last axis of x, which with wider weights (under autocast) is widened first."""
+        return rms_norm(x.to(torch.promote_types(x.dtype, self.weight.dtype)), self.weight, self.eps)
 
 
 def rotate_signed(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
@@ -71,7 +71,6 @@ class DraftAttention(nn.Module):
         c, d = config.hidden_size, config.head_dim
         q, kv = config.num_heads * d, config.num_kv_heads * d
         self.head_dim = config.head_dim
-        self.grouped = config.num_heads != config.num_kv_heads
         self.q_proj = nn.Linear(c, q, bias=False)
         self.k_proj = nn.Linear(c, kv, bias=False)
         self.v_proj = nn.Linear(c, kv, bias=False)
@@ -90,7 +89,7 @@ class DraftAttention(nn.Module):
         context: tuple[Tensor, Tensor],
         rotary: tuple[Tensor, Tensor],
         seen: Tensor,
-        wanted_Sb: Tensor | None = None,
+        rows_R: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -99,10 +98,10 @@ class DraftAttention(nn.Module):
             context: keys and values [S, X, K, D] of the context, keys not rotated.
             rotary: tables [X + b, 1, D] of all slots, as `rotate_signed` takes them.
             seen: bool [S, 1, 1, X + b].
-            wanted_Sb: bool, the tokens whose output is wanted; None for all.
+            rows_R: int64, the tokens whose output is wanted, of the S·b, block by block; None for all.
 
         Returns:
-            [S, b, C], or [R, C] of the wanted tokens.
+            [S, b, C], or [R, C] of those rows.
         """
         size = x_SbC.shape[1]
         q = self.q_norm(self.q_proj(x_SbC).view(*x_SbC.shape[:-1], -1, self.head_dim))
@@ -110,12 +109,21 @@ class DraftAttention(nn.Module):
         k_block, v_block = self.keys_values(x_SbC)
         k = rotate_signed(torch.cat((context[0], k_block), dim=1), rotary)
         v = torch.cat((context[1], v_block), dim=1)
+        # All tokens of a block see the same, so the query heads of a key head stand as rows of one attention:
+        # the kernels that take a mask would copy keys and values for each of them.
+        heads = k.shape[2]
+        grouped = q.unflatten(2, (heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mixed = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen, enable_gqa=self.grouped
+            grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen
         )
-        mixed = mixed.transpose(1, 2).flatten(-2)
-        out: Tensor = self.o_proj(mixed if wanted_Sb is None else mixed[wanted_Sb])
+        mixed = mixed.unflatten(2, (-1, size)).permute(0, 3, 1, 2, 4).flatten(2)
+        out: Tensor = self.o_proj(_rows(mixed, rows_R))
         return out
+
+
+def _rows(x_SbC: Tensor, rows_R: Tensor | None) -> Tensor:
+    """Some rows of the S·b, [R, C]; without a choice x as it is."""
+    return x_SbC if rows_R is None else x_SbC.flatten(0, 1).index_select(0, rows_R)
 
 
 class DraftMLP(nn.Module):
@@ -149,11 +157,11 @@ class DraftLayer(nn.Module):
         context: tuple[Tensor, Tensor],
         rotary: tuple[Tensor, Tensor],
         seen: Tensor,
-        wanted_Sb: Tensor | None = None,
+        rows_R: Tensor | None = None,
     ) -> Tensor:
         """One layer over the block; arguments and result as in `DraftAttention.forward`."""
-        attended = self.self_attn(self.input_layernorm(x_SbC), context, rotary, seen, wanted_Sb)
-        x = (x_SbC if wanted_Sb is None else x_SbC[wanted_Sb]) + attended
+        attended = self.self_attn(self.input_layernorm(x_SbC), context, rotary, seen, rows_R)
+        x = _rows(x_SbC, rows_R) + attended
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -369,7 +377,7 @@ class DFlashDraft(nn.Module):
 
     def features(self, states: Tensor) -> Tensor:
         """Context features [..., C] of tapped states [..., F]."""
-        features: Tensor = self.hidden_norm(self.fc(states))
+        features: Tensor = self.hidden_norm(self.fc(states.to(self.fc.weight.dtype)))
         return features
 
     def forward(
@@ -378,7 +386,7 @@ class DFlashDraft(nn.Module):
         context_lengths_S: Tensor,
         anchors_S: Tensor,
         entries_SX: Tensor | None = None,
-        wanted_SB: Tensor | None = None,
+        wanted_R: Tensor | None = None,
     ) -> Tensor:
         """Predict the masks of one block for each anchor.
 
@@ -388,10 +396,11 @@ class DFlashDraft(nn.Module):
             anchors_S: int64 [S], token ids of the blocks' known tokens.
             entries_SX: int64 [S, X], which of the U states each context slot holds. Blocks of one response
                 share most of their context: so its features and keys are computed once.
-            wanted_SB: bool [S, b−1], the masks whose prediction is wanted; None for all.
+            wanted_R: int64 [R], the masks whose prediction is wanted, ascending, of the S·(b−1), block by
+                block; None for all. Numbers and no bool mask: the host would wait for their count.
 
         Returns:
-            [S, b−1, C] at the masks, or [R, C] at the wanted ones, block by block, after the final norm:
+            [S, b−1, C] at the masks, or [R, C] at the wanted ones, after the final norm:
             `x @ head.T` are the logits.
         """
         config = self.config
@@ -403,19 +412,19 @@ class DFlashDraft(nn.Module):
         seen = attention_mask(context_lengths_S, slots, config.block_size)
         rotary = self.tables(x, slots + config.block_size)
         # Every layer but the last needs all tokens, for the next one's keys and values.
-        wanted_Sb = None if wanted_SB is None else functional.pad(wanted_SB, (1, 0))
+        rows_R = None if wanted_R is None else block_rows(wanted_R, config.block_size)
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, DraftLayer)
             keys, values = layer.self_attn.keys_values(features)
             if entries_SX is not None:
                 keys, values = keys[entries_SX], values[entries_SX]
             last = index == config.num_layers - 1
-            x = layer(x, (keys, values), rotary, seen, wanted_Sb if last else None)
-        hidden: Tensor = self.norm(x[:, 1:] if wanted_SB is None else x)
+            x = layer(x, (keys, values), rotary, seen, rows_R if last else None)
+        hidden: Tensor = self.norm(x[:, 1:] if wanted_R is None else x)
         return hidden
 
     def shift_codes(
-        self, hidden_RC: Tensor, anchors_S: Tensor, labels_SB: Tensor, wanted_SB: Tensor
+        self, hidden_RC: Tensor, anchors_S: Tensor, labels_SB: Tensor, wanted_R: Tensor | None = None
     ) -> Tensor:
         """The head's codes where the picks are known, [R, r]: `@ previous.out.weight.T` are the shifts.
 
@@ -423,11 +432,11 @@ class DFlashDraft(nn.Module):
             hidden_RC: from `forward`, of the wanted masks.
             anchors_S: int64, the known tokens.
             labels_SB: int64, the tokens of the masks.
-            wanted_SB: bool, the masks that are wanted.
+            wanted_R: as in `forward`.
         """
         assert self.previous is not None
         before_SB = torch.cat((anchors_S[:, None], labels_SB[:, :-1]), dim=1)
-        return self.previous.codes(hidden_RC, functional.embedding(before_SB, self.embedding), wanted_SB)
+        return self.previous.codes(hidden_RC, functional.embedding(before_SB, self.embedding), wanted_R)
 
     @torch.no_grad()
     def propose(

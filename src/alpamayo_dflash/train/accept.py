@@ -65,8 +65,7 @@ def simulate(
         logits = torch.nn.functional.linear(hidden, draft.head)
         if draft.previous is not None:
             # Along an accepted prefix the picks are the labels; after it nothing counts.
-            everything = torch.ones_like(batch.labelled)
-            codes = draft.shift_codes(hidden.flatten(0, 1), batch.anchors, batch.labels, everything)
+            codes = draft.shift_codes(hidden.flatten(0, 1), batch.anchors, batch.labels)
             logits = logits + draft.previous.out(codes).view_as(logits)
         predicted = columns[logits.masked_fill(masked_V, -torch.inf).argmax(-1)]
         return accepted_prefix(predicted, batch.labels, batch.labelled).cpu()

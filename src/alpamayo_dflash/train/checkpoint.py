@@ -17,6 +17,7 @@ from alpamayo_dflash.common.fields import checked, value_of
 from alpamayo_dflash.common.tensors import FLOATS, header_hash, read_tensors, save_tensors
 from alpamayo_dflash.draft.formats import KEPT_IDS, WEIGHTS, read_draft, write_files
 from alpamayo_dflash.draft.model import DFlashDraft
+from alpamayo_dflash.train.optimizer import Optimizers
 
 STATE = "trainer.json"
 OPTIMIZER = "optimizer.safetensors"
@@ -44,9 +45,7 @@ class State(TypedDict):
     total_steps: int
 
 
-def save_training(
-    folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
-) -> None:
+def save_training(folder: Path, draft: DFlashDraft, optimizer: Optimizers, state: Mapping[str, Any]) -> None:
     """Write a checkpoint folder, whole or not at all.
 
     Args:
@@ -57,7 +56,7 @@ def save_training(
     """
     tensors = {_RANDOM: torch.get_rng_state()}
     for name, parameter in draft.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in optimizer.state_of(parameter).items():
             tensors[f"{name}:{key}"] = value.detach().cpu().contiguous()
     with atomic_folder(folder) as temporary:
         write_files(temporary, draft.config, draft.state_dict())
@@ -87,7 +86,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return state
 
 
-def load_training(folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optimizer) -> None:
+def load_training(folder: Path, draft: DFlashDraft, optimizer: Optimizers) -> None:
     """Put a checkpoint's weights, optimizer tensors and random state back.
 
     Raises:
@@ -108,27 +107,27 @@ def load_training(folder: Path, draft: DFlashDraft, optimizer: torch.optim.Optim
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(":")
         by_name.setdefault(parameter, {})[key] = tensor
-    trained = {name for name, parameter in draft.named_parameters() if parameter.requires_grad}
+    parameters = dict(draft.named_parameters())
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     if set(by_name) != trained:
         raise ValueError(f"{folder / OPTIMIZER}: not of this draft: {sorted(set(by_name) ^ trained)[:4]}")
-    _check_optimizer(by_name, dict(draft.named_parameters()), folder / OPTIMIZER)
+    shapes = optimizer.state_shapes()
+    wanted = {name: shapes[parameters[name]] for name in by_name}
+    _check_optimizer(by_name, wanted, folder / OPTIMIZER)
     torch.set_rng_state(random)
-    names = {parameter: name for name, parameter in draft.named_parameters()}
-    # The optimizer counts its parameters through its groups; load_state_dict puts tensors on their devices.
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    groups = optimizer.state_dict()["param_groups"]
-    state = {index: by_name[names[parameter]] for index, parameter in enumerate(order)}
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state({parameters[name]: kept for name, kept in by_name.items()})
 
 
 def _check_optimizer(
-    found: Mapping[str, Mapping[str, Tensor]], parameters: Mapping[str, Tensor], path: Path
+    found: Mapping[str, Mapping[str, Tensor]],
+    wanted: Mapping[str, Mapping[str, tuple[int, ...]]],
+    path: Path,
 ) -> None:
-    """Refuse an optimizer's tensors of other names, shapes or kinds than AdamW keeps."""
+    """Refuse an optimizer's tensors of other names, shapes or kinds than it keeps."""
     for name, tensors in found.items():
-        shape = tuple(parameters[name].shape)
-        wanted = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        if shapes != wanted or any(tensor.dtype not in FLOATS for tensor in tensors.values()):
+        if shapes != wanted[name] or any(tensor.dtype not in FLOATS for tensor in tensors.values()):
             kinds = {key: f"{tensor.dtype} {list(tensor.shape)}" for key, tensor in tensors.items()}
-            raise ValueError(f"{path}: {name} has {kinds}; AdamW keeps numbers of shapes {wanted}")
+            raise ValueError(
+                f"{path}: {name} has {kinds}; the optimizer keeps numbers of shapes {wanted[name]}"
+            )

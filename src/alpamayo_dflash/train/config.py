@@ -40,10 +40,11 @@ class TrainConfig:
         num_epochs: passes over all blocks.
         max_steps: end after this many steps; the schedules end there too.
         batch_size: blocks a step *per process*.
+        optimizer: adamw, or muon: Muon for the matrices of the network, with AdamW for all else.
         learning_rate: peak rate as it is used; not multiplied by the number of processes unless scale_lr.
         scale_lr: multiply the learning rate by the number of processes.
         warmup_steps: steps of linear warm-up; 10% of all where it is left out. A cosine to 0 follows.
-        weight_decay: of AdamW, on matrices.
+        weight_decay: on matrices but embeddings, decoupled.
         block_size: tokens of a block, the known one included; init_from's, or 8, where it is left out.
         num_draft_layers: layers of a new draft (5 where it is left out); init_from's otherwise.
         context_len: states before the anchor that the draft sees; init_from's or the data's if left out.
@@ -74,7 +75,8 @@ class TrainConfig:
         train_clips: train on so many clips only, those whose ids have the lowest hashes; all if left out.
         save_every: evaluate and save every so many steps, besides every epoch's end; 0: only there.
         log_interval: steps between log entries.
-        num_workers: threads that read ahead when the data does not fit cache_gib; 0 reads in line.
+        num_workers: threads that make batches ahead: on a GPU, and where the data does not fit cache_gib; 0
+            makes them in line.
         cache_gib: keep data in memory up to this size, GiB, for training and for held-out clips each.
         seed: of new weights and of the order of blocks.
         device: torch device; under torchrun, cuda takes the local rank's.
@@ -94,6 +96,7 @@ class TrainConfig:
     num_epochs: int = 5
     max_steps: int | None = None
     batch_size: int = 64
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 6e-4
     scale_lr: bool = False
     warmup_steps: int | None = None

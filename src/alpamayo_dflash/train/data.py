@@ -11,8 +11,8 @@ N all blocks.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -53,12 +53,15 @@ class BlockBatch:
     """Some blocks.
 
     Attributes:
-        states: [U, F] float32.
+        states: [U, F], of the data's dtype.
         entries: int64 [S, X], the state in each context slot.
         context_lengths: int64 [S], filled slots.
         anchors: int64 [S], token ids.
         labels: int64 [S, B], token ids; 0 where there is none.
         labelled: bool [S, B].
+        label_rows: int64 [R], the label rows' places among the S·B masks, ascending: counted on the host, so
+            that no step waits for the device to count them.
+        row_ends: label rows up to the end of each block, S numbers of the host's.
         teacher_logits: [R, k] of the label rows, block by block; None where nothing needs them.
         teacher_ids: int64 [R, k].
     """
@@ -69,16 +72,27 @@ class BlockBatch:
     anchors: Tensor
     labels: Tensor
     labelled: Tensor
+    label_rows: Tensor
+    row_ends: Sequence[int]
     teacher_logits: Tensor | None
     teacher_ids: Tensor | None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that there are, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+
     def to(self, device: torch.device | str) -> BlockBatch:
-        """The same on another device."""
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = None if value is None else value.to(device, non_blocking=True)
-        return BlockBatch(**moved)
+        """The same on another device; from pinned memory the copies go on after the return."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> BlockBatch:
+        """The same in memory that a GPU copies from by itself."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> BlockBatch:
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -254,7 +268,7 @@ class BlockData:
         config = self.config
         found, local_S = torch.unique_consecutive(blocks.responses, return_inverse=True)
         responses = [self.response(int(index)) for index in found]
-        states = torch.cat([response.states for response in responses]).float()
+        states = torch.cat([response.states for response in responses])
         prompt_S = torch.tensor([response.prompt_states for response in responses])[local_S]
         entries_SX, filled_S = context_slots(blocks.positions, prompt_S, config.context_len)
         first_S = _starts([len(response.states) for response in responses])[local_S]
@@ -268,7 +282,8 @@ class BlockData:
             labelled_SB &= (labels_SB < self.unlabelled.start) | (labels_SB >= self.unlabelled.stop)
             labels_SB = labels_SB * labelled_SB
         row_start_S = _starts([int(self.lengths[index]) for index in found])[local_S]
-        rows_R = (row_start_S[:, None] + labels_at_SB)[labelled_SB]
+        label_rows = labelled_SB.flatten().nonzero()[:, 0]
+        rows_R = (row_start_S[:, None] + labels_at_SB).flatten()[label_rows]
         logits_Rk, ids_Rk = self._teacher(responses, rows_R)
         return BlockBatch(
             states=states,
@@ -277,6 +292,8 @@ class BlockData:
             anchors=self._tokens[token_start_S + blocks.positions],
             labels=labels_SB,
             labelled=labelled_SB,
+            label_rows=label_rows,
+            row_ends=labelled_SB.sum(1).cumsum(0).tolist(),
             teacher_logits=logits_Rk,
             teacher_ids=ids_Rk,
         )

@@ -6,21 +6,54 @@ V vocabulary (rows of the draft's head), k stored logits, C hidden, T terms, r r
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.config import TrainConfig, decay_gamma
 from alpamayo_dflash.train.data import BlockBatch
+from alpamayo_dflash.train.loss_fused import Part, Sums, parts_of, sums_with_gradients
 from alpamayo_dflash.train.terms import CROSS_ENTROPY, LabelRows, Term
 
-CHUNK_ELEMENTS = 1 << 26
-"""Vocabulary logits computed at once: 256 MiB in float32."""
+CHUNK_ELEMENTS = 1 << 27
+"""Vocabulary logits computed at once: 512 MiB in float32, and about five times that with their gradients."""
+
+
+@dataclass(frozen=True)
+class RowTargets:
+    """What the label rows of some blocks are taught.
+
+    Attributes:
+        labels_R: rows of the head: token ids where it is whole.
+        has_label_R: bool, whether the label has a row of the head.
+        teacher: the target's logits [R, k] and their rows of the head [R, k]; None where nothing needs them.
+        has_teacher_R: bool, whether the head keeps any of the k.
+        rows_R: int64, the rows' places among the S·B masks.
+        labelled_SB: bool.
+    """
+
+    labels_R: Tensor
+    has_label_R: Tensor
+    teacher: tuple[Tensor, Tensor] | None
+    has_teacher_R: Tensor
+    rows_R: Tensor
+    labelled_SB: Tensor
+
+    def part(self, part: Part) -> RowTargets:
+        """Those of some of the blocks."""
+        teacher = self.teacher
+        return RowTargets(
+            self.labels_R[part.rows],
+            self.has_label_R[part.rows],
+            None if teacher is None else (teacher[0][part.rows], teacher[1][part.rows]),
+            self.has_teacher_R[part.rows],
+            self.rows_R[part.rows] - part.blocks.start * self.labelled_SB.shape[1],
+            self.labelled_SB[part.blocks],
+        )
 
 
 class BlockLoss(nn.Module):
@@ -31,14 +64,26 @@ class BlockLoss(nn.Module):
             of the config's mix.
     """
 
-    def __init__(self, draft: DFlashDraft, config: TrainConfig) -> None:
+    def __init__(self, draft: DFlashDraft, config: TrainConfig, chunk_elements: int = CHUNK_ELEMENTS) -> None:
+        """Set up.
+
+        Args:
+            draft: bound, on the device where it is trained.
+            config: the options.
+            chunk_elements: vocabulary logits that exist at a time. Where the batch has no more, plain
+                autograd takes the gradient; else `loss_fused` does, whose sums and gradients are the same.
+        """
         super().__init__()
         self.draft = draft
         self.options = config
         self.terms = (CROSS_ENTROPY, *(term for term in config.terms if term is not CROSS_ENTROPY))
         block_size = draft.config.block_size
         gamma = decay_gamma(block_size, config.prefix_weight_gamma)
-        self._decay_B = decay_weights(block_size - 1, gamma)
+        self._decay_B = decay_weights(block_size - 1, gamma).to(draft.head.device)
+        self._chunk_elements = chunk_elements
+        # A head that is not trained is cast once; autocast would cast it each time that it is used.
+        once = config.dtype == "bfloat16" and not draft.head.requires_grad
+        self._cast_head = draft.head.bfloat16() if once else None
 
     def forward(self, batch: BlockBatch) -> tuple[tuple[Tensor, ...], Tensor]:
         """Weighted sums over the batch's label rows.
@@ -47,57 +92,82 @@ class BlockLoss(nn.Module):
         none of the target's stored logits none in the other terms; so each has a sum of weights of its own.
 
         Returns:
-            the weighted sum of each of `terms`, with gradient, and as one report, detached [2·T + 1]: the
-            sum of each term's weights, each term's weighted sum, and how many labels have no row of the head.
+            the weighted sum of each of `terms`, with gradient where the term is in the mix; and one report,
+            detached [2·T + 1]: the sum of each term's weights, each term's weighted sum, and how many labels
+            have no row of the head.
         """
         draft = self.draft
-        labelled_SB = batch.labelled
-        hidden_RC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries, labelled_SB)
+        head = draft.head if self._cast_head is None else self._cast_head
+        hidden_RC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries, batch.label_rows)
+        targets = self._targets(batch)
+        by_row: tuple[Tensor, ...] = (hidden_RC,)
+        shared: tuple[Tensor, ...] = (head,)
+        if draft.previous is not None:
+            codes_Rr = draft.shift_codes(hidden_RC, batch.anchors, batch.labels, batch.label_rows)
+            by_row, shared = (hidden_RC, codes_Rr), (head, draft.previous.out.weight)
+
+        def sums_of(part: Part, by_row: Sequence[Tensor], shared: Sequence[Tensor]) -> Sums:
+            return self._sums(targets.part(part), by_row, shared)
+
+        parts = parts_of(batch.row_ends, max(1, self._chunk_elements // len(head)))
+        if len(parts) == 1:
+            sums, masses = self._sums(targets, by_row, shared)
+        else:
+            graded = [place for place, term in enumerate(self.terms) if term in self.options.terms]
+            sums, masses = sums_with_gradients(sums_of, parts, by_row=by_row, shared=shared, graded=graded)
+        outside = (~targets.has_label_R).sum().to(masses)
+        return sums, torch.stack((*masses, *(total.detach() for total in sums), outside))
+
+    def _targets(self, batch: BlockBatch) -> RowTargets:
+        """The labels, and the target's stored logits, in rows of the head."""
         teacher = None
         if batch.teacher_logits is not None and batch.teacher_ids is not None:
             teacher = (batch.teacher_logits, batch.teacher_ids)
-        labels_R = batch.labels[labelled_SB]
+        labels_R = batch.labels.flatten()[batch.label_rows]
         if self.options.labels == "argmax":
             assert teacher is not None
             labels_R = best_stored(*teacher)
         has_label_R = has_teacher_R = torch.ones_like(labels_R, dtype=torch.bool)
-        if draft.token_ids is not None:
-            labels_R, has_label_R = head_rows(labels_R, draft.token_ids)
+        kept_V = self.draft.token_ids
+        if kept_V is not None:
+            labels_R, has_label_R = head_rows(labels_R, kept_V)
             if teacher is not None:
-                teacher, has_teacher_R = reduced_teacher(teacher, draft.token_ids)
+                teacher, has_teacher_R = reduced_teacher(teacher, kept_V)
+        return RowTargets(labels_R, has_label_R, teacher, has_teacher_R, batch.label_rows, batch.labelled)
+
+    def _sums(self, targets: RowTargets, by_row: Sequence[Tensor], shared: Sequence[Tensor]) -> Sums:
+        """The weighted sums of whole blocks.
+
+        Args:
+            targets: of their rows.
+            by_row: the draft's states [R, C], and with a head on previous picks the codes [R, r].
+            shared: the head [V, C], and then that one's output weights [V, r].
+        """
         losses = row_losses(
-            hidden_RC,
-            draft.head,
-            labels_R,
-            teacher,
+            by_row[0],
+            shared[0],
+            targets.labels_R,
+            targets.teacher,
             terms=self.terms,
             temperature=self.options.kl_temperature,
-            shift=_shift(draft, hidden_RC, batch),
+            shift=(by_row[1], shared[1]) if len(by_row) > 1 else None,
         )
         # A token that the draft cannot propose has an infinite cross-entropy, and D-PACE is to know that.
-        weight_R = self._weights(losses[0].detach().masked_fill(~has_label_R, torch.inf), labelled_SB)
-        counted = [has_teacher_R if term.needs_teacher else has_label_R for term in self.terms]
+        weight_R = self._weights(losses[0].detach().masked_fill(~targets.has_label_R, torch.inf), targets)
+        counted = [
+            targets.has_teacher_R if term.needs_teacher else targets.has_label_R for term in self.terms
+        ]
         weights = [weight_R * counted_R for counted_R in counted]
         sums = tuple((mine_R * loss_R).sum() for mine_R, loss_R in zip(weights, losses, strict=True))
-        masses = [mine_R.sum() for mine_R in weights]
-        outside = (~has_label_R).sum().to(sums[0])
-        return sums, torch.stack((*masses, *(total.detach() for total in sums), outside))
+        return sums, torch.stack([mine_R.sum() for mine_R in weights])
 
-    def _weights(self, ce_R: Tensor, labelled_SB: Tensor) -> Tensor:
+    def _weights(self, ce_R: Tensor, targets: RowTargets) -> Tensor:
+        rows_R, labelled_SB = targets.rows_R, targets.labelled_SB
         if self.options.position_weights == "decay":
-            self._decay_B = self._decay_B.to(ce_R.device)
-            return self._decay_B.expand(labelled_SB.shape)[labelled_SB]
+            return self._decay_B[rows_R % len(self._decay_B)]
         ce_SB = torch.zeros(labelled_SB.shape, device=ce_R.device)
-        ce_SB[labelled_SB] = ce_R
-        return dpace_weights(ce_SB, labelled_SB, self.options.dpace_alpha)[labelled_SB]
-
-
-def _shift(draft: DFlashDraft, hidden_RC: Tensor, batch: BlockBatch) -> tuple[Tensor, Tensor] | None:
-    """What a head on previous picks adds to the masks' logits, as `row_losses` takes it."""
-    if draft.previous is None:
-        return None
-    codes_Rr = draft.shift_codes(hidden_RC, batch.anchors, batch.labels, batch.labelled)
-    return codes_Rr, draft.previous.out.weight
+        ce_SB.view(-1)[rows_R] = ce_R
+        return dpace_weights(ce_SB, labelled_SB, self.options.dpace_alpha).flatten()[rows_R]
 
 
 def decay_weights(num_masks: int, gamma: float) -> Tensor:
@@ -164,53 +234,23 @@ def row_losses(
     terms: Sequence[Term],
     temperature: float = 1.0,
     shift: tuple[Tensor, Tensor] | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Tensor, ...]:
     """The losses of each label row.
 
-    Vocabulary logits exist for `chunk_elements` values at a time; where that takes more than one chunk they
-    are computed again for the gradient.
-
     Args:
         hidden_RC: draft states after its final norm.
-        head_VC: the head.
+        head_VC: the head; products are of its dtype.
         labels_R: rows of the head: token ids where it is whole.
         teacher: the target's logits [R, k] (−inf leaves a token out) and their rows of the head [R, k]; None
             where no term needs them.
         terms: which losses.
         temperature: of kl.
         shift: codes [R, r] and their output weights [V, r], whose product is added to the logits.
-        chunk_elements: see above.
 
     Returns:
         [R] for each term, float32.
     """
-    count = hidden_RC.shape[0]
-    rows = max(1, chunk_elements // head_VC.shape[0])
-    chunk = functools.partial(_chunk_losses, terms=terms, temperature=temperature)
-    if count <= rows:
-        return chunk(hidden_RC, head_VC, labels_R, teacher, shift)
-    parts = []
-    for start in range(0, count, rows):
-        part = slice(start, start + rows)
-        few = None if teacher is None else (teacher[0][part], teacher[1][part])
-        moved = None if shift is None else (shift[0][part], shift[1])
-        arguments = (hidden_RC[part], head_VC, labels_R[part], few, moved)
-        parts.append(checkpoint(chunk, *arguments, use_reentrant=False))
-    return tuple(torch.cat(losses) for losses in zip(*parts, strict=True))
-
-
-def _chunk_losses(
-    hidden_RC: Tensor,
-    head_VC: Tensor,
-    labels_R: Tensor,
-    teacher: tuple[Tensor, Tensor] | None,
-    shift: tuple[Tensor, Tensor] | None,
-    *,
-    terms: Sequence[Term],
-    temperature: float,
-) -> tuple[Tensor, ...]:
-    logits_RV = functional.linear(hidden_RC, head_VC).float()
+    logits_RV = functional.linear(hidden_RC.to(head_VC.dtype), head_VC).float()
     if shift is not None:
         logits_RV = logits_RV + functional.linear(*shift).float()
     rows = LabelRows(logits_RV, labels_R, teacher, temperature)

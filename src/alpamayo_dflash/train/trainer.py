@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alpamayo_dflash.common.ahead import read_ahead
 from alpamayo_dflash.common.artefacts import IDENTITY
 from alpamayo_dflash.common.processes import Processes
 from alpamayo_dflash.common.progress import Monitor
@@ -20,6 +19,7 @@ from alpamayo_dflash.train.accept import simulate
 from alpamayo_dflash.train.checkpoint import load_training, save_training
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.data import BlockBatch, BlockData, Blocks, step_count, step_share
+from alpamayo_dflash.train.feed import batches_on
 from alpamayo_dflash.train.loss import BlockLoss
 from alpamayo_dflash.train.optimizer import (
     MAX_GRADIENT_NORM,
@@ -191,9 +191,7 @@ class Trainer:
                         place = (self.processes.rank, self.processes.world_size)
                         yield blocks[step_share(len(blocks), self.steps_per_epoch, step, *place)]
 
-        threads = 0 if self.train.fits else self.config.num_workers
-        for batch in read_ahead(parts(), self.train.batch, threads):
-            yield batch.to(self.processes.device)
+        return batches_on(self.processes.device, self.train, parts(), self.config.num_workers)
 
     def _step(self, batch: BlockBatch) -> Tensor:
         """One step of the optimizer.
@@ -209,7 +207,7 @@ class Trainer:
         factor = learning_rate_factor(progress.step, self.total_steps, self.warmup_steps)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         device_type = self.processes.device.partition(":")[0]
         with torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             sums, report = self.loss(batch)
