@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from alpamayo_dflash.cli.demo import DemoConfig, stages
 from alpamayo_dflash.common.artefacts import provenance, read_json, write_record
 from alpamayo_dflash.common.fields import shown
-from alpamayo_dflash.common.options import check_positive
+from alpamayo_dflash.common.options import check_at_least, check_positive
 
 if TYPE_CHECKING:
     from alpamayo_dflash.cli.demo import Stages
@@ -51,27 +51,26 @@ class Recipe:
     long: int = 1
 
 
+_GRU = {"previous_head": "gru", "loss_type": "kl"}
 RECIPES = {
     PROTOTYPE: Recipe({"context_len": 1, "prefix_weight_gamma": 3.0}),
     PLAIN: Recipe({}),
-    "mlp kl": Recipe({"previous_head": "mlp", "loss_type": "kl"}),
-    "gru kl": Recipe({"previous_head": "gru", "loss_type": "kl"}),
-    "bigram kl": Recipe({"previous_head": "bigram", "loss_type": "kl"}),
-    "mlp kl muon": Recipe({"previous_head": "mlp", "loss_type": "kl", "optimizer": "muon"}),
-    "mlp kl muon, three times": Recipe(
-        {"previous_head": "mlp", "loss_type": "kl", "optimizer": "muon"}, long=3
-    ),
-    "mlp kl, three times": Recipe({"previous_head": "mlp", "loss_type": "kl"}, long=3),
-    "mlp ce": Recipe({"previous_head": "mlp"}),
-    "mlp lk": Recipe({"previous_head": "mlp", "loss_type": "lk"}),
-    "mlp kl+lk": Recipe({"previous_head": "mlp", "loss_type": "kl+lk"}),
-    "mlp kl+tv": Recipe({"previous_head": "mlp", "loss_type": "kl+tv"}),
-    "mlp ce+kl": Recipe({"previous_head": "mlp", "loss_type": "ce+kl", "ce_weight_start": 0.5}),
-    "mlp kl dpace": Recipe({"previous_head": "mlp", "loss_type": "kl", "position_weights": "dpace"}),
-    "mlp kl, long context": Recipe({"previous_head": "mlp", "loss_type": "kl", "context_len": LONG_CONTEXT}),
-    "kl": Recipe({"loss_type": "kl"}),
-    "dpace": Recipe({"position_weights": "dpace"}),
     "long context": Recipe({"context_len": LONG_CONTEXT}),
+    "dpace": Recipe({"position_weights": "dpace"}),
+    "kl": Recipe({"loss_type": "kl"}),
+    "bigram kl": Recipe(_GRU | {"previous_head": "bigram"}),
+    "mlp kl": Recipe(_GRU | {"previous_head": "mlp"}),
+    "gru kl": Recipe(_GRU),
+    "gru ce": Recipe(_GRU | {"loss_type": "ce"}),
+    "gru tv": Recipe(_GRU | {"loss_type": "tv"}),
+    "gru lk": Recipe(_GRU | {"loss_type": "lk"}),
+    "gru kl+lk": Recipe(_GRU | {"loss_type": "kl+lk"}),
+    "gru ce+kl": Recipe(_GRU | {"loss_type": "ce+kl", "ce_weight_start": 0.5, "ce_weight_end": 0.5}),
+    "gru kl dpace": Recipe(_GRU | {"position_weights": "dpace"}),
+    "gru kl, long context": Recipe(_GRU | {"context_len": LONG_CONTEXT}),
+    "gru kl muon": Recipe(_GRU | {"optimizer": "muon"}),
+    "gru kl, three times": Recipe(_GRU, long=3),
+    "gru kl muon, three times": Recipe(_GRU | {"optimizer": "muon"}, long=3),
 }
 """By name; the first two are compared against."""
 
@@ -120,6 +119,7 @@ class StudyConfig:
             clips_per_chunk=self.clips_per_chunk,
             threads=self.threads,
         )
+        check_at_least(0, minutes=self.minutes)
         for what, given, known in (("recipes", self.recipe_names, RECIPES), ("data", self.amounts, DATA)):
             unknown = [name for name in given if name not in known]
             if unknown or not given:
