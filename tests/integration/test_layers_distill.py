@@ -7,11 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from random_target import random_target
+from random_target import random_draft, random_target
 from torch.nn import functional
 
 from alpamayo_dflash.clips.source import ClipError, ClipSource
-from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.config import DecodeConfig, Sampling
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.rollouts import Rollouts, teacher_forced
 from alpamayo_dflash.distill import run as distill_run
@@ -285,6 +285,70 @@ def test_responses_scored_together_equal_those_scored_alone(world, target):
         assert torch.allclose(together.states, alone.states, atol=1e-5)
         assert torch.allclose(together.logits, alone.logits, atol=1e-5)
         assert torch.equal(together.prompt_states, alone.prompt_states)
+
+
+ROLLED = {
+    "host": ({"loop": "host"}, False),
+    "device": ({"loop": "device"}, False),
+    "host, draft": ({"loop": "host"}, True),
+    "device, draft": ({"loop": "device"}, True),
+    "one row width": ({"loop": "host", "row_width": 4}, False),
+    "one row width, draft": ({"loop": "host", "row_width": 4}, True),
+    "one row width, device, draft": ({"loop": "device", "row_width": 4}, True),
+}
+
+
+@pytest.fixture(scope="module")
+def rolled(world, target):
+    """Responses and what is kept of them, of a window that was read after another, by each form."""
+    source = ClipSource(world)
+    windows = [source.window(clip_id) for clip_id in source.clip_ids()[:2]]
+    draft = random_draft(target, target_layer_ids=(0, 3))
+    found = {}
+    for name, (options, drafted) in ROLLED.items():
+        rollouts = Rollouts(
+            target,
+            taps=[1, 3],
+            context_len=CONTEXT,
+            max_tokens=MAX_TOKENS,
+            draft=draft if drafted else None,
+            config=DecodeConfig(**options),
+        )
+        for window in windows:
+            rollouts.read(window)
+            greedy = rollouts.write(Sampling(0.0), seed=4)
+            sampled = rollouts.write(Sampling(1.0, 0.98), seed=4, num_samples=2)
+        texts = [*greedy, *sampled]
+        found[name] = texts, rollouts.score([text.token_ids for text in texts]), rollouts
+    return found
+
+
+@pytest.mark.parametrize("name", list(ROLLED)[1:])
+def test_every_form_rolls_out_the_same(rolled, name):
+    """Whoever walks, and whatever proposes: the same responses; at one width of rows the same numbers."""
+    (texts, wanted, _), (found, forced, _) = rolled["host"], rolled[name]
+    if "row_width" in ROLLED[name][0]:
+        wanted = rolled["one row width"][1]
+    assert found == texts
+    for one, other in zip(forced, wanted, strict=True):
+        assert torch.equal(one.logits, other.logits)
+        assert torch.equal(one.states, other.states)
+        assert torch.equal(one.prompt_states, other.prompt_states)
+
+
+def test_a_drafts_taps_leave_what_is_recorded_alone(rolled):
+    """The draft reads layers and positions of its own beside those that are recorded."""
+    caches = [rolled[name][2]._verifier.cache for name in ("host", "host, draft")]
+    assert [cache.taps.shape[1] for cache in caches] == [0, 2 * 32]
+    assert [cache.recorded.shape[1] for cache in caches] == [2 * 32, 2 * 32]
+    assert caches[1].context_len != caches[1].recorded_context == CONTEXT
+    assert rolled["host"][2].passes == rolled["host"][2].emitted > 0
+    assert rolled["host, draft"][2].emitted == rolled["host"][2].emitted
+
+
+def test_rollouts_are_the_targets_own(target):
+    with pytest.raises(ValueError, match="sentence_end is 'force'; rollouts are the target's own texts"):
+        Rollouts(target, taps=[1], context_len=1, max_tokens=4, config=DecodeConfig(sentence_end="force"))
 
 
 class KilledError(Exception):

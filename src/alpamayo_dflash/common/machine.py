@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self, TypeVar
@@ -93,6 +93,11 @@ def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def device_index(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Int64 on a device, for which the host does not wait."""
+    return uploaded(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
 
 
 def host_memory() -> dict[str, int]:
