@@ -10,6 +10,7 @@ import torch
 from random_target import random_draft, random_target
 from torch.nn import functional
 
+from alpamayo_dflash.cli.distill import run as run_distill
 from alpamayo_dflash.clips.source import ClipError, ClipSource
 from alpamayo_dflash.decode.config import DecodeConfig, Sampling
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
@@ -18,6 +19,7 @@ from alpamayo_dflash.distill import run as distill_run
 from alpamayo_dflash.distill.config import DistillConfig
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.writer import RankWriter
+from alpamayo_dflash.draft.formats import draft_identity
 from alpamayo_dflash.layers import run as layers_run
 from alpamayo_dflash.layers.choice import read_choice
 from alpamayo_dflash.layers.config import LayersConfig
@@ -397,6 +399,61 @@ def test_complete_data_has_nothing_to_do_and_refuses_other_settings(inputs, writ
     ):
         with pytest.raises(ValueError, match=f"was made with {message} "):
             distill_run.run(distill_config(inputs, out, **values))
+
+
+@pytest.fixture(scope="module")
+def draft_folder(target, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("draft")
+    random_draft(target, target_layer_ids=(0, 2), context_len=7).save_pretrained(folder)
+    return folder
+
+
+def shards(out):
+    """All of a manifest's entries of shards: what they hold, byte for byte."""
+    return DistillData(out).manifest["shards"]
+
+
+@pytest.mark.parametrize("row_width", [None, 6])
+def test_a_draft_changes_no_byte_of_the_data(inputs, written, draft_folder, tmp_path, row_width):
+    config = distill_config(inputs, tmp_path / "drafted", draft_path=draft_folder, row_width=row_width)
+    answer = run_distill(config)
+    assert answer["acceptance_length"] > 1
+    alone = written[0]
+    if row_width is not None:
+        alone = tmp_path / "alone"
+        assert run_distill(distill_config(inputs, alone, row_width=row_width))["acceptance_length"] == 1
+    assert shards(config.output_dir) == shards(alone)
+    assert DistillData(config.output_dir).samples == DistillData(alone).samples
+    settings, plain = (DistillData(out).manifest["settings"] for out in (config.output_dir, alone))
+    assert settings == plain | {"draft": draft_identity(draft_folder).hash}
+    assert settings.get("row_width") == row_width
+    made = DistillData(config.output_dir).manifest["provenance"]["0"]
+    assert made["parents"]["draft"] == settings["draft"]
+    assert made["config"]["draft_path"] == str(draft_folder)
+    assert made["weights"].startswith("plain: ")
+
+
+def test_a_set_says_who_wrote_it(inputs, target, written, draft_folder, tmp_path):
+    """Begun without a draft, it does not go on with one, nor with another one; a set of before goes on."""
+    assert not {"draft", "row_width"} & set(DistillData(written[0]).manifest["settings"])
+    with pytest.raises(ValueError, match=r"was made with draft None, not '[0-9a-f]{64}'; use the same"):
+        run_distill(distill_config(inputs, written[0], draft_path=draft_folder))
+    with pytest.raises(ValueError, match="was made with row_width None, not 4; use the same"):
+        run_distill(distill_config(inputs, written[0], row_width=4))
+    out = tmp_path / "out"
+    run_distill(distill_config(inputs, out, draft_path=draft_folder, num_chunks=1))
+    random_draft(target, target_layer_ids=(1, 2)).save_pretrained(tmp_path / "other")
+    for path, other in ((None, "None"), (tmp_path / "other", "'[0-9a-f]{64}'")):
+        with pytest.raises(ValueError, match=f"was made with draft '[0-9a-f]{{64}}', not {other}; use"):
+            run_distill(distill_config(inputs, out, draft_path=path, num_chunks=1))
+
+
+def test_the_stage_takes_the_draft_that_is_named(inputs, draft_folder, tmp_path):
+    with pytest.raises(ValueError, match="and no draft was handed over"):
+        distill_run.run(distill_config(inputs, tmp_path, draft_path=draft_folder))
+    with pytest.raises(ValueError, match="nowhere"):
+        run_distill(distill_config(inputs, tmp_path, draft_path=tmp_path / "nowhere"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ranks_split_the_clips(inputs, written, tmp_path):

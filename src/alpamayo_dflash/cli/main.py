@@ -40,7 +40,7 @@ COMMANDS = {
     "measure-tiny": Command("standins.config:MeasureTinyConfig", "standins.run:measure"),
     "measure-world": Command("evaluate.config:MeasureWorldConfig", "evaluate.hardness:run"),
     "layers": Command("layers.config:LayersConfig", "layers.run:run"),
-    "distill": Command("distill.config:DistillConfig", "distill.run:run"),
+    "distill": Command("distill.config:DistillConfig", "cli.distill:run"),
     "train": Command("train.config:TrainConfig", "train.run:run"),
     "evaluate": Command(
         "evaluate.config:EvaluateConfig", "evaluate.run:run", tables="report.tables:all_tables"

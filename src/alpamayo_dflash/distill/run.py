@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import IDENTITY, file_hash, list_hash, provenance
 from alpamayo_dflash.common.identity import Fingerprint, agreed
 from alpamayo_dflash.common.locks import mark_of, owned
+from alpamayo_dflash.common.machine import Stopwatch
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import own_device, share_of
 from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.forward import why_plain_text
+from alpamayo_dflash.decode.proposer import BlockDraft, Captured
 from alpamayo_dflash.decode.rollouts import Rollouts, TeacherForced
 from alpamayo_dflash.decode.sampling import mask_bias
 from alpamayo_dflash.distill.config import EXPECTED_TOKENS, DistillConfig, response_bytes
@@ -29,16 +33,34 @@ from alpamayo_dflash.layers.choice import CHOICE_FILE, read_choice
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 
 
-def run(config: DistillConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class NamedDraft:
+    """A draft that proposes, and who it is: what `draft_path` names, opened by the command."""
+
+    draft: BlockDraft
+    identity: Fingerprint
+
+
+def run(config: DistillConfig, draft: NamedDraft | None = None) -> dict[str, Any]:
     """Write this rank's part of the set, or what is left of it.
+
+    Args:
+        config: see DistillConfig.
+        draft: the one that `draft_path` names.
 
     Returns:
         this rank's `clips {attempted, done, failed}`, `samples`, `tokens` and `bytes`, the estimate of disk
-        space, and whether there was nothing to do.
+        space, `acceptance_length` (of what was written now; 1 without a draft), and whether there was nothing
+        to do.
 
     Raises:
         ValueError: bad input, too little disk space, or data made with other settings in the folder.
     """
+    if (config.draft_path is None) != (draft is None):
+        raise ValueError(
+            f"draft_path is {config.draft_path}, and {'no' if draft is None else 'a'} draft was handed over; "
+            "run() takes the draft that draft_path names, as the command does"
+        )
     started = time.time()
     rank, world_size = share_of(config.rank, config.world_size)
     source = ClipSource(config.cache_dir, frames=config.frames, motion_gap_ms=config.motion_gap_ms)
@@ -50,31 +72,38 @@ def run(config: DistillConfig) -> dict[str, Any]:
     )
     parts = read_manifests(config.output_dir)
     settings = agreed(
-        data_settings(config, target, identity, clip_ids, world_size),
+        data_settings(config, target, identity, clip_ids, world_size, draft=draft),
         {manifest_path(config.output_dir, part["rank"]): part["settings"] for part in parts},
         {"target": identity},
     )
     with owned(config.output_dir, mark_of(settings), rank, take_over=config.take_over):
         parents = {"target": identity.hash, **_layers_parent(config)}
+        parents |= {} if draft is None else {"draft": draft.identity.hash}
+        plain = why_plain_text(target)
+        made = provenance(config, started, parents, device=str(target.device))
+        made["weights"] = "fused" if plain is None else f"plain: {plain}"
         writer = RankWriter(
             config.output_dir,
             rank,
             settings,
             clip_ids[rank::world_size],
             clips_per_shard=max(1, config.shard_size // config.samples_per_clip),
-            provenance=provenance(config, started, parents, device=str(target.device)),
+            provenance=made,
             again=lambda failure: config.retry_failed or source.changed(failure),
         )
         nothing_to_do = writer.complete
         remaining = [clip_id for clips in writer.remaining for clip_id in clips]
         estimate = estimated_bytes(settings, len(remaining))
+        acceptance: float | None = None
         if nothing_to_do:
             write_merged(config.output_dir)
         else:
             require_disk(config.output_dir, estimate, ranks=world_size)
             writer.begin()
+            rollouts = rollouts_of(target, settings, config, None if draft is None else draft.draft)
             windows = progressing_windows(source, remaining, config.t0_us, "writing responses")
-            write_windows(target, source, windows, writer, config)
+            write_windows(rollouts, source, windows, writer, config)
+            acceptance = round(rollouts.emitted / rollouts.passes, 4) if rollouts.passes else None
         return {
             "output_dir": str(config.output_dir),
             "rank": rank,
@@ -83,6 +112,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
             **writer.summary(),
             "frames_noted": dict(source.noted),
             "estimated_bytes": estimate,
+            "acceptance_length": acceptance,
             "nothing_to_do": nothing_to_do,
         }
 
@@ -95,10 +125,42 @@ def _layers_parent(config: DistillConfig) -> dict[str, str]:
     return {"layers": file_hash(path / CHOICE_FILE if path.is_dir() else path)}
 
 
+def rollouts_of(
+    target: Alpamayo,
+    settings: Mapping[str, Any],
+    config: DistillConfig,
+    draft: BlockDraft | None,
+    *,
+    proposers: Sequence[Captured] = (),
+    watch: Stopwatch | None = None,
+) -> Rollouts:
+    """What writes the set's responses; the arguments beside settings and config are those of `Rollouts`."""
+    return Rollouts(
+        target,
+        taps=settings["taps"],
+        context_len=config.context_len,
+        max_tokens=config.max_tokens,
+        draft=draft,
+        config=config.decode,
+        proposers=proposers,
+        watch=watch,
+    )
+
+
 def data_settings(
-    config: DistillConfig, target: Alpamayo, identity: Fingerprint, clip_ids: Sequence[str], world_size: int
+    config: DistillConfig,
+    target: Alpamayo,
+    identity: Fingerprint,
+    clip_ids: Sequence[str],
+    world_size: int,
+    *,
+    draft: NamedDraft | None = None,
 ) -> dict[str, Any]:
     """All that decides the data; a folder holds data of one such setting only.
+
+    A draft and a row width stand there where they are given. In float32 no draft changes the data (one that
+    taps the target's last layer may change the last bits of the first token's logits, since that layer then
+    has more rows), but a set says who wrote it, so another draft does not go on with it either.
 
     Raises:
         ValueError: a layer to tap that the target does not have, or a choice that cannot be read.
@@ -122,6 +184,10 @@ def data_settings(
         "target_dtype": target_dtype,
         "dtype": config.dtype or target_dtype,
     }
+    if draft is not None:
+        settings["draft"] = draft.identity.hash
+    if config.row_width is not None:
+        settings["row_width"] = config.row_width
     sampled = ("context_len", "full_vocab", "samples_per_clip", "temperature", "top_p", "max_tokens")
     return settings | {key: getattr(config, key) for key in (*sampled, "shard_size", "seed", "t0_us")}
 
@@ -173,7 +239,7 @@ def _size(count: int) -> str:
 
 
 def write_windows(
-    target: Alpamayo,
+    rollouts: Rollouts,
     source: ClipSource,
     windows: Iterable[tuple[str, Window | ClipError]],
     writer: RankWriter,
@@ -182,7 +248,7 @@ def write_windows(
     """Let the target write on the remaining clips and finish shard after shard.
 
     Args:
-        target: the model.
+        rollouts: of the target, tapping the set's layers.
         source: knows which chunk a clip belongs to.
         windows: the clips of `writer.remaining` in order, with their windows or with why there is none.
         writer: takes the results.
@@ -191,8 +257,6 @@ def write_windows(
     Raises:
         ValueError: a clip failed and `keep_going` is off; the message names it.
     """
-    taps = writer.settings["taps"]
-    rollouts = Rollouts(target, taps=taps, context_len=config.context_len, max_tokens=config.max_tokens)
     results: list[ClipResult] = []
     for clip_id, window in windows:
         chunk = source.chunk_of(clip_id)
