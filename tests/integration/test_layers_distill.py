@@ -385,6 +385,28 @@ def test_interrupted_and_continued_equals_uninterrupted(inputs, written, tmp_pat
     assert hashes[0] == hashes[1]
 
 
+def test_a_shard_that_cannot_be_written_ends_the_run_before_the_next(inputs, written, tmp_path, monkeypatch):
+    """The writing thread's error reaches the command, no later shard is written, and the set goes on."""
+    original = RankWriter.write
+    tried = []
+
+    def full(self, results):
+        tried.append(results[0].clip_id)
+        if len(tried) == 2:
+            raise OSError(28, "No space left on device")
+        original(self, results)
+
+    config = distill_config(inputs, tmp_path, num_workers=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(RankWriter, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            distill_run.run(config)
+    assert len(tried) == 2
+    assert len(DistillData(tmp_path, allow_incomplete=True).samples) == 3
+    distill_run.run(config)
+    assert shards(tmp_path) == shards(written[0])
+
+
 def test_complete_data_has_nothing_to_do_and_refuses_other_settings(inputs, written):
     out, first = written
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}

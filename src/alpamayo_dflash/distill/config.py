@@ -57,6 +57,7 @@ class DistillConfig(Sampled):
         frames: what happens to a clip whose frames may not be those of its stamps: strict refuses it, warn
             reads them by their order and says so.
         motion_gap_ms: the longest gap in the ego motion that is bridged around a moment that is needed.
+        num_workers: threads that read clips and stage their frames ahead of the model.
         device: torch device; plain "cuda" means this process's own under torchrun.
         retry_failed: try every clip that failed before again; without it those of which a file has changed.
         take_over: go on where the disk cannot tell whether another run has the folder.
@@ -94,6 +95,7 @@ class DistillConfig(Sampled):
     target_dtype: Literal["float32", "bfloat16"] | None = None
     frames: FrameRule = "strict"
     motion_gap_ms: int = MOTION_GAP_MS
+    num_workers: int = 4
     device: str = "cpu"
     local_files_only: bool = False
     retry_failed: bool = False
@@ -109,6 +111,7 @@ class DistillConfig(Sampled):
             max_tokens=self.max_tokens,
             shard_size=self.shard_size,
             motion_gap_ms=self.motion_gap_ms,
+            num_workers=self.num_workers,
         )
         _ = self.sampling, self.decode
         check_whole(seed=self.seed, t0_us=self.t0_us)
