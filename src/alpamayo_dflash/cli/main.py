@@ -52,6 +52,7 @@ COMMANDS = {
     "measure-target": Command("bench.config:MeasureTargetConfig", "bench.memory:run"),
     "bench": Command("bench.config:BenchConfig", "bench.run:run", tables="report.tables:bench_tables"),
     "bench-kernels": Command("bench.config:BenchKernelsConfig", "bench.kernels:run"),
+    "bench-distill": Command("bench.config:BenchDistillConfig", "bench.distill:run"),
     "report": Command("report.config:ReportConfig", "report.run:run"),
     "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables="report.tables:all_tables"),
 }

@@ -71,7 +71,11 @@ class Stopwatch:
 
     def parts_ms(self) -> dict[str, float]:
         """Milliseconds of each part."""
-        return {name: sum(between_ms(*each) for each in found) for name, found in self._parts.items()}
+        return {name: sum(found) for name, found in self.each_ms().items()}
+
+    def each_ms(self) -> dict[str, list[float]]:
+        """Milliseconds of each part, time after time."""
+        return {name: [between_ms(*each) for each in found] for name, found in self._parts.items()}
 
 
 Moment = torch.cuda.Event | float

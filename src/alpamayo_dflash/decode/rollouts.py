@@ -50,6 +50,7 @@ class Rollouts:
 
     Attributes:
         target: the model.
+        watch: see above; another may take its place.
         emitted: tokens after the first that `write` has given so far.
         passes: verify passes that each response took part in, likewise.
 
@@ -73,7 +74,7 @@ class Rollouts:
         if not config.lossless:
             raise ValueError(f"sentence_end is {config.sentence_end!r}; rollouts are the target's own texts")
         self.target, self.emitted, self.passes = target, 0, 0
-        self._max_tokens, self._watch = max_tokens, watch
+        self._max_tokens, self.watch = max_tokens, watch
         recording = Recording(tuple(taps), context_len)
         self._engine = Engine(target, draft, config, proposers=proposers, recording=recording)
         self._verifier = self._engine.verifier
@@ -84,7 +85,7 @@ class Rollouts:
         Raises:
             ValueError: the window does not fit the target, or its prompt is longer than the cache.
         """
-        self._prefilled = self._verifier.prefill(self.target.prompt(window), self._watch)
+        self._prefilled = self._verifier.prefill(self.target.prompt(window), self.watch)
 
     @torch.inference_mode()
     def write(self, sampling: Sampling, *, seed: int = 0, num_samples: int = 1) -> list[Rollout]:

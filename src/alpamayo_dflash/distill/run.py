@@ -18,12 +18,12 @@ from alpamayo_dflash.common.ahead import Behind
 from alpamayo_dflash.common.artefacts import IDENTITY, file_hash, list_hash, provenance
 from alpamayo_dflash.common.identity import Fingerprint, agreed
 from alpamayo_dflash.common.locks import mark_of, owned
-from alpamayo_dflash.common.machine import Download, Stopwatch
+from alpamayo_dflash.common.machine import Download
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import own_device, share_of
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.forward import why_plain_text
-from alpamayo_dflash.decode.proposer import BlockDraft, Captured
+from alpamayo_dflash.decode.proposer import BlockDraft
 from alpamayo_dflash.decode.rollouts import Rollouts, TeacherForced
 from alpamayo_dflash.distill.config import DistillConfig
 from alpamayo_dflash.distill.estimate import Pace, require_disk
@@ -136,11 +136,8 @@ def rollouts_of(
     settings: Mapping[str, Any],
     config: DistillConfig,
     draft: BlockDraft | None,
-    *,
-    proposers: Sequence[Captured] = (),
-    watch: Stopwatch | None = None,
 ) -> Rollouts:
-    """What writes the set's responses; the arguments beside settings and config are those of `Rollouts`."""
+    """What writes the set's responses."""
     return Rollouts(
         target,
         taps=settings["taps"],
@@ -148,8 +145,6 @@ def rollouts_of(
         max_tokens=config.max_tokens,
         draft=draft,
         config=config.decode,
-        proposers=proposers,
-        watch=watch,
     )
 
 
