@@ -7,17 +7,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from random_target import random_target
+from random_target import random_draft, random_target
 from torch.nn import functional
 
+from alpamayo_dflash.cli.distill import run as run_distill
 from alpamayo_dflash.clips.source import ClipError, ClipSource
-from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.config import DecodeConfig, Sampling
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.rollouts import Rollouts, teacher_forced
 from alpamayo_dflash.distill import run as distill_run
 from alpamayo_dflash.distill.config import DistillConfig
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.writer import RankWriter
+from alpamayo_dflash.draft.formats import draft_identity
 from alpamayo_dflash.layers import run as layers_run
 from alpamayo_dflash.layers.choice import read_choice
 from alpamayo_dflash.layers.config import LayersConfig
@@ -287,6 +289,70 @@ def test_responses_scored_together_equal_those_scored_alone(world, target):
         assert torch.equal(together.prompt_states, alone.prompt_states)
 
 
+ROLLED = {
+    "host": ({"loop": "host"}, False),
+    "device": ({"loop": "device"}, False),
+    "host, draft": ({"loop": "host"}, True),
+    "device, draft": ({"loop": "device"}, True),
+    "one row width": ({"loop": "host", "row_width": 4}, False),
+    "one row width, draft": ({"loop": "host", "row_width": 4}, True),
+    "one row width, device, draft": ({"loop": "device", "row_width": 4}, True),
+}
+
+
+@pytest.fixture(scope="module")
+def rolled(world, target):
+    """Responses and what is kept of them, of a window that was read after another, by each form."""
+    source = ClipSource(world)
+    windows = [source.window(clip_id) for clip_id in source.clip_ids()[:2]]
+    draft = random_draft(target, target_layer_ids=(0, 3))
+    found = {}
+    for name, (options, drafted) in ROLLED.items():
+        rollouts = Rollouts(
+            target,
+            taps=[1, 3],
+            context_len=CONTEXT,
+            max_tokens=MAX_TOKENS,
+            draft=draft if drafted else None,
+            config=DecodeConfig(**options),
+        )
+        for window in windows:
+            rollouts.read(window)
+            greedy = rollouts.write(Sampling(0.0), seed=4)
+            sampled = rollouts.write(Sampling(1.0, 0.98), seed=4, num_samples=2)
+        texts = [*greedy, *sampled]
+        found[name] = texts, rollouts.score([text.token_ids for text in texts]), rollouts
+    return found
+
+
+@pytest.mark.parametrize("name", list(ROLLED)[1:])
+def test_every_form_rolls_out_the_same(rolled, name):
+    """Whoever walks, and whatever proposes: the same responses; at one width of rows the same numbers."""
+    (texts, wanted, _), (found, forced, _) = rolled["host"], rolled[name]
+    if "row_width" in ROLLED[name][0]:
+        wanted = rolled["one row width"][1]
+    assert found == texts
+    for one, other in zip(forced, wanted, strict=True):
+        assert torch.equal(one.logits, other.logits)
+        assert torch.equal(one.states, other.states)
+        assert torch.equal(one.prompt_states, other.prompt_states)
+
+
+def test_a_drafts_taps_leave_what_is_recorded_alone(rolled):
+    """The draft reads layers and positions of its own beside those that are recorded."""
+    caches = [rolled[name][2]._verifier.cache for name in ("host", "host, draft")]
+    assert [cache.taps.shape[1] for cache in caches] == [0, 2 * 32]
+    assert [cache.recorded.shape[1] for cache in caches] == [2 * 32, 2 * 32]
+    assert caches[1].context_len != caches[1].recorded_context == CONTEXT
+    assert rolled["host"][2].passes == rolled["host"][2].emitted > 0
+    assert rolled["host, draft"][2].emitted == rolled["host"][2].emitted
+
+
+def test_rollouts_are_the_targets_own(target):
+    with pytest.raises(ValueError, match="sentence_end is 'force'; rollouts are the target's own texts"):
+        Rollouts(target, taps=[1], context_len=1, max_tokens=4, config=DecodeConfig(sentence_end="force"))
+
+
 class KilledError(Exception):
     """Stands for a kill."""
 
@@ -319,6 +385,28 @@ def test_interrupted_and_continued_equals_uninterrupted(inputs, written, tmp_pat
     assert hashes[0] == hashes[1]
 
 
+def test_a_shard_that_cannot_be_written_ends_the_run_before_the_next(inputs, written, tmp_path, monkeypatch):
+    """The writing thread's error reaches the command, no later shard is written, and the set goes on."""
+    original = RankWriter.write
+    tried = []
+
+    def full(self, results):
+        tried.append(results[0].clip_id)
+        if len(tried) == 2:
+            raise OSError(28, "No space left on device")
+        original(self, results)
+
+    config = distill_config(inputs, tmp_path, num_workers=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(RankWriter, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            distill_run.run(config)
+    assert len(tried) == 2
+    assert len(DistillData(tmp_path, allow_incomplete=True).samples) == 3
+    distill_run.run(config)
+    assert shards(tmp_path) == shards(written[0])
+
+
 def test_complete_data_has_nothing_to_do_and_refuses_other_settings(inputs, written):
     out, first = written
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
@@ -333,6 +421,61 @@ def test_complete_data_has_nothing_to_do_and_refuses_other_settings(inputs, writ
     ):
         with pytest.raises(ValueError, match=f"was made with {message} "):
             distill_run.run(distill_config(inputs, out, **values))
+
+
+@pytest.fixture(scope="module")
+def draft_folder(target, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("draft")
+    random_draft(target, target_layer_ids=(0, 2), context_len=7).save_pretrained(folder)
+    return folder
+
+
+def shards(out):
+    """All of a manifest's entries of shards: what they hold, byte for byte."""
+    return DistillData(out).manifest["shards"]
+
+
+@pytest.mark.parametrize("row_width", [None, 6])
+def test_a_draft_changes_no_byte_of_the_data(inputs, written, draft_folder, tmp_path, row_width):
+    config = distill_config(inputs, tmp_path / "drafted", draft_path=draft_folder, row_width=row_width)
+    answer = run_distill(config)
+    assert answer["acceptance_length"] > 1
+    alone = written[0]
+    if row_width is not None:
+        alone = tmp_path / "alone"
+        assert run_distill(distill_config(inputs, alone, row_width=row_width))["acceptance_length"] == 1
+    assert shards(config.output_dir) == shards(alone)
+    assert DistillData(config.output_dir).samples == DistillData(alone).samples
+    settings, plain = (DistillData(out).manifest["settings"] for out in (config.output_dir, alone))
+    assert settings == plain | {"draft": draft_identity(draft_folder).hash}
+    assert settings.get("row_width") == row_width
+    made = DistillData(config.output_dir).manifest["provenance"]["0"]
+    assert made["parents"]["draft"] == settings["draft"]
+    assert made["config"]["draft_path"] == str(draft_folder)
+    assert made["weights"].startswith("plain: ")
+
+
+def test_a_set_says_who_wrote_it(inputs, target, written, draft_folder, tmp_path):
+    """Begun without a draft, it does not go on with one, nor with another one; a set of before goes on."""
+    assert not {"draft", "row_width"} & set(DistillData(written[0]).manifest["settings"])
+    with pytest.raises(ValueError, match=r"was made with draft None, not '[0-9a-f]{64}'; use the same"):
+        run_distill(distill_config(inputs, written[0], draft_path=draft_folder))
+    with pytest.raises(ValueError, match="was made with row_width None, not 4; use the same"):
+        run_distill(distill_config(inputs, written[0], row_width=4))
+    out = tmp_path / "out"
+    run_distill(distill_config(inputs, out, draft_path=draft_folder, num_chunks=1))
+    random_draft(target, target_layer_ids=(1, 2)).save_pretrained(tmp_path / "other")
+    for path, other in ((None, "None"), (tmp_path / "other", "'[0-9a-f]{64}'")):
+        with pytest.raises(ValueError, match=f"was made with draft '[0-9a-f]{{64}}', not {other}; use"):
+            run_distill(distill_config(inputs, out, draft_path=path, num_chunks=1))
+
+
+def test_the_stage_takes_the_draft_that_is_named(inputs, draft_folder, tmp_path):
+    with pytest.raises(ValueError, match="and no draft was handed over"):
+        distill_run.run(distill_config(inputs, tmp_path, draft_path=draft_folder))
+    with pytest.raises(ValueError, match="nowhere"):
+        run_distill(distill_config(inputs, tmp_path, draft_path=tmp_path / "nowhere"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ranks_split_the_clips(inputs, written, tmp_path):

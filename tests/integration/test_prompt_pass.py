@@ -8,7 +8,7 @@ import torch
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.prompt_pass import LENGTH_MULTIPLE, ROOM, bucket_of
-from alpamayo_dflash.decode.verify import Verifier
+from alpamayo_dflash.decode.verify import Recording, Verifier
 from alpamayo_dflash.standins.validate import held_out
 from alpamayo_dflash.target.alpamayo import Alpamayo
 
@@ -36,7 +36,7 @@ def read(target, prompt, taps, context_len, *, padding=0, trimmed=True, capacity
         verifier.cache.begin_prompt(length)
         ids = torch.cat((prompt.input_ids, torch.zeros(padding, dtype=torch.int64)))
         positions = torch.cat((prompt.position_ids, torch.zeros(3, padding, dtype=torch.int64)), dim=1)
-        at, kept = target.image_positions(ids, seen), min(context_len, length + padding)
+        at = target.image_positions(ids, seen)
         if not trimmed:  # as where every layer has features added: the hook then sees all rows
             seen = type(seen)(
                 seen.embeds,
@@ -44,7 +44,7 @@ def read(target, prompt, taps, context_len, *, padding=0, trimmed=True, capacity
                     0, torch.arange(len(seen.deepstack)), seen.deepstack
                 ),
             )
-        logits = verifier._read.work(ids, positions, at, seen, kept)
+        logits = verifier._read.work(ids, positions, at, seen)
     cache, length = verifier.cache, len(prompt)
     return logits, cache.keys[:, :length], cache.values[:, :length], cache.taps[: cache.context_len]
 
@@ -65,6 +65,27 @@ def test_padding_and_trimming_change_nothing(target, windows, taps, context_len)
             torch.testing.assert_close(one, other, **CLOSE)
     filled = expected[3].abs().sum(-1) > 0
     assert filled.tolist() == [False] * (context_len - len(prompt)) + [True] * min(context_len, len(prompt))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("recorded", [(2, 5), (1, 7)])
+@pytest.mark.parametrize("taps", [(), (5,), (7, 2)])
+def test_recording_is_apart_from_taps(target, windows, taps, recorded):
+    """Layers and positions of their own, the last layer's rows among them; each as if it were alone."""
+    prompt = target.prompt(windows[0])
+    sizes = {"context_len": 16, "prompt_capacity": 512}
+    both = Verifier(target, taps=taps, recording=Recording(recorded, 5), **sizes)
+    alone = Verifier(target, taps=taps, **sizes)
+    other = Verifier(target, taps=recorded, context_len=5, prompt_capacity=512)
+    logits = [verifier.prefill(prompt).logits_V for verifier in (both, alone, other)]
+    for found, wanted in (
+        (logits[0], logits[1]),
+        (logits[0], logits[2]),
+        (both.cache.taps[:16], alone.cache.taps[:16]),
+        (both.cache.recorded[:5], other.cache.taps[:5]),
+    ):
+        torch.testing.assert_close(found, wanted, **CLOSE)
+    assert both.cache.recorded[:5].abs().sum(-1).gt(0).all()
 
 
 def test_buckets_have_room_after_the_prompt():

@@ -187,7 +187,9 @@ def test_closing_asks_no_draft(monkeypatch, target, prompts, truth, loop):
     monkeypatch.setattr(
         decoder.verifier,
         "run",
-        lambda *rows, logits=True: passes.append((logits, len(draft.calls))) or run(*rows, logits=logits),
+        lambda *rows, logits=True, **more: (
+            passes.append((logits, len(draft.calls))) or run(*rows, logits=logits, **more)
+        ),
     )
     got = decoder.generate(prompt, **options())
     assert got.token_ids == texts

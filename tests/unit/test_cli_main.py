@@ -46,6 +46,7 @@ REQUIRED = {
     "distribution": ["--draft-model", "d", "--cache-dir", "c", "--alpamayo-model", "m"],
     "bench": [],
     "bench-kernels": [],
+    "bench-distill": ["--clips-dir", "c"],
     "report": ["--evaluation", "e.json"],
     "demo": ["--out", "o"],
 }

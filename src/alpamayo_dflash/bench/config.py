@@ -16,6 +16,10 @@ from alpamayo_dflash.common.options import (
 )
 from alpamayo_dflash.decode.config import Sampling
 
+CHUNK_WINDOWS = 4
+"""Clips of a chunk of those that the benchmark of distillation writes."""
+_LEAST_SIZE = 32
+
 
 @dataclass(frozen=True)
 class BenchConfig:
@@ -149,6 +153,76 @@ class BenchKernelsConfig:
     def row_counts(self) -> list[int]:
         """Rows, ascending."""
         return sorted(set(whole_numbers(self.rows, "rows")))
+
+
+@dataclass(frozen=True)
+class BenchDistillConfig:
+    """Measure how fast distillation data are written: windows of clips that are read from the disk.
+
+    Texts are random ones that all end at their limit. With a draft the proposals are replayed, at an
+    acceptance length that is given.
+
+    Attributes:
+        clips_dir: hub cache with the clips; synthetic ones are written there unless they are there already.
+        target: as of `bench`.
+        device: torch device.
+        windows: that are timed, a multiple of 4; 4 more come first, untimed.
+        height: of the clips' pictures, pixels.
+        width: likewise.
+        tokens: of each text.
+        samples_per_clip: texts a window; the first is greedy.
+        acceptance: acceptance length of the replay.
+        block_size: of the draft.
+        draft_layers: of the draft.
+        context_len: prompt positions whose states are kept, and that the draft sees.
+        shard_size: responses a shard.
+        num_workers: threads that read clips and stage their frames.
+        before: source folder of an earlier revision, whose `distill` is timed on the same clips in a process
+            of its own.
+        seed: of weights, clips and noise.
+        out: the JSON file to write.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    clips_dir: Path
+    target: str = "random:r1-10b"
+    device: str = "cuda"
+    windows: int = 48
+    height: int = 1080
+    width: int = 1920
+    tokens: int = 14
+    samples_per_clip: int = 3
+    acceptance: float = 6.25
+    block_size: int = 8
+    draft_layers: int = 2
+    context_len: int = 64
+    shard_size: int = 24
+    num_workers: int = 8
+    before: Path | None = None
+    seed: int = 0
+    out: Path = Path("docs/results/distill.json")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_range(2, MOST_BLOCK, block_size=self.block_size)
+        check_at_least(2, tokens=self.tokens, samples_per_clip=self.samples_per_clip)
+        check_at_least(1, acceptance=self.acceptance)
+        check_positive(
+            windows=self.windows,
+            draft_layers=self.draft_layers,
+            context_len=self.context_len,
+            shard_size=self.shard_size,
+            num_workers=self.num_workers,
+        )
+        check_whole(seed=self.seed)
+        if self.windows % CHUNK_WINDOWS:
+            raise ValueError(f"windows is {self.windows}; it must be a multiple of {CHUNK_WINDOWS}")
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if size < _LEAST_SIZE or size % 2:
+                raise ValueError(f"{name} is {size}; a video's must be even, and {_LEAST_SIZE} or more")
 
 
 @dataclass(frozen=True)

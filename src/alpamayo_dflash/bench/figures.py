@@ -75,6 +75,26 @@ def _text_over_ours(raw: Mapping[str, Any], arm: str) -> float:
     return same * mean(texts[arm]) / mean(texts["speculative_1"])
 
 
+def distill_figures(raw: Mapping[str, Any]) -> dict[str, float]:
+    """The keys of `bench-distill`; those beside an earlier revision only where that was timed.
+
+    Args:
+        raw: `windows`, and by arm in `arms` the `wall_s` of all windows and lists of milliseconds on the
+            device: `vision_ms` and `prompt_ms`, of the earlier revision `prefill_ms`, both in one.
+    """
+    arms, keys = raw["arms"], {}
+    for arm, mark in (("replayed", ""), ("autoregressive", "_ar"), ("before", "_before")):
+        if arm in arms:
+            found = arms[arm]
+            lists = [found[name] for name in ("vision_ms", "prompt_ms", "prefill_ms") if name in found]
+            keys[f"windows_per_s{mark}"] = raw["windows"] / found["wall_s"]
+            keys[f"prompt_share_of_wall{mark}"] = sum(map(sum, lists)) / 1e3 / found["wall_s"]
+    if "before" in arms:
+        keys["over_before"] = keys["windows_per_s_ar"] / keys["windows_per_s_before"]
+    keys["acceptance_length"] = arms["replayed"]["emitted"] / arms["replayed"]["passes"]
+    return {key: round(value, 4) for key, value in keys.items()}
+
+
 def window_figures(raw: Mapping[str, Any]) -> dict[str, float]:
     """The keys of `bench --window`; one whose arms were not timed is left out. Medians.
 

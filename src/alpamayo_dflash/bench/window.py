@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ from alpamayo_dflash.common.machine import Clock, current
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.report.tables import WINDOW_PARTS
 from alpamayo_dflash.standins.untrained import noise_window
-from alpamayo_dflash.target.images import FrameStaging
+from alpamayo_dflash.target.images import staged
 
 _WARM = 3
 _FEWER = 3
@@ -275,16 +275,6 @@ def reuse(bench: Bench, plain: Windows) -> dict[str, Any]:
         "reuse_window_ms": {name: found[_WARM:] for name, found in times.items()},
         "reuse_hits": {name: found[_WARM:] for name, found in seen.items()},
     }
-
-
-def staged(window: Window, device: torch.device) -> Window:
-    """The window with its frames in pinned memory, where a stream would have written them."""
-    if device.type != "cuda":
-        return window
-    cameras, per_camera, height, width = window.frames.shape[:4]
-    staging = FrameStaging((cameras, per_camera, height, width))
-    staging.frames[:] = window.frames
-    return replace(window, frames=staging.frames)
 
 
 def _by_part(found: Sequence[Timed]) -> dict[str, list[float]]:

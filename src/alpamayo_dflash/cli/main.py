@@ -40,7 +40,7 @@ COMMANDS = {
     "measure-tiny": Command("standins.config:MeasureTinyConfig", "standins.run:measure"),
     "measure-world": Command("evaluate.config:MeasureWorldConfig", "evaluate.hardness:run"),
     "layers": Command("layers.config:LayersConfig", "layers.run:run"),
-    "distill": Command("distill.config:DistillConfig", "distill.run:run"),
+    "distill": Command("distill.config:DistillConfig", "cli.distill:run"),
     "train": Command("train.config:TrainConfig", "train.run:run"),
     "evaluate": Command(
         "evaluate.config:EvaluateConfig", "evaluate.run:run", tables="report.tables:all_tables"
@@ -52,6 +52,7 @@ COMMANDS = {
     "measure-target": Command("bench.config:MeasureTargetConfig", "bench.memory:run"),
     "bench": Command("bench.config:BenchConfig", "bench.run:run", tables="report.tables:bench_tables"),
     "bench-kernels": Command("bench.config:BenchKernelsConfig", "bench.kernels:run"),
+    "bench-distill": Command("bench.config:BenchDistillConfig", "bench.distill:run"),
     "report": Command("report.config:ReportConfig", "report.run:run"),
     "study": Command("cli.study:StudyConfig", "cli.study:run"),
     "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables="report.tables:all_tables"),

@@ -437,7 +437,11 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def iterate_windows(
-    source: ClipSource, clip_ids: Sequence[str], t0_us: int = DEFAULT_T0_US, workers: int = 1
+    source: ClipSource,
+    clip_ids: Sequence[str],
+    t0_us: int = DEFAULT_T0_US,
+    workers: int = 1,
+    prepare: Callable[[Window], Window] | None = None,
 ) -> Iterator[tuple[str, Window | ClipError]]:
     """Read windows in the order given, a few ahead of what has been taken, in threads.
 
@@ -448,6 +452,7 @@ def iterate_windows(
         clip_ids: the clips.
         t0_us: the moment of each, microseconds.
         workers: reading threads.
+        prepare: is done to each window by the thread that read it.
 
     Raises:
         ValueError: the list is empty, or there is no worker.
@@ -458,15 +463,22 @@ def iterate_windows(
 
     def read(clip_id: str) -> tuple[str, Window | ClipError]:
         try:
-            return clip_id, source.window(clip_id, t0_us)
+            window = source.window(clip_id, t0_us)
         except ClipError as error:
             return clip_id, error
+        return clip_id, window if prepare is None else prepare(window)
 
     return read_ahead(clip_ids, read, workers)
 
 
 def progressing_windows(
-    source: ClipSource, clip_ids: Sequence[str], t0_us: int, title: str
+    source: ClipSource,
+    clip_ids: Sequence[str],
+    t0_us: int,
+    title: str,
+    *,
+    workers: int = 1,
+    prepare: Callable[[Window], Window] | None = None,
 ) -> Iterator[tuple[str, Window | ClipError]]:
     """Read windows ahead of their use, with a progress bar on standard error.
 
@@ -475,11 +487,13 @@ def progressing_windows(
         clip_ids: the clips; none gives no window.
         t0_us: the moment of each, microseconds.
         title: what stands before the bar.
+        workers: see `iterate_windows`.
+        prepare: likewise.
 
     Yields:
         clip id, and its window or why it could not be read.
     """
     if not clip_ids:
         return
-    windows = iterate_windows(source, clip_ids, t0_us)
+    windows = iterate_windows(source, clip_ids, t0_us, workers, prepare)
     yield from track(windows, title, total=len(clip_ids), console=Console(stderr=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self, TypeVar
@@ -71,7 +71,11 @@ class Stopwatch:
 
     def parts_ms(self) -> dict[str, float]:
         """Milliseconds of each part."""
-        return {name: sum(between_ms(*each) for each in found) for name, found in self._parts.items()}
+        return {name: sum(found) for name, found in self.each_ms().items()}
+
+    def each_ms(self) -> dict[str, list[float]]:
+        """Milliseconds of each part, time after time."""
+        return {name: [between_ms(*each) for each in found] for name, found in self._parts.items()}
 
 
 Moment = torch.cuda.Event | float
@@ -93,6 +97,42 @@ def uploaded(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+class Download:
+    """Brings tensors to the host from another thread than the one whose work they are.
+
+    A GPU's copies go over a stream of their own, so that the work goes on meanwhile.
+
+    Args:
+        device: where the tensors lie.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def mark(self) -> torch.cuda.Event | None:
+        """The end of what has been enqueued so far: the thread that enqueues calls it, on its stream."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._stream.device))
+        return event
+
+    def __call__(
+        self, tensors: Mapping[str, torch.Tensor], ready: torch.cuda.Event | None
+    ) -> dict[str, torch.Tensor]:
+        """The tensors on the host; waits for the mark and for the copies."""
+        if self._stream is None or ready is None:
+            return dict(tensors)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            return {name: tensor.to("cpu") for name, tensor in tensors.items()}
+
+
+def device_index(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Int64 on a device, for which the host does not wait."""
+    return uploaded(torch.tensor(values, dtype=torch.int64, device="cpu"), device)
 
 
 def host_memory() -> dict[str, int]:

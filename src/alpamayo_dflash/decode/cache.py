@@ -4,6 +4,7 @@ One preallocated storage: the prompt's entries, then the tail's slots, then one 
 to. Nothing is cropped or copied whole; slots are freed and used again.
 
 Shapes: L layers, P prompt tokens, X context, S sample, T entries, K KV heads, D head dim, F taps·C features.
+What is kept apart from a draft's taps (`Recording`) has an X and an F of its own.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ class Cache:
         prompt_capacity: the longest prompt, tokens.
         num_taps: how many layers' outputs are kept.
         context_len: how many positions before an anchor the draft sees; beyond `prompt_capacity` all.
+        num_recorded: how many layers' outputs are recorded apart from those.
+        recorded_context: how many of the prompt's last positions are recorded.
 
     Attributes:
         context_len: X, how many of the prompt's last positions keep their tapped states.
+        recorded_context: X of what is recorded.
         keys: [L, prompt_capacity + slots + 1, K, D], rotated.
         values: of the same shape.
         taps: [X + slots + 1, F]: the prompt's last X positions, right-aligned, then the slots.
+        recorded: the same of what is recorded.
         prompt_length: P.
         length_1: int64 [1], the same on the device.
         cos: [slots, D], rotary table of the positions after the prompt; filled by whoever knows them.
@@ -47,13 +52,22 @@ class Cache:
     """
 
     def __init__(
-        self, target: Qwen3VLTarget, *, prompt_capacity: int, num_taps: int, context_len: int
+        self,
+        target: Qwen3VLTarget,
+        *,
+        prompt_capacity: int,
+        num_taps: int,
+        context_len: int,
+        num_recorded: int = 0,
+        recorded_context: int = 0,
     ) -> None:
         self._like = target.embedding
         self._heads = (target.num_layers, target.num_kv_heads, target.head_dim)
         self._features = num_taps * target.hidden_size
+        self._recorded_features = num_recorded * target.hidden_size
         self.prompt_capacity = prompt_capacity
         self.context_len = min(context_len, prompt_capacity)
+        self.recorded_context = min(recorded_context, prompt_capacity)
         self._context_limit = context_len
         self.prompt_length = 0
         self.length_1 = torch.zeros(1, dtype=torch.int64, device=self._like.device)
@@ -68,6 +82,7 @@ class Cache:
         entries = self.prompt_capacity + slots + 1
         values = 2 * layers * entries * heads * dim
         values += (self.context_len + slots + 1) * self._features + 2 * slots * dim
+        values += (self.recorded_context + slots + 1) * self._recorded_features
         check_memory(
             values * self._like.element_size(),
             self._like.device,
@@ -81,6 +96,7 @@ class Cache:
         # Zeros: a masked entry counts for nothing only if it is finite.
         self.keys, self.values = self._like.new_zeros(shape), self._like.new_zeros(shape)
         self.taps = self._like.new_zeros(self.context_len + slots + 1, self._features)
+        self.recorded = self._like.new_zeros(self.recorded_context + slots + 1, self._recorded_features)
         self.cos, self.sin = self._like.new_zeros(slots, dim), self._like.new_zeros(slots, dim)
         self._slots = slots
         self.generation += 1
@@ -94,7 +110,7 @@ class Cache:
 
     def clear(self) -> None:
         """Make every entry finite again: a masked NaN is a NaN all the same."""
-        for tensor in (self.keys, self.values, self.taps):
+        for tensor in (self.keys, self.values, self.taps, self.recorded):
             tensor.zero_()
 
     def grow(self, slots: int) -> None:
@@ -107,9 +123,11 @@ class Cache:
             return
         self._require(slots, "fewer max_new_tokens or samples")
         keys, values, taps, used = self.keys, self.values, self.taps, self.prompt_length
+        recorded = self.recorded
         self._allocate(slots)
         self.keys[:, :used], self.values[:, :used] = keys[:, :used], values[:, :used]
         self.taps[: self.context_len] = taps[: self.context_len]
+        self.recorded[: self.recorded_context] = recorded[: self.recorded_context]
 
     def reserve(self, slots: int) -> None:
         """Empty the tail and give it this many slots; the prompt stays. Raises as `grow`."""
@@ -128,9 +146,11 @@ class Cache:
 
     def keep_context(self, taps_NF: Tensor) -> None:
         """Keep the tapped states of the prompt's last N positions, at most X; those before are zero."""
-        missing = self.context_len - len(taps_NF)
-        self.taps[:missing] = 0
-        self.taps[missing : self.context_len] = taps_NF
+        _keep_last(self.taps[: self.context_len], taps_NF)
+
+    def record_context(self, states_NF: Tensor) -> None:
+        """The same of what is recorded."""
+        _keep_last(self.recorded[: self.recorded_context], states_NF)
 
     def context(self, paths: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """The tapped states of the last positions at the end of each path: X of them, or all there are.
@@ -174,6 +194,13 @@ class Cache:
         ]
         index = torch.tensor(rows, device=device)
         return ActionPrefix(self.keys[:, index], self.values[:, index], lengths, positions)
+
+
+def _keep_last(out_XF: Tensor, states_NF: Tensor) -> None:
+    """Write N ≤ X rows to the end of X; those before become zero."""
+    missing = len(out_XF) - len(states_NF)
+    out_XF[:missing] = 0
+    out_XF[missing:] = states_NF
 
 
 ROOT = -1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,34 +18,21 @@ from torch import Tensor
 
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.machine import Clock, Moment, Stopwatch, between_ms, current
-from alpamayo_dflash.common.options import MOST_BLOCK, check_positive
+from alpamayo_dflash.common.options import check_positive
 from alpamayo_dflash.common.turn import Turn
 from alpamayo_dflash.decode.config import DecodeConfig, Request, Sampling
+from alpamayo_dflash.decode.engine import Engine
 from alpamayo_dflash.decode.handover import Handover, hand_over
-from alpamayo_dflash.decode.loop import Decoded, Round, decode
+from alpamayo_dflash.decode.loop import Decoded
 from alpamayo_dflash.decode.observer import Observer, Observers
-from alpamayo_dflash.decode.proposer import (
-    BlockDraft,
-    Captured,
-    DraftProposer,
-    Listed,
-    Proposers,
-    SharedDraft,
-)
-from alpamayo_dflash.decode.round_device import DeviceRounds
-from alpamayo_dflash.decode.round_host import HostRound
-from alpamayo_dflash.decode.stops import StopReason, stop_rules
+from alpamayo_dflash.decode.proposer import BlockDraft, Captured, Listed
+from alpamayo_dflash.decode.stops import StopReason
 from alpamayo_dflash.decode.trajectory import Trajectories, check_noise, finite, sample_prefix
-from alpamayo_dflash.decode.verify import Prefilled, Verifier
+from alpamayo_dflash.decode.verify import Prefilled
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.borrow import borrow
 from alpamayo_dflash.target.prompt import Prompt
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
-
-_DRAFT_FAILED = (  # one text for all, so that Python shows it once
-    "the draft failed in some rounds: its logits are not finite, or it raised an error. The target went on "
-    "alone there; Result.draft_failures counts them"
-)
 
 
 @dataclass(frozen=True)
@@ -158,33 +144,9 @@ class SpeculativeDecoder:
         self.config = config or DecodeConfig()
         self._clock = Clock(target.device)
         self._turn = Turn("this decoder")
-        if draft is not None:
-            if not 2 <= draft.block_size <= MOST_BLOCK:
-                raise ValueError(
-                    f"the draft's block_size is {draft.block_size}; it must be 2 to {MOST_BLOCK}"
-                )
-            # Its class is asked: a wrapper that hands attributes through is itself what proposes.
-            if issubclass(type(draft), SharedDraft) and isinstance(draft, SharedDraft):
-                draft = draft.apart(target.embedding)
-            draft.bind(target.embedding, target.head, target.num_layers)
-        self.draft = draft
-        self.verifier = Verifier(
-            target,
-            taps=draft.taps if draft is not None else (),
-            context_len=draft.context_len if draft is not None else 0,
-            prompt_capacity=self.config.prompt_capacity,
-            row_width=self.config.row_width,
-            vision_reuse_bytes=self.config.vision_reuse_mib * 2**20,
-        )
-        self.rules = stop_rules(target, self.config)
-        listed = [proposer for proposer in proposers if isinstance(proposer, Listed)]
-        self._captured = [proposer for proposer in proposers if not isinstance(proposer, Listed)]
-        for proposer in self._captured:
-            if not callable(proposer):
-                raise ValueError(f"proposer {proposer!r} must be Listed, or callable as Captured is")
-        by_draft = None if draft is None else DraftProposer(draft, self.verifier.cache, self.rules)
-        self._host_round = HostRound(self.verifier, self.rules, by_draft, listed)
-        self.device_rounds = DeviceRounds(self.verifier, self.rules, Proposers(draft, listed, self._captured))
+        self._engine = Engine(target, draft, self.config, proposers=proposers)
+        self.draft, self.rules = self._engine.draft, self._engine.rules
+        self.verifier, self.device_rounds = self._engine.verifier, self._engine.device_rounds
         self._finished: tuple[Prefilled, Decoded, int] | None = None  # and the thread that asked
         self._trajectories = Trajectories(target, self.verifier) if isinstance(target, Alpamayo) else None
 
@@ -252,16 +214,10 @@ class SpeculativeDecoder:
             with torch.inference_mode(), current(self.target.device):
                 # Enqueued behind the prompt's pass, which hides the host's share of it. A new round may move
                 # the cache, so the expert starts after it.
-                round_ = self._round(request)
+                round_ = self._engine.round(request)
                 start = None if driver is None else driver.start(prompt, request, action_noise)
-                decoded = decode(
-                    round_,
-                    self.verifier,
-                    prefilled,
-                    request,
-                    rules=self.rules,
-                    observer=Observers(observer or Observer(), _Watched(watch)),
-                )
+                watched = Observers(observer or Observer(), _Watched(watch))
+                decoded = self._engine.decode(round_, prefilled, request, watched)
                 moments.append(watch.moment())
                 self._finished = (prefilled, decoded, threading.get_ident())
                 xyz = rot = None
@@ -274,8 +230,6 @@ class SpeculativeDecoder:
                 if xyz is not None and rot is not None:
                     xyz, rot = finite(xyz, rot)
             total_ms = self._clock.now_ms() - began
-        if decoded.draft_failures:
-            warnings.warn(_DRAFT_FAILED, stacklevel=2)
         timings = _timings(moments, total_ms, watch.parts_ms())
         return self._result(decoded, coc, xyz, rot, timings)
 
@@ -284,22 +238,6 @@ class SpeculativeDecoder:
         """The buffers for this call alone, and arithmetic in the weights' own types without autocast."""
         with self._turn.taken(), torch.autocast(self.target.device.type, enabled=False):
             yield
-
-    def _round(self, request: Request) -> Round:
-        """The round that serves a request, on the device or the host."""
-        wanted = self.config.loop
-        if wanted == "auto":
-            wanted = "device" if self.target.device.type == "cuda" or self._captured else "host"
-        reason = self.device_rounds.unsuited if wanted == "device" else None
-        if wanted == "device" and reason is None:
-            return self.device_rounds.round(request)
-        if self._captured:
-            raise ValueError(
-                f"a Captured proposer runs in the device's rounds alone: {reason or 'loop is host'}"
-            )
-        if reason is not None:
-            warnings.warn(f"decoding runs in the plain, slower loop on the host: {reason}", stacklevel=3)
-        return self._host_round
 
     def handover(self, samples: Sequence[int] | None = None) -> Handover:
         """The cache of the last `generate`, as transformers' own `generate` would have left it.

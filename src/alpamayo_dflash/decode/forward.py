@@ -77,14 +77,20 @@ class TextModel(Protocol):
         ...
 
 
-def text_model(target: Qwen3VLTarget, cache: Cache) -> TextModel:
-    """The fused form where it runs, else the plain one; on a GPU a warning gives the reason."""
+def why_plain_text(target: Qwen3VLTarget) -> str | None:
+    """Why a target's text model runs in its plain form; None where the fused one runs."""
     text = target.vlm.model.language_model
     reason = why_plain(target.text_layers, target.embedding, target.vlm.lm_head)
     if reason is None and (found := why_module(text.embed_tokens, nn.Embedding)) is not None:
         reason = f"the embedding is a {found}"
     if reason is None and hooked(text.norm):
         reason = "the final norm has hooks"
+    return reason
+
+
+def text_model(target: Qwen3VLTarget, cache: Cache) -> TextModel:
+    """The fused form where it runs, else the plain one; on a GPU a warning gives the reason."""
+    reason = why_plain_text(target)
     if reason is None:
         return FusedModel(target, cache)
     cuda = target.device.type == "cuda"

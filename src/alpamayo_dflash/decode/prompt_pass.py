@@ -26,7 +26,7 @@ from alpamayo_dflash.target.vlm import Qwen3VLTarget
 LENGTH_MULTIPLE = 128  # the rows of a large product's tile
 ROOM = 64
 """Rows that a bucket has after the prompt's at least."""
-Work = Callable[[Tensor, Tensor, Tensor, VisionFeatures, int], Tensor]
+Work = Callable[[Tensor, Tensor, Tensor, VisionFeatures], Tensor]
 """See `PromptPass.work`."""
 _KEPT = 2
 """Buckets that are kept; each holds its graph's memory."""
@@ -45,6 +45,7 @@ class PromptPass:
         cache: takes the prompt's keys, values and taps.
         model: the target's text model over that cache.
         taps: layers whose outputs at the last positions are kept, in the order in which they are joined.
+        recorded: the same of what is recorded apart from those.
         graph: capture it; left out, on a GPU in the fused form.
     """
 
@@ -55,9 +56,11 @@ class PromptPass:
         model: TextModel,
         taps: Sequence[int],
         *,
+        recorded: Sequence[int] = (),
         graph: bool | None = None,
     ) -> None:
-        self._target, self._cache, self._model, self._taps = target, cache, model, tuple(taps)
+        self._target, self._cache, self._model = target, cache, model
+        self._taps, self._recorded = tuple(taps), tuple(recorded)
         fused = target.device.type == "cuda" and isinstance(model, FusedModel)
         self._graph = fused if graph is None else graph
         self._generation = 0
@@ -84,7 +87,7 @@ class PromptPass:
             uploaded(each, self._target.device) for each in (host_ids, positions_3P, at_T)
         )
         if not self._graph:
-            return self.work(ids_P, positions_3P, at_T, seen, min(self._cache.context_len, length))
+            return self.work(ids_P, positions_3P, at_T, seen)
         return self._bucket(length, seen).run(ids_P, positions_3P, at_T, seen)
 
     def _bucket(self, length: int, seen: VisionFeatures) -> _Bucket:
@@ -93,13 +96,10 @@ class PromptPass:
             self.kept.clear()
             self._generation = self._cache.generation
         rows = bucket_of(length)
-        kept = min(self._cache.context_len, rows)
         key = rows, len(seen.embeds), len(seen.deepstack)
-        return self.kept.of(key, lambda: _Bucket(self.work, rows, kept, seen))
+        return self.kept.of(key, lambda: _Bucket(self.work, rows, seen))
 
-    def work(
-        self, ids_B: Tensor, positions_3B: Tensor, at_T: Tensor, seen: VisionFeatures, kept: int
-    ) -> Tensor:
+    def work(self, ids_B: Tensor, positions_3B: Tensor, at_T: Tensor, seen: VisionFeatures) -> Tensor:
         """The pass itself, of tensors on the (current) device.
 
         Args:
@@ -107,7 +107,6 @@ class PromptPass:
             positions_3B: likewise.
             at_T: int64, where the image tokens stand.
             seen: their features.
-            kept: how many of the prompt's last positions keep their taps.
 
         Returns:
             float32 [V].
@@ -115,17 +114,24 @@ class PromptPass:
         target, cache = self._target, self._cache
         embeddings = target.placed(ids_B, at_T, seen)
         last = target.num_layers - 1
-        rows_X = cache.length_1 - kept + torch.arange(kept, device=ids_B.device)
+        contexts = tuple(min(each, len(ids_B)) for each in (cache.context_len, cache.recorded_context))
+        most = max(contexts)
+        rows_X = cache.length_1 - most + torch.arange(most, device=ids_B.device)
         wanted_W = cache.length_1 - 1
-        if last in self._taps:
-            wanted_W = rows_X.clamp_min(0)
+        of_last = [
+            context
+            for context, layers in zip(contexts, (self._taps, self._recorded), strict=True)
+            if last in layers
+        ]
+        if any(of_last):
+            wanted_W = _end(rows_X, max(of_last)).clamp_min(0)
         # Of the last layer's output few rows are read; features are added to all of a layer's rows.
         trimmed = len(embeddings.deepstack) <= last
         tapped: dict[int, Tensor] = {}
 
         def after_layer(layer: int, hidden: Tensor) -> Tensor:
             hidden = add_features(layer, hidden)
-            if layer in self._taps:
+            if layer in self._taps or layer in self._recorded:
                 few = trimmed and layer == last
                 tapped[layer] = hidden if few else hidden.index_select(0, rows_X.clamp_min(0))
             return hidden
@@ -139,17 +145,25 @@ class PromptPass:
         )
         if not trimmed:
             normed = normed.index_select(0, wanted_W)
-        if tapped:
-            states_XF = torch.cat([tapped[tap] for tap in self._taps], dim=-1)
-            cache.keep_context(states_XF * (rows_X >= 0)[:, None])
+        if self._taps:
+            states_XF = torch.cat([_end(tapped[tap], contexts[0]) for tap in self._taps], dim=-1)
+            cache.keep_context(states_XF * (_end(rows_X, contexts[0]) >= 0)[:, None])
+        if self._recorded:
+            states_XF = torch.cat([_end(tapped[layer], contexts[1]) for layer in self._recorded], dim=-1)
+            cache.record_context(states_XF * (_end(rows_X, contexts[1]) >= 0)[:, None])
         logits: Tensor = self._model.logits(normed[-1:])[0, : target.vocab_size].float()
         return logits
+
+
+def _end(rows: Tensor, count: int) -> Tensor:
+    """The last rows, so many."""
+    return rows[len(rows) - count :]
 
 
 class _Bucket:
     """The buffers for prompts of up to B tokens with T image tokens, and the graph over them."""
 
-    def __init__(self, work: Work, rows: int, kept: int, seen: VisionFeatures) -> None:
+    def __init__(self, work: Work, rows: int, seen: VisionFeatures) -> None:
         device = seen.embeds.device
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self._positions = torch.zeros(3, rows, dtype=torch.int64, device=device)
@@ -158,7 +172,7 @@ class _Bucket:
         self._logits: Tensor | None = None
 
         def launch() -> None:
-            self._logits = work(self._ids, self._positions, self._at, self._seen, kept)
+            self._logits = work(self._ids, self._positions, self._at, self._seen)
 
         self._captured = CapturedCall(launch)
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.clips.window import Window
+from alpamayo_dflash.common.machine import Stopwatch, current, device_index
 from alpamayo_dflash.decode.config import DecodeConfig, Request, Sampling
-from alpamayo_dflash.decode.loop import decode
+from alpamayo_dflash.decode.engine import Engine
 from alpamayo_dflash.decode.observer import Observer
-from alpamayo_dflash.decode.round_host import HostRound
-from alpamayo_dflash.decode.stops import stop_rules
-from alpamayo_dflash.decode.verify import Prefilled, Verifier
+from alpamayo_dflash.decode.proposer import BlockDraft, Captured, Listed
+from alpamayo_dflash.decode.verify import Prefilled, Recording, Verifier
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
 
@@ -36,27 +36,48 @@ class Rollout:
 
 
 class Rollouts:
-    """Rolls the target out by the autoregressive loop, on one window at a time.
+    """Rolls the target out, with or without a draft, on one window at a time.
 
     Args:
         target: the model.
-        taps: layers whose outputs are kept.
-        context_len: X, how many of the prompt's last positions keep them.
+        taps: layers whose outputs `score` gives.
+        context_len: X, how many of the prompt's last positions have them.
         max_tokens: the most tokens a response may have.
+        draft: proposes blocks; None lets the target write token by token. The texts are the same.
+        config: see DecodeConfig; not `sentence_end="force"`, whose texts are not the target's own.
+        proposers: propose beside the draft.
+        watch: times "vision" and "prompt".
+
+    Attributes:
+        target: the model.
+        watch: see above; another may take its place.
+        emitted: tokens after the first that `write` has given so far.
+        passes: verify passes that each response took part in, likewise.
 
     Raises:
-        ValueError: a tap is not a layer of the target.
+        ValueError: a tap is not a layer of the target, the draft does not fit it, or `force`.
     """
 
-    def __init__(self, target: Alpamayo, *, taps: Sequence[int], context_len: int, max_tokens: int) -> None:
-        config = DecodeConfig()
-        self.target = target
-        self._max_tokens = max_tokens
-        self._rules = stop_rules(target, config)
-        self._verifier = Verifier(
-            target, taps=taps, context_len=context_len, prompt_capacity=config.prompt_capacity
-        )
-        self._round = HostRound(self._verifier, self._rules)
+    def __init__(
+        self,
+        target: Alpamayo,
+        *,
+        taps: Sequence[int],
+        context_len: int,
+        max_tokens: int,
+        draft: BlockDraft | None = None,
+        config: DecodeConfig | None = None,
+        proposers: Sequence[Listed | Captured] = (),
+        watch: Stopwatch | None = None,
+    ) -> None:
+        config = config or DecodeConfig()
+        if not config.lossless:
+            raise ValueError(f"sentence_end is {config.sentence_end!r}; rollouts are the target's own texts")
+        self.target, self.emitted, self.passes = target, 0, 0
+        self._max_tokens, self.watch = max_tokens, watch
+        recording = Recording(tuple(taps), context_len)
+        self._engine = Engine(target, draft, config, proposers=proposers, recording=recording)
+        self._verifier = self._engine.verifier
 
     def read(self, window: Window) -> None:
         """Run vision and the prompt's pass; `write` and `score` work on this window from now on.
@@ -64,7 +85,7 @@ class Rollouts:
         Raises:
             ValueError: the window does not fit the target, or its prompt is longer than the cache.
         """
-        self._prefilled = self._verifier.prefill(self.target.prompt(window))
+        self._prefilled = self._verifier.prefill(self.target.prompt(window), self.watch)
 
     @torch.inference_mode()
     def write(self, sampling: Sampling, *, seed: int = 0, num_samples: int = 1) -> list[Rollout]:
@@ -74,15 +95,22 @@ class Rollouts:
             sampling: temperature and nucleus; temperature 0 is greedy.
             seed: of the noise.
             num_samples: responses; the k-th is `generate`'s k-th with the same seed and sampling.
+
+        Raises:
+            ValueError: the target's logits are not finite.
         """
         request = Request(sampling, seed, num_samples, self._max_tokens)
-        decoded = decode(
-            self._round, self._verifier, self._prefilled, request, rules=self._rules, observer=Observer()
-        )
+        with current(self.target.device):
+            round_ = self._engine.round(request)
+            decoded = self._engine.decode(round_, self._prefilled, request, Observer())
+        self.emitted += sum(len(sample.tokens) - 1 for sample in decoded.samples)
+        self.passes += sum(sample.passes for sample in decoded.samples)
         return [Rollout(tuple(sample.tokens), str(sample.stop)) for sample in decoded.samples]
 
     def score(self, responses: Sequence[Sequence[int]]) -> list[TeacherForced]:
         """Run the target on given responses, all in one pass; equal beginnings are computed once.
+
+        That the responses decide alone what is computed makes it the same with any draft.
 
         Args:
             responses: token ids of each, at least one.
@@ -91,7 +119,7 @@ class Rollouts:
             for each what `teacher_forced` gives, but prompt states of min(X, P) positions only.
         """
         cache = self._verifier.cache
-        known = min(cache.context_len, cache.prompt_length)
+        known = min(cache.recorded_context, cache.prompt_length)
         return _score(self._verifier, self._prefilled, responses, known)
 
 
@@ -150,34 +178,36 @@ def teacher_forced_all(
         wrong = [token for token in response if not 0 <= token < target.vocab_size]
         if wrong:
             raise ValueError(f"token id {wrong[0]} is not in the target's vocabulary of {target.vocab_size}")
-    verifier = Verifier(target, taps=layers, context_len=prompt_states, prompt_capacity=len(prompt.input_ids))
+    recording = Recording(tuple(layers), prompt_states)
+    verifier = Verifier(target, prompt_capacity=len(prompt.input_ids), recording=recording)
     prefilled = verifier.prefill(prompt)
     # One after another: what one response's rows see has no other's slots between.
-    return [_score(verifier, prefilled, [each], verifier.cache.context_len)[0] for each in responses]
+    return [_score(verifier, prefilled, [each], verifier.cache.recorded_context)[0] for each in responses]
 
 
 def _score(
     verifier: Verifier, prefilled: Prefilled, responses: Sequence[Sequence[int]], prompt_states: int
 ) -> list[TeacherForced]:
     forced = verifier.force(prefilled, responses)
-    taps, context, layers = verifier.cache.taps, verifier.cache.context_len, len(verifier.taps)
+    states_TF, context = verifier.cache.recorded, verifier.cache.recorded_context
+    layers, device = len(verifier.recorded), verifier.target.device
     with torch.no_grad():
         # New tensors: the caches are inference mode's, which autograd refuses, and are used again.
-        states = _by_layer(taps[context - prompt_states : context], layers)
+        states = _by_layer(states_TF[context - prompt_states : context], layers)
         return [
             TeacherForced(
                 forced.logits(index)[:-1],
-                _by_layer(taps[[context + slot for slot in path]], layers),
+                _by_layer(states_TF[device_index([context + slot for slot in path], device)], layers),
                 states,
             )
             for index, path in enumerate(forced.paths)
         ]
 
 
-def _by_layer(taps_TF: Tensor, layers: int) -> Tensor:
+def _by_layer(states_TF: Tensor, layers: int) -> Tensor:
     """[T, layers·C] to a copy [layers, T, C]."""
     return (
-        taps_TF.unflatten(-1, (layers, -1)).transpose(0, 1).contiguous().clone()
+        states_TF.unflatten(-1, (layers, -1)).transpose(0, 1).contiguous().clone()
         if layers
-        else taps_TF.new_zeros(0)
+        else states_TF.new_zeros(0)
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.common.machine import Stopwatch, current
+from alpamayo_dflash.common.machine import Stopwatch, current, device_index
 from alpamayo_dflash.decode.cache import ROOT, Cache
 from alpamayo_dflash.decode.forward import text_model
 from alpamayo_dflash.decode.prompt_pass import PromptPass
@@ -28,6 +28,22 @@ from alpamayo_dflash.target.prompt import Prompt, check_history
 from alpamayo_dflash.target.qwen3 import AfterLayer
 from alpamayo_dflash.target.vision import VisionFeatures
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Layers whose outputs are recorded apart from a draft's taps: at a prompt's end, and in `force`.
+
+    Attributes:
+        layers: in the order in which they are concatenated.
+        context_len: how many of the prompt's last positions.
+    """
+
+    layers: Sequence[int] = ()
+    context_len: int = 0
+
+
+_NO_RECORDING = Recording()
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,9 @@ class ForcedTexts:
     def logits(self, index: int) -> Tensor:
         """Float32 [T + 1, V] of a text of T tokens: row i predicts token i, the last what follows them."""
         rows = [self.rows[slot] for slot in self.paths[index]]
-        return torch.cat((self.prompt_logits_V[None], self.logits_RV[rows]))
+        return torch.cat(
+            (self.prompt_logits_V[None], self.logits_RV[device_index(rows, self.logits_RV.device)])
+        )
 
 
 class Verifier:
@@ -77,6 +95,7 @@ class Verifier:
         prompt_capacity: the longest prompt, tokens.
         row_width: the one number of rows that every pass has, or None.
         vision_reuse_bytes: what images seen before may take with their features; 0 keeps none.
+        recording: what is recorded apart from the taps.
 
     Attributes:
         vision: reads prompts' images.
@@ -94,21 +113,27 @@ class Verifier:
         prompt_capacity: int,
         row_width: int | None = None,
         vision_reuse_bytes: int = 0,
+        recording: Recording = _NO_RECORDING,
     ) -> None:
-        wrong = [tap for tap in taps if not 0 <= tap < target.num_layers]
+        wrong = [tap for tap in (*taps, *recording.layers) if not 0 <= tap < target.num_layers]
         if wrong:
             raise ValueError(
                 f"tap {wrong[0]} is not a layer of the target; it has 0 to {target.num_layers - 1}"
             )
         self.target = target
-        self.taps = tuple(taps)
+        self.taps, self.recorded = tuple(taps), tuple(recording.layers)
         self.row_width = row_width
         self.cache = Cache(
-            target, prompt_capacity=prompt_capacity, num_taps=len(self.taps), context_len=context_len
+            target,
+            prompt_capacity=prompt_capacity,
+            num_taps=len(self.taps),
+            context_len=context_len,
+            num_recorded=len(self.recorded),
+            recorded_context=recording.context_len,
         )
         self._model = text_model(target, self.cache)
         self.vision = VisionReader(target, reuse_bytes=vision_reuse_bytes)
-        self._read = PromptPass(target, self.cache, self._model, self.taps)
+        self._read = PromptPass(target, self.cache, self._model, self.taps, recorded=self.recorded)
         self._reading = object()
         self._begun = False
 
@@ -182,7 +207,9 @@ class Verifier:
         self._begun = True
 
     @torch.inference_mode()
-    def rows(self, slots: Sequence[int], *, logits: bool = True, width: int | None = None) -> Tensor:
+    def rows(
+        self, slots: Sequence[int], *, logits: bool = True, width: int | None = None, record: bool = False
+    ) -> Tensor:
         """Run nodes of the tail: write their keys, values and taps, and predict what follows each.
 
         Args:
@@ -190,13 +217,16 @@ class Verifier:
                 have been run before.
             logits: whether they are wanted.
             width: rows of each pass, padded or split; left out, the verifier's `row_width`, or R.
+            record: also write what is recorded.
 
         Returns:
             float32 [R, V], unmasked ([0, V] if not wanted).
         """
         width = width or self.row_width or len(slots)
         with current(self.target.device):
-            parts = [self._pass(slots[i : i + width], width, logits) for i in range(0, len(slots), width)]
+            parts = [
+                self._pass(slots[i : i + width], width, logits, record) for i in range(0, len(slots), width)
+            ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.inference_mode()
@@ -209,7 +239,7 @@ class Verifier:
         width: int | None = None,
         rejected: int = 0,
     ) -> ForcedTexts:
-        """Run given texts after a prompt; equal beginnings are computed once.
+        """Run given texts after a prompt, and record; equal beginnings are computed once.
 
         Args:
             prefilled: the prompt; the tail after it is emptied.
@@ -227,12 +257,19 @@ class Verifier:
         tree = Tree(self.cache.tail)
         paths = [tree.add_chain(text, ROOT) for text in texts]
         slots, step = tree.slots, step or max(1, len(tree.slots))
-        parts = [self.rows(slots[i : i + step], width=width) for i in range(0, len(slots), step)]
+        parts = [self.rows(slots[i : i + step], width=width, record=True) for i in range(0, len(slots), step)]
         logits_RV = torch.cat(parts) if parts else prefilled.logits_V[None][:0]
         return ForcedTexts(paths, prefilled.logits_V, logits_RV, {slot: i for i, slot in enumerate(slots)})
 
     def run(
-        self, tokens_R: Tensor, positions_R: Tensor, slots_R: Tensor, seen_RT: Tensor, *, logits: bool = True
+        self,
+        tokens_R: Tensor,
+        positions_R: Tensor,
+        slots_R: Tensor,
+        seen_RT: Tensor,
+        *,
+        logits: bool = True,
+        record: bool = False,
     ) -> Tensor | None:
         """One pass, of tensors on the (current) device alone: nothing is read back, so it can be captured.
 
@@ -242,17 +279,18 @@ class Verifier:
             slots_R: int64 slots of the tail; padding rows have the one after the last.
             seen_RT: uint8, the slots that each row sees.
             logits: whether they are wanted.
+            record: also write what is recorded.
 
         Returns:
             [R, V or more] in some float type, or None.
         """
         cache = self.cache
         rotary = cache.cos.index_select(0, positions_R), cache.sin.index_select(0, positions_R)
-        taps = self._write(slots_R + cache.context_len) if self.taps else None
+        taps = self._write(slots_R, record=record) if self.taps or (record and self.recorded) else None
         normed = self._model.rows(tokens_R, slots_R, rotary, seen_RT, taps)
         return self._model.logits(normed) if logits else None
 
-    def _pass(self, slots: Sequence[int], width: int, logits: bool) -> Tensor:
+    def _pass(self, slots: Sequence[int], width: int, logits: bool, record: bool) -> Tensor:
         target, tail = self.target, self.cache.tail
         assert self._begun, "begin() comes before rows()"
         padding = width - len(slots)
@@ -268,19 +306,23 @@ class Verifier:
         columns = tail.capacity if self.row_width else tail.high_water
         seen = torch.zeros(width, columns, dtype=torch.uint8, device="cpu")
         seen[: len(slots)] = torch.from_numpy(tail.visible(slots, columns))
-        out = self.run(index[0], index[1], index[2], seen.to(target.device), logits=logits)
+        out = self.run(index[0], index[1], index[2], seen.to(target.device), logits=logits, record=record)
         if out is None:
             return torch.zeros(0, target.vocab_size, dtype=torch.float32, device=target.device)
         return out[: len(slots), : target.vocab_size].float()
 
-    def _write(self, entries_R: Tensor) -> AfterLayer:
-        """A hook that writes the tapped layers' outputs to the cache."""
-        width = self.target.hidden_size
+    def _write(self, slots_R: Tensor, *, record: bool) -> AfterLayer:
+        """A hook that writes the tapped layers' outputs to the cache, and those that are recorded."""
+        width, cache = self.target.hidden_size, self.cache
+        sets = [(self.taps, cache.taps, slots_R + cache.context_len)]
+        if record:
+            sets.append((self.recorded, cache.recorded, slots_R + cache.recorded_context))
 
         def after_layer(layer: int, hidden: Tensor) -> Tensor:
-            if layer in self.taps:
-                at = self.taps.index(layer) * width
-                self.cache.taps[:, at : at + width].index_copy_(0, entries_R, hidden)
+            for layers, out, entries_R in sets:
+                if layer in layers:
+                    at = layers.index(layer) * width
+                    out[:, at : at + width].index_copy_(0, entries_R, hidden)
             return hidden
 
         return after_layer

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.common.machine import uploaded
+from alpamayo_dflash.common.machine import device_index, uploaded
 from alpamayo_dflash.target.prompt import Prompt
 from alpamayo_dflash.target.vision import Grid, VisionFeatures, encode_images, image_grids
 from alpamayo_dflash.target.vision_fused import FusedVision, why_plain_vision
@@ -261,7 +261,7 @@ class SeenImages:
         order = [row for source in sources for row in rows[source]]
         pool = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if order != list(range(start)):
-            pool = pool.index_select(1, _index(order, pool.device))
+            pool = pool.index_select(1, device_index(order, pool.device))
         return VisionFeatures(pool[0], pool[1:])
 
     def keep(self, missed: Sequence[_Image], new: VisionFeatures, sources: Sequence[_Source]) -> None:
@@ -284,7 +284,7 @@ class SeenImages:
             del self._images[oldest]
             self._free += oldest.blocks
         blocks, self._free = self._free[:tokens], self._free[tokens:]
-        index = _index(blocks, self._pixels_BI.device)
+        index = device_index(blocks, self._pixels_BI.device)
         taken = missed[: len(fitting)]
         if taken:
             self._pixels_BI.index_copy_(0, index, torch.cat([image.blocks_UI for image in taken]))
@@ -340,8 +340,3 @@ def _same(a_NUI: Tensor, b_NUI: Tensor) -> Tensor:
     """Whether images are the same in every bit, and have no NaN: bool [N]."""
     bits = _BITS[a_NUI.element_size()]
     return ((a_NUI == b_NUI) & (a_NUI.view(bits) == b_NUI.view(bits))).flatten(1).all(1)
-
-
-def _index(values: Sequence[int], device: torch.device) -> Tensor:
-    """Int64 on the device, for which the host does not wait."""
-    return uploaded(torch.tensor(values, dtype=torch.int64, device="cpu"), device)

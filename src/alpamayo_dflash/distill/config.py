@@ -9,7 +9,7 @@ from typing import Literal
 from alpamayo_dflash.clips.config import DEFAULT_T0_US, MOTION_GAP_MS, FrameRule
 from alpamayo_dflash.common.options import check_positive, check_whole, parse_layers
 from alpamayo_dflash.common.ranks import share_of
-from alpamayo_dflash.decode.config import Sampled
+from alpamayo_dflash.decode.config import DecodeConfig, Sampled
 
 EXPECTED_TOKENS = 40
 """Tokens a response in the estimate of disk space: 99 in 100 real responses are shorter (R1: p99 36)."""
@@ -45,6 +45,10 @@ class DistillConfig(Sampled):
         temperature: of the sampled responses.
         top_p: nucleus of the sampled responses.
         max_tokens: limit of new tokens a response.
+        draft_path: folder of a draft that proposes; it changes the speed alone (in bfloat16 near-ties too,
+            unless `row_width` is given).
+        row_width: run every pass after the prompt's at this many rows, one response after another, so that in
+            bfloat16 too the data are the same with and without a draft.
         shard_size: responses a shard; what an interruption can cost.
         seed: of the sampled responses.
         t0_us: the moment of each clip, microseconds on its clock.
@@ -53,6 +57,7 @@ class DistillConfig(Sampled):
         frames: what happens to a clip whose frames may not be those of its stamps: strict refuses it, warn
             reads them by their order and says so.
         motion_gap_ms: the longest gap in the ego motion that is bridged around a moment that is needed.
+        num_workers: threads that read clips and stage their frames ahead of the model.
         device: torch device; plain "cuda" means this process's own under torchrun.
         retry_failed: try every clip that failed before again; without it those of which a file has changed.
         take_over: go on where the disk cannot tell whether another run has the folder.
@@ -81,6 +86,8 @@ class DistillConfig(Sampled):
     temperature: float = 0.6
     top_p: float = 0.98
     max_tokens: int = 128
+    draft_path: Path | None = None
+    row_width: int | None = None
     shard_size: int = 256
     seed: int = 0
     t0_us: int = DEFAULT_T0_US
@@ -88,6 +95,7 @@ class DistillConfig(Sampled):
     target_dtype: Literal["float32", "bfloat16"] | None = None
     frames: FrameRule = "strict"
     motion_gap_ms: int = MOTION_GAP_MS
+    num_workers: int = 4
     device: str = "cpu"
     local_files_only: bool = False
     retry_failed: bool = False
@@ -103,8 +111,9 @@ class DistillConfig(Sampled):
             max_tokens=self.max_tokens,
             shard_size=self.shard_size,
             motion_gap_ms=self.motion_gap_ms,
+            num_workers=self.num_workers,
         )
-        _ = self.sampling
+        _ = self.sampling, self.decode
         check_whole(seed=self.seed, t0_us=self.t0_us)
         if self.samples_per_clip > 1 and self.temperature == 0:
             raise ValueError("temperature is 0 with samples_per_clip above 1: all would equal the greedy one")
@@ -113,6 +122,11 @@ class DistillConfig(Sampled):
             raise ValueError("name the layers to tap with one of target_layers and layers_file")
         share_of(self.rank, self.world_size, {})
         self.chunk_numbers([])
+
+    @property
+    def decode(self) -> DecodeConfig:
+        """How the target is decoded; raises ValueError where a value lies outside its range."""
+        return DecodeConfig(row_width=self.row_width)
 
     def chunk_numbers(self, existing: list[int]) -> list[int] | None:
         """The chunks of `start_chunk`, `end_chunk` and `num_chunks` among the existing ones.

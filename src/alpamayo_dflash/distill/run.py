@@ -2,43 +2,69 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from alpamayo_dflash.clips.lists import parse_chunks
 from alpamayo_dflash.clips.source import ClipError, ClipSource, failure_kind, progressing_windows
 from alpamayo_dflash.clips.window import Window
+from alpamayo_dflash.common.ahead import Behind
 from alpamayo_dflash.common.artefacts import IDENTITY, file_hash, list_hash, provenance
 from alpamayo_dflash.common.identity import Fingerprint, agreed
 from alpamayo_dflash.common.locks import mark_of, owned
+from alpamayo_dflash.common.machine import Download
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import own_device, share_of
 from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.decode.forward import why_plain_text
+from alpamayo_dflash.decode.proposer import BlockDraft
 from alpamayo_dflash.decode.rollouts import Rollouts, TeacherForced
-from alpamayo_dflash.decode.sampling import mask_bias
-from alpamayo_dflash.distill.config import EXPECTED_TOKENS, DistillConfig, response_bytes
+from alpamayo_dflash.distill.config import DistillConfig
+from alpamayo_dflash.distill.estimate import Pace, require_disk
 from alpamayo_dflash.distill.shards import manifest_path, read_manifests, write_merged
 from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 from alpamayo_dflash.layers.choice import CHOICE_FILE, read_choice
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
+from alpamayo_dflash.target.images import staged
+
+_MOST_WAITING = 32
+"""Windows whose responses may wait for the host, on the device: of R1's, each has some 10 MB."""
 
 
-def run(config: DistillConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class NamedDraft:
+    """A draft that proposes, and who it is: what `draft_path` names, opened by the command."""
+
+    draft: BlockDraft
+    identity: Fingerprint
+
+
+def run(config: DistillConfig, draft: NamedDraft | None = None) -> dict[str, Any]:
     """Write this rank's part of the set, or what is left of it.
+
+    Args:
+        config: see DistillConfig.
+        draft: the one that `draft_path` names.
 
     Returns:
         this rank's `clips {attempted, done, failed}`, `samples`, `tokens` and `bytes`, the estimate of disk
-        space, and whether there was nothing to do.
+        space, of what was written now `acceptance_length` (1 without a draft) and `windows_per_s` (of its
+        first windows, see `Pace`), and whether there was nothing to do.
 
     Raises:
         ValueError: bad input, too little disk space, or data made with other settings in the folder.
     """
+    if (config.draft_path is None) != (draft is None):
+        raise ValueError(
+            f"draft_path is {config.draft_path}, and {'no' if draft is None else 'a'} draft was handed over; "
+            "run() takes the draft that draft_path names, as the command does"
+        )
     started = time.time()
     rank, world_size = share_of(config.rank, config.world_size)
     source = ClipSource(config.cache_dir, frames=config.frames, motion_gap_ms=config.motion_gap_ms)
@@ -50,31 +76,39 @@ def run(config: DistillConfig) -> dict[str, Any]:
     )
     parts = read_manifests(config.output_dir)
     settings = agreed(
-        data_settings(config, target, identity, clip_ids, world_size),
+        data_settings(config, target, identity, clip_ids, world_size, draft=draft),
         {manifest_path(config.output_dir, part["rank"]): part["settings"] for part in parts},
         {"target": identity},
     )
     with owned(config.output_dir, mark_of(settings), rank, take_over=config.take_over):
         parents = {"target": identity.hash, **_layers_parent(config)}
+        parents |= {} if draft is None else {"draft": draft.identity.hash}
+        plain = why_plain_text(target)
+        made = provenance(config, started, parents, device=str(target.device))
+        made["weights"] = "fused" if plain is None else f"plain: {plain}"
         writer = RankWriter(
             config.output_dir,
             rank,
             settings,
             clip_ids[rank::world_size],
             clips_per_shard=max(1, config.shard_size // config.samples_per_clip),
-            provenance=provenance(config, started, parents, device=str(target.device)),
+            provenance=made,
             again=lambda failure: config.retry_failed or source.changed(failure),
         )
         nothing_to_do = writer.complete
         remaining = [clip_id for clips in writer.remaining for clip_id in clips]
-        estimate = estimated_bytes(settings, len(remaining))
+        estimate, acceptance, windows_per_s = 0, None, None
         if nothing_to_do:
             write_merged(config.output_dir)
         else:
-            require_disk(config.output_dir, estimate, ranks=world_size)
+            estimate = require_disk(config.output_dir, settings, len(remaining), ranks=world_size)
             writer.begin()
-            windows = progressing_windows(source, remaining, config.t0_us, "writing responses")
-            write_windows(target, source, windows, writer, config)
+            rollouts = rollouts_of(target, settings, config, None if draft is None else draft.draft)
+            windows = windows_of(config, source, remaining, target.device)
+            pace = Pace(len(remaining), ranks=world_size)
+            write_windows(rollouts, source, windows, writer, config, pace=pace)
+            windows_per_s = pace.windows_per_s
+            acceptance = round(rollouts.emitted / rollouts.passes, 4) if rollouts.passes else None
         return {
             "output_dir": str(config.output_dir),
             "rank": rank,
@@ -83,6 +117,8 @@ def run(config: DistillConfig) -> dict[str, Any]:
             **writer.summary(),
             "frames_noted": dict(source.noted),
             "estimated_bytes": estimate,
+            "acceptance_length": acceptance,
+            "windows_per_s": windows_per_s,
             "nothing_to_do": nothing_to_do,
         }
 
@@ -95,10 +131,37 @@ def _layers_parent(config: DistillConfig) -> dict[str, str]:
     return {"layers": file_hash(path / CHOICE_FILE if path.is_dir() else path)}
 
 
+def rollouts_of(
+    target: Alpamayo,
+    settings: Mapping[str, Any],
+    config: DistillConfig,
+    draft: BlockDraft | None,
+) -> Rollouts:
+    """What writes the set's responses."""
+    return Rollouts(
+        target,
+        taps=settings["taps"],
+        context_len=config.context_len,
+        max_tokens=config.max_tokens,
+        draft=draft,
+        config=config.decode,
+    )
+
+
 def data_settings(
-    config: DistillConfig, target: Alpamayo, identity: Fingerprint, clip_ids: Sequence[str], world_size: int
+    config: DistillConfig,
+    target: Alpamayo,
+    identity: Fingerprint,
+    clip_ids: Sequence[str],
+    world_size: int,
+    *,
+    draft: NamedDraft | None = None,
 ) -> dict[str, Any]:
     """All that decides the data; a folder holds data of one such setting only.
+
+    A draft and a row width stand there where they are given. In float32 no draft changes the data (one that
+    taps the target's last layer may change the last bits of the first token's logits, since that layer then
+    has more rows), but a set says who wrote it, so another draft does not go on with it either.
 
     Raises:
         ValueError: a layer to tap that the target does not have, or a choice that cannot be read.
@@ -122,94 +185,89 @@ def data_settings(
         "target_dtype": target_dtype,
         "dtype": config.dtype or target_dtype,
     }
+    if draft is not None:
+        settings["draft"] = draft.identity.hash
+    if config.row_width is not None:
+        settings["row_width"] = config.row_width
     sampled = ("context_len", "full_vocab", "samples_per_clip", "temperature", "top_p", "max_tokens")
     return settings | {key: getattr(config, key) for key in (*sampled, "shard_size", "seed", "t0_us")}
 
 
-def estimated_bytes(settings: dict[str, Any], num_clips: int) -> int:
-    """Disk space that the responses on so many clips will take, at `EXPECTED_TOKENS` a response."""
-    each = response_bytes(
-        num_tokens=min(EXPECTED_TOKENS, settings["max_tokens"]),
-        context_len=settings["context_len"],
-        num_taps=len(settings["taps"]),
-        hidden_size=settings["hidden_size"],
-        top_k=settings["top_k"],
-        dtype=settings["dtype"],
+def windows_of(
+    config: DistillConfig, source: ClipSource, clip_ids: Sequence[str], device: torch.device
+) -> Iterator[tuple[str, Window | ClipError]]:
+    """The clips' windows, read and staged by threads ahead of the model."""
+    return progressing_windows(
+        source,
+        clip_ids,
+        config.t0_us,
+        "writing responses",
+        workers=config.num_workers,
+        prepare=lambda window: staged(window, device),
     )
-    return num_clips * int(settings["samples_per_clip"]) * each
-
-
-def require_disk(folder: Path, estimate: int, *, ranks: int) -> None:
-    """Print the disk space needed, and refuse to begin where there is less.
-
-    Args:
-        folder: the output folder, which need not exist yet.
-        estimate: bytes that this rank needs.
-        ranks: processes that write to the same disk, taken to need as much each.
-
-    Raises:
-        ValueError: naming folder, need and free space.
-    """
-    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    need, free = estimate * ranks, shutil.disk_usage(existing).free
-    Console(stderr=True).print(
-        f"disk needed: about {_size(estimate)}"
-        + (f" for this rank, {_size(need)} for all {ranks}" if ranks > 1 else "")
-        + f"; free: {_size(free)}"
-    )
-    if need > free:
-        raise ValueError(
-            f"{folder}: about {_size(need)} are needed, but only {_size(free)} are free; take fewer chunks, "
-            "samples, taps or context, or another output_dir"
-        )
-
-
-def _size(count: int) -> str:
-    """Bytes for people."""
-    size, unit = next(
-        ((size, unit) for size, unit in ((1e9, "GB"), (1e6, "MB")) if count >= size), (1e3, "kB")
-    )
-    return f"{count / size:.1f} {unit}"
 
 
 def write_windows(
-    target: Alpamayo,
+    rollouts: Rollouts,
     source: ClipSource,
     windows: Iterable[tuple[str, Window | ClipError]],
     writer: RankWriter,
     config: DistillConfig,
+    *,
+    pace: Pace | None = None,
 ) -> None:
     """Let the target write on the remaining clips and finish shard after shard.
 
+    A thread brings what is kept to the host and writes the shards, while the target goes on.
+
     Args:
-        target: the model.
+        rollouts: of the target, tapping the set's layers.
         source: knows which chunk a clip belongs to.
         windows: the clips of `writer.remaining` in order, with their windows or with why there is none.
         writer: takes the results.
         config: what is sampled and kept.
+        pace: is told of every window that was written on.
 
     Raises:
         ValueError: a clip failed and `keep_going` is off; the message names it.
+        OSError: a shard could not be written.
     """
-    taps = writer.settings["taps"]
-    rollouts = Rollouts(target, taps=taps, context_len=config.context_len, max_tokens=config.max_tokens)
-    results: list[ClipResult] = []
-    for clip_id, window in windows:
-        chunk = source.chunk_of(clip_id)
-        try:
-            if isinstance(window, ClipError):
-                raise window
-            results.append(ClipResult(clip_id, chunk, respond(rollouts, window, config)))
-        except ValueError as error:
-            if not config.keep_going:
-                raise ValueError(
-                    str(error) if isinstance(error, ClipError) else f"clip {clip_id}: {error}"
-                ) from error
-            kind, files = failure_kind(error), source.files(clip_id)
-            results.append(ClipResult(clip_id, chunk, failure=str(error), kind=kind, files=files))
-        if len(results) == len(writer.remaining[0]):
-            writer.write(results)
-            results = []
+    shards = _Shards(writer, rollouts.target.device)
+    with Behind(_MOST_WAITING) as behind:
+        for clip_id, window in windows:
+            chunk = source.chunk_of(clip_id)
+            try:
+                if isinstance(window, ClipError):
+                    raise window
+                result = ClipResult(clip_id, chunk, respond(rollouts, window, config))
+            except ValueError as error:
+                if not config.keep_going:
+                    raise ValueError(
+                        str(error) if isinstance(error, ClipError) else f"clip {clip_id}: {error}"
+                    ) from error
+                kind, files = failure_kind(error), source.files(clip_id)
+                result = ClipResult(clip_id, chunk, failure=str(error), kind=kind, files=files)
+            behind(partial(shards.take, result, shards.download.mark()))
+            if pace is not None and result.failure is None:
+                pace.window_done()
+
+
+class _Shards:
+    """Collects results on the host and finishes a shard whenever it is whole."""
+
+    def __init__(self, writer: RankWriter, device: torch.device) -> None:
+        self._writer, self.download = writer, Download(device)
+        self._results: list[ClipResult] = []
+
+    def take(self, result: ClipResult, ready: torch.cuda.Event | None) -> None:
+        """The next clip's result, whose tensors are there once `ready` is."""
+        responses = tuple(
+            replace(response, tensors=self.download(response.tensors, ready)) for response in result.responses
+        )
+        self._results.append(replace(result, responses=responses))
+        if len(self._results) == len(self._writer.remaining[0]):
+            self._writer.write(self._results)
+            self._results = []
 
 
 def top_k_of(config: DistillConfig, target: Alpamayo) -> int:
@@ -266,23 +324,24 @@ def kept_tensors(target: Alpamayo, forced: TeacherForced, config: DistillConfig)
         config: `top_k_logits`, `full_vocab` and `dtype` are used.
 
     Returns:
-        On the CPU: prompt_states [X, taps, C] and states [T, taps, C] in the storage dtype, topk_logits
-        float32 [T, k], topk_ids int32 [T, k].
+        On the target's device: prompt_states [X, taps, C] and states [T, taps, C] in the storage dtype,
+        topk_logits float32 [T, k], topk_ids int32 [T, k].
     """
     logits_TV = forced.logits
     if not config.full_vocab:
-        logits_TV = logits_TV + mask_bias(target.traj_ids, target.vocab_size).to(logits_TV.device)
+        logits_TV = logits_TV.clone()
+        logits_TV[:, target.traj_ids.start : target.traj_ids.stop] = float("-inf")
     topk_logits, topk_ids = logits_TV.topk(top_k_of(config, target), dim=-1)
     dtype = forced.states.dtype if config.dtype is None else getattr(torch, config.dtype)
     return {
         # Copies of their own: a shard takes no two tensors of one storage.
         "prompt_states": _copy(forced.prompt_states.transpose(0, 1), dtype),
         "states": _copy(forced.states.transpose(0, 1), dtype),
-        "topk_logits": topk_logits.to("cpu", torch.float32),
-        "topk_ids": topk_ids.to("cpu", torch.int32),
+        "topk_logits": topk_logits.to(torch.float32),
+        "topk_ids": topk_ids.to(torch.int32),
     }
 
 
 def _copy(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy on the CPU, contiguous."""
-    return tensor.to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+    """A copy, contiguous."""
+    return tensor.to(dtype).clone(memory_format=torch.contiguous_format)

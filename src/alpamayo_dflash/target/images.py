@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from alpamayo_dflash.clips.window import Window
 
 _MAX_ASPECT = 200
 Frames = npt.NDArray[np.uint8]
@@ -157,6 +159,17 @@ class FrameStaging:
         else:
             np.copyto(self.frames[place], frames)
         return taken
+
+
+def staged(window: Window, device: torch.device) -> Window:
+    """A window with its frames in pinned memory of its own, where a GPU reads them; elsewhere as it is."""
+    if device.type != "cuda":
+        return window
+    cameras, per_camera, height, width = window.frames.shape[:4]
+    staging = FrameStaging((cameras, per_camera, height, width))
+    for place, frames in enumerate(window.frames):
+        staging.take(place, frames)
+    return replace(window, frames=staging.frames)
 
 
 def _fit_torch(frames: Frames) -> bool:

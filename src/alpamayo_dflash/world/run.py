@@ -30,11 +30,16 @@ MANIFEST = "world.json"
 _FORMAT = 1  # raised when the same config would give other clips
 
 
-def run(config: WorldConfig) -> dict[str, Any]:
+def run(config: WorldConfig, *, size: tuple[int, int] | None = None) -> dict[str, Any]:
     """Write the world, or what is missing of it.
 
     The tables and `refs/main` come last, so that readers see a whole world or none. `world.json` in the
     folder says what it is.
+
+    Args:
+        config: see WorldConfig.
+        size: height and width that the pictures are enlarged to, for clips as large as real ones; None leaves
+            them as they are drawn.
 
     Returns:
         The folder, the revision, counts of clips by event, and whether anything was to be done.
@@ -43,13 +48,13 @@ def run(config: WorldConfig) -> dict[str, Any]:
         ValueError: the folder holds another world, or something that is none.
     """
     started = time.time()
-    identity = _identity(config)
+    identity = _identity(config) | ({} if size is None else dict(zip(("height", "width"), size, strict=True)))
     revision = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:40]
     snapshot = repo_folder(config.out) / "snapshots" / revision
     complete = _claim(config.out, identity)
     records = list(_records(config))
     if not complete:
-        _write_chunks(config, snapshot)
+        _write_chunks(config, snapshot, size)
         _write_tables(snapshot, records)
         write_text(repo_folder(config.out) / "refs" / "main", revision)
         record = provenance(config, started)
@@ -103,19 +108,20 @@ def _records(config: WorldConfig) -> Iterator[SceneRecord]:
             yield SceneRecord(clip_id_of(seed), chunk, seed, facts, text)
 
 
-def _write_chunks(config: WorldConfig, snapshot: Path) -> None:
+def _write_chunks(config: WorldConfig, snapshot: Path, size: tuple[int, int] | None) -> None:
     """Write all chunks, several at a time in processes of their own."""
     chunks = range(config.num_chunks)
     console = Console(stderr=True)
     workers = min(config.workers, config.num_chunks)
     if workers == 1:
         for chunk in track(chunks, "world: chunks", console=console):
-            write_chunk(snapshot, config.seed, chunk, config.clips_per_chunk)
+            write_chunk(snapshot, config.seed, chunk, config.clips_per_chunk, size)
         return
     # Spawned, not forked: the caller may have threads.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         tasks = [
-            pool.submit(write_chunk, snapshot, config.seed, chunk, config.clips_per_chunk) for chunk in chunks
+            pool.submit(write_chunk, snapshot, config.seed, chunk, config.clips_per_chunk, size)
+            for chunk in chunks
         ]
         for task in track(as_completed(tasks), "world: chunks", total=len(tasks), console=console):
             task.result()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from alpamayo_dflash.clips.cache import EGOMOTION, chunk_file
@@ -21,7 +22,7 @@ from alpamayo_dflash.clips.config import DEFAULT_T0_US
 from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, STEP_S, STEP_US
 from alpamayo_dflash.common.artefacts import atomic_file
 from alpamayo_dflash.world.events import sample_scene
-from alpamayo_dflash.world.render import HEIGHT, WIDTH, draw_picture
+from alpamayo_dflash.world.render import draw_picture
 from alpamayo_dflash.world.scene import Scene, scene_seed
 
 FEATURES = (*(CAMERAS[index] for index in DEFAULT_CAMERAS), EGOMOTION)
@@ -42,7 +43,9 @@ def zip_members(feature: str) -> dict[str, str]:
     }
 
 
-def write_chunk(snapshot: Path, world_seed: int, chunk: int, clips: int) -> None:
+def write_chunk(
+    snapshot: Path, world_seed: int, chunk: int, clips: int, size: tuple[int, int] | None = None
+) -> None:
     """Write the files of one chunk that are not there yet; each appears whole or not at all.
 
     Args:
@@ -50,29 +53,37 @@ def write_chunk(snapshot: Path, world_seed: int, chunk: int, clips: int) -> None
         world_seed: the world's seed.
         chunk: the chunk's number.
         clips: clips in the chunk.
+        size: height and width that the pictures are enlarged to; None leaves them as they are drawn.
     """
     missing = [feature for feature in FEATURES if not (snapshot / chunk_file(feature, chunk)).is_file()]
     members: dict[str, dict[str, bytes]] = {feature: {} for feature in missing}
     for index in range(clips) if missing else ():
         scene = sample_scene(scene_seed(world_seed, chunk, index))
         for feature in missing:
-            members[feature].update(_clip_files(scene, feature))
+            members[feature].update(_clip_files(scene, feature, size))
     for feature in missing:
         _write_zip(snapshot / chunk_file(feature, chunk), members[feature])
 
 
-def _clip_files(scene: Scene, feature: str) -> dict[str, bytes]:
+def _clip_files(scene: Scene, feature: str, size: tuple[int, int] | None) -> dict[str, bytes]:
     """The zip members of one clip and feature: name to content."""
     names = {alias: name.format(clip_id=scene.clip_id) for alias, name in zip_members(feature).items()}
     if feature == EGOMOTION:
         return {names[EGOMOTION]: _parquet(motion_columns(scene))}
     camera = next(index for index in DEFAULT_CAMERAS if CAMERAS[index] == feature)
-    pictures = np.stack([draw_picture(scene, camera, step * STEP_S) for step in VIDEO_STEPS])
+    pictures = np.stack([_enlarged(draw_picture(scene, camera, step * STEP_S), size) for step in VIDEO_STEPS])
     stamps = DEFAULT_T0_US + np.array(VIDEO_STEPS, np.int64) * STEP_US
     return {
         names["video"]: encode_video(pictures),
         names["frame_timestamps"]: _parquet({"timestamp": stamps}),
     }
+
+
+def _enlarged(picture: npt.NDArray[np.uint8], size: tuple[int, int] | None) -> npt.NDArray[np.uint8]:
+    if size is None:
+        return picture
+    height, width = size
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def encode_video(pictures: npt.NDArray[np.uint8]) -> bytes:
@@ -83,7 +94,8 @@ def encode_video(pictures: npt.NDArray[np.uint8]) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=_FRAME_RATE, options=stream_options)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.height, stream.width = pictures.shape[1:3]
+        stream.pix_fmt = "yuv420p"
         stream.gop_size, stream.thread_count = 1, 1
         for i, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
