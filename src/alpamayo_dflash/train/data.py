@@ -13,13 +13,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from alpamayo_dflash.common.options import generator_seed
-from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import DistillSample, is_held_out
 from alpamayo_dflash.draft.blocks import anchors, context_slots, label_positions
 from alpamayo_dflash.draft.config import DraftConfig
@@ -146,6 +146,16 @@ def split_samples(
     return train, rest
 
 
+class ResponseSource(Protocol):
+    """What is read of a distillation set: `distill.data.DistillData`, or one in memory."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def tensors(self, sample: DistillSample) -> dict[str, Tensor]:
+        """One response's tensors, as `DistillData.tensors` gives them."""
+
+
 class BlockData:
     """The blocks of some responses of a distillation set.
 
@@ -156,7 +166,7 @@ class BlockData:
 
     def __init__(
         self,
-        data: DistillData,
+        data: ResponseSource,
         samples: Sequence[DistillSample],
         draft: DraftConfig,
         *,
