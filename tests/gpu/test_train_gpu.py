@@ -29,7 +29,7 @@ MIXES = [
 
 @pytest.mark.parametrize("changes", MIXES)
 def test_a_step_does_not_wait_for_the_device(made, tmp_path, monkeypatch, changes):
-    step, steps = trainer_module.Trainer._step, []
+    step, steps = trainer_module.Trainer.step, []
 
     def watched(self, batch):
         steps.append(self.progress.step)
@@ -40,7 +40,7 @@ def test_a_step_does_not_wait_for_the_device(made, tmp_path, monkeypatch, change
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_step", watched)
+    monkeypatch.setattr(trainer_module.Trainer, "step", watched)
     run(options(made, tmp_path / "out", device="cuda", **changes))
     assert len(steps) == 12
 

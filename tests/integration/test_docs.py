@@ -55,6 +55,7 @@ EXCLUDED = {
     ): "times kernels on a GPU, and refuses a CPU: test_bench.py",
     ("commands.md", "alpamayo-dflash bench-distill"): "test_bench_distill.py, on clips that are there",
     ("commands.md", "alpamayo-dflash bench --target"): "runs in alpamayo.md",
+    ("commands.md", "alpamayo-dflash bench --train"): "test_bench_train.py",
     ("commands.md", "alpamayo-dflash demo"): "runs in README.md, as make demo",
 }
 

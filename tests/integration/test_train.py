@@ -113,7 +113,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(made, tmp_path, monkeypa
     class PulledError(Exception):
         """The plug."""
 
-    step = trainer_module.Trainer._step
+    step = trainer_module.Trainer.step
 
     def until(last):
         def limited(self, batch):
@@ -125,10 +125,10 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(made, tmp_path, monkeypa
 
     config = options(made, tmp_path / "parts", **changes)
     for last in (6, 9):  # past a checkpoint at step 4, and past the next
-        monkeypatch.setattr(trainer_module.Trainer, "_step", until(last))
+        monkeypatch.setattr(trainer_module.Trainer, "step", until(last))
         with pytest.raises(PulledError):
             run(config)
-    monkeypatch.setattr(trainer_module.Trainer, "_step", step)
+    monkeypatch.setattr(trainer_module.Trainer, "step", step)
     parts = run(dataclasses.replace(config, num_workers=0, resume="must"))
     for key in ("steps", "best_step", "acceptance_length", "evaluations", "losses"):
         assert parts[key] == whole[key]
@@ -158,7 +158,7 @@ def test_nothing_is_written_after_a_loss_that_is_not_finite(
 ):
     bad, found = steps_between
     out, steps, before = tmp_path / "out", [], {}
-    step = trainer_module.Trainer._step
+    step = trainer_module.Trainer.step
 
     def spoilt(self, batch):
         steps.append(self.progress.step + 1)
@@ -167,7 +167,7 @@ def test_nothing_is_written_after_a_loss_that_is_not_finite(
             batch = dataclasses.replace(batch, states=batch.states * torch.inf)
         return step(self, batch)  # the weights are bad from here on
 
-    monkeypatch.setattr(trainer_module.Trainer, "_step", spoilt)
+    monkeypatch.setattr(trainer_module.Trainer, "step", spoilt)
     message = rf"not finite at step {bad}: weight of ce [0-9.]+, ce nan, .*gradient norm nan; .* is whole"
     with pytest.raises(ValueError, match=message):
         run(options(made, out, **changes))
@@ -278,7 +278,7 @@ def test_starting_over_forgets_the_old_checkpoint(made, tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer_module.Trainer, "_step", killed)
+    monkeypatch.setattr(trainer_module.Trainer, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         run(options(made, tmp_path / "out", num_epochs=1, resume="never"))
     monkeypatch.undo()

@@ -40,6 +40,7 @@ REQUIRED = {
     "layers": ["--output-dir", "o", "--model-path", "m", "--cache-dir", "c"],
     "distill": ["--model-path", "m", "--cache-dir", "c", "--output-dir", "o", "--target-layers", "1,2"],
     "train": ["--target-model", "m", "--data-dir", "d", "--output-dir", "o"],
+    "study": ["--out", "o", "--results", "r"],
     "evaluate": ["--draft-model", "d", "--cache-dir", "c"],
     "verify": ["f"],
     "lossless": ["--draft-models", "a", "b", "--cache-dir", "c", "--alpamayo-model", "m"],

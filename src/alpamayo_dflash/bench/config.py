@@ -47,6 +47,9 @@ class BenchConfig:
         window: time whole windows instead, from camera frames to a trajectory, and their parts.
         quick: with `window`: our windows and the floors alone, at most 12 texts and 40 windows, and a table
             beside the cards that were measured before.
+        train: time steps of a draft's training instead, at the size of a `random:` target: with AdamW, with
+            Muon, and with a gru head taught by kl; at 64 blocks, and at the most that fit.
+        most_blocks: with `train`: no more blocks than this are tried.
         windows: how many of equal rounds are timed for the spread of a window's time.
         seed: of weights, prompts and noise.
         out: the JSON file to write.
@@ -74,6 +77,8 @@ class BenchConfig:
     transformers: bool = True
     window: bool = False
     quick: bool = False
+    train: bool = False
+    most_blocks: int = 32768
     windows: int = 400
     seed: int = 0
     out: Path = Path("docs/results/engine.json")
@@ -90,6 +95,14 @@ class BenchConfig:
         Sampling(self.temperature)
         if self.quick and not self.window:
             raise ValueError("quick goes with window; the decoder's own benchmark has no quick form")
+        check_at_least(64, most_blocks=self.most_blocks)
+        if self.train and self.window:
+            raise ValueError("train and window are two benchmarks; ask for one of them")
+        if self.train and not self.target.startswith("random:"):
+            raise ValueError(
+                f"target is {self.target!r}; train takes random:r1-10b, random:medium or random:small, whose "
+                "sizes alone it needs"
+            )
         _ = self.row_counts, self.layer_counts
 
     @property

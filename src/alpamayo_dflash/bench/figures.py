@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+PEAK_FLOP_PER_S = 989e12
+"""Dense bfloat16 operations a second of an H100 or H200 (SXM), by NVIDIA's data sheets."""
 SIX = 6
 """Samples of the figures for several."""
 REPLAYED = (
@@ -151,6 +153,44 @@ def _expert_figures(raw: Mapping[str, Any]) -> dict[str, float]:
         keys["expert_six_over_floor"] = median(times[f"fused_{SIX}"]) / done
         keys["expert_six_vs_plain"] = median(times[f"plain_{SIX}"]) / median(times[f"fused_{SIX}"])
     return keys
+
+
+def train_figures(raw: Mapping[str, Any]) -> dict[str, float]:
+    """The keys of `bench --train`: of each case's largest step, and with `_64` of the small one. Medians.
+
+    `mfu` is the operations that a step cannot do without over what the card could do in its time. Of each
+    matrix of the layers 2 operations a block row forward and 4 backward; 2 of `fc` a context row; 4 of the
+    frozen head a label row, forward and for the gradient of the states; and attention's. Rows that the last
+    layer leaves out count, `fc`'s gradient and the keys of context rows do not.
+
+    Args:
+        raw: of `bench.train.run`: `cases` by name, each with `layer_weights`, `fc_weights`, `head_weights`
+            and `steps`, small and most.
+    """
+    keys: dict[str, float] = {}
+    for name, case in raw["cases"].items():
+        for size, step in case["steps"].items():
+            suffix = name if size == "most" else f"{name}_{step['blocks']}"
+            seconds = statistics.median(step["step_ms"]) / 1e3
+            operations = sum(train_operations(case, step).values())
+            keys |= {
+                f"mfu_{suffix}": operations / (PEAK_FLOP_PER_S * seconds),
+                f"label_rows_per_s_{suffix}": step["label_rows"] / seconds,
+                f"peak_gib_{suffix}": step["peak_bytes"] / 2**30,
+                f"step_ms_{suffix}": 1e3 * seconds,
+                f"blocks_{suffix}": step["blocks"],
+            }
+    return {key: round(value, 6 if key.startswith("mfu") else 4) for key, value in keys.items()}
+
+
+def train_operations(case: Mapping[str, Any], step: Mapping[str, Any]) -> dict[str, float]:
+    """The parts of a training step's operations, as `train_figures` counts them."""
+    return {
+        "layers": 6 * case["layer_weights"] * step["block_rows"],
+        "fc": 2 * case["fc_weights"] * step["context_rows"],
+        "head": 4 * case["head_weights"] * step["label_rows"],
+        "attention": step["attention_operations"],
+    }
 
 
 def p99(values: Sequence[float]) -> float:

@@ -26,6 +26,10 @@ def run(config: BenchConfig) -> dict[str, Any]:
         from alpamayo_dflash.bench import window
 
         return window.run(config)
+    if config.train:
+        from alpamayo_dflash.bench import train
+
+        return train.run(config)
     started = time.time()
     bench = Bench(config)
     raw = timings(bench)

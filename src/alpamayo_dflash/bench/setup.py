@@ -151,8 +151,6 @@ def random_draft(
     previous_head: PreviousKind | None = None,
 ) -> DFlashDraft:
     """A random draft of a target's width on its device, with a reduced head."""
-    last = target.num_layers - 1
-    taps = _PUBLISHED_TAPS if last > max(_PUBLISHED_TAPS) else tuple({last // 2, last - 1})
     few = min(draft_vocab, target.vocab_size)
     shape = DraftConfig(
         hidden_size=target.hidden_size,
@@ -164,21 +162,34 @@ def random_draft(
         vocab_size=target.vocab_size,
         block_size=block_size,
         context_len=context_len,
-        target_layer_ids=taps,
+        target_layer_ids=published_taps(target.num_layers),
         num_target_layers=target.num_layers,
         mask_token_id=target.vocab_size,
         draft_vocab_size=few,
         previous_head=previous_head,
     )
-    with torch.device(target.device):
-        draft = DFlashDraft(shape).eval()
+    draft = untrained_draft(shape, target.device).eval()
+    with torch.no_grad():
+        chosen = torch.randperm(target.vocab_size, device=target.device)[:few].sort().values
+        assert draft.token_ids is not None
+        draft.token_ids.copy_(chosen)
+    return draft
+
+
+def published_taps(num_layers: int) -> tuple[int, ...]:
+    """The published drafts' taps; of a target with fewer layers one in the middle and one near the end."""
+    last = num_layers - 1
+    return _PUBLISHED_TAPS if last > max(_PUBLISHED_TAPS) else tuple(sorted({last // 2, last - 1}))
+
+
+def untrained_draft(shape: DraftConfig, device: torch.device) -> DFlashDraft:
+    """A draft with random matrices, made on its device, not bound."""
+    with torch.device(device):
+        draft = DFlashDraft(shape)
     with torch.no_grad():
         for name, parameter in draft.named_parameters():
             if parameter.ndim == 2 or name == "mask_embedding":
                 parameter.normal_(0.0, INITIAL_STD)
-        chosen = torch.randperm(target.vocab_size, device=target.device)[:few].sort().values
-        assert draft.token_ids is not None
-        draft.token_ids.copy_(chosen)
     return draft
 
 

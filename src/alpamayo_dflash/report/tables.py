@@ -75,7 +75,9 @@ def all_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def bench_tables(result: Mapping[str, Any]) -> list[Table]:
-    """A benchmark's timings beside their floors, and its figures."""
+    """A benchmark's timings beside their floors, and its figures; of training its steps."""
+    if "training" in result:
+        return [training(result)]
     found = result["floors"]
     read, product = found["read_bytes_per_s"] / 1e9, found["product_flop_per_s"] / 1e9
     timings = tuple(
@@ -110,6 +112,24 @@ def bench_tables(result: Mapping[str, Any]) -> list[Table]:
         rows = tuple(tuple(str(cell) for cell in row.values()) for row in lengths)
         tables.append(Table("Decode (ms, means) of CoCs of the lengths of real ones", header, rows))
     return tables
+
+
+def training(result: Mapping[str, Any]) -> Table:
+    """Steps of training: time, label rows a second, utilisation, memory."""
+    here = (result.get("gpu") or {}).get("name") or "CPU"
+    rows = tuple(
+        (
+            row["case"].replace("_", " "),
+            _number(row["blocks"], 0),
+            _number(row["step_ms"], 2),
+            _number(row["label_rows_per_s"], 0),
+            _share(row["mfu"]),
+            _number(row["peak_gib"], 2),
+        )
+        for row in result["training"]
+    )
+    header = ("draft", "blocks", "ms a step", "label rows/s", "of 989 TFLOP/s", "peak GiB")
+    return Table(f"Training on {here} (medians)", header, rows)
 
 
 def window(result: Mapping[str, Any]) -> Table | None:

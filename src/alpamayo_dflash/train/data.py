@@ -13,13 +13,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from alpamayo_dflash.common.options import generator_seed
-from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import DistillSample, clip_number, is_held_out
 from alpamayo_dflash.draft.blocks import anchors, context_slots, label_positions
 from alpamayo_dflash.draft.config import DraftConfig
@@ -159,6 +159,16 @@ def of_few_clips(samples: Sequence[DistillSample], count: int | None) -> list[Di
     return [sample for sample in samples if sample.clip_id in kept]
 
 
+class ResponseSource(Protocol):
+    """What is read of a distillation set: `distill.data.DistillData`, or one in memory."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    def tensors(self, sample: DistillSample) -> dict[str, Tensor]:
+        """One response's tensors, as `DistillData.tensors` gives them."""
+
+
 class BlockData:
     """The blocks of some responses of a distillation set.
 
@@ -169,7 +179,7 @@ class BlockData:
 
     def __init__(
         self,
-        data: DistillData,
+        data: ResponseSource,
         samples: Sequence[DistillSample],
         draft: DraftConfig,
         *,

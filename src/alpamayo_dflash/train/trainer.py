@@ -156,7 +156,7 @@ class Trainer:
             self._evaluate(monitor)
         fault = FirstFault(self.processes.device)
         for batch in self._batches():
-            report = self._step(batch)
+            report = self.step(batch)
             step = self.progress.step
             fault.note(step, report)
             logs, due = step % self.config.log_interval == 0 or step == self.total_steps, self._due(step)
@@ -193,7 +193,7 @@ class Trainer:
 
         return batches_on(self.processes.device, self.train, parts(), self.config.num_workers)
 
-    def _step(self, batch: BlockBatch) -> Tensor:
+    def step(self, batch: BlockBatch) -> Tensor:
         """One step of the optimizer.
 
         Each term is a weighted mean over the label rows of *all* processes: each divides its own sum by the
