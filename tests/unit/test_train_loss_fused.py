@@ -11,8 +11,9 @@ from test_train_data import LENGTHS, Set, block_data
 
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.config import TrainConfig
-from alpamayo_dflash.train.loss import BlockLoss
+from alpamayo_dflash.train.loss import BlockLoss, padded_head, row_losses
 from alpamayo_dflash.train.loss_fused import Part, parts_of, sums_with_gradients
+from alpamayo_dflash.train.terms import parse_mix
 
 KEPT = torch.arange(0, 40, 2)
 
@@ -125,3 +126,23 @@ def test_only_what_is_asked_for_has_a_gradient():
     with torch.no_grad():
         (_, again), _ = sums_with_gradients(sums_of, parts, by_row=(x,), shared=(head,), graded=(1,))
     assert torch.equal(again, second.detach()) and not again.requires_grad
+
+
+@pytest.mark.parametrize("loss_type", ["ce", "ce+kl+tv+lk"])
+def test_rows_added_to_the_head_change_nothing(loss_type):
+    """Losses and gradients, with a shift beside."""
+    generator = torch.Generator().manual_seed(2)
+    head, out = torch.randn(41, 8, generator=generator), torch.randn(41, 4, generator=generator)
+    labels = torch.tensor([0, 40, 7])
+    teacher = torch.randn(3, 5, generator=generator), torch.tensor([[0, 1, 2, 3, 40]] * 3)
+    found = []
+    for wide, bias in ((head, None), padded_head(head)):
+        hidden = torch.linspace(-1, 1, 24).view(3, 8).requires_grad_()
+        codes = torch.linspace(1, -1, 12).view(3, 4).requires_grad_()
+        shift = codes, torch.nn.functional.pad(out, (0, 0, 0, len(wide) - len(out)))
+        losses = row_losses(hidden, wide, labels, teacher, terms=parse_mix(loss_type), shift=shift, bias=bias)
+        sum(losses).sum().backward()
+        found.append((*losses, hidden.grad, codes.grad))
+    assert len(padded_head(head)[0]) == 64
+    for plain, padded in zip(*found, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-6)

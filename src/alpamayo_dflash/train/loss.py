@@ -21,6 +21,7 @@ from alpamayo_dflash.train.terms import CROSS_ENTROPY, LabelRows, Term
 
 CHUNK_ELEMENTS = 1 << 27
 """Vocabulary logits computed at once: 512 MiB in float32, and about five times that with their gradients."""
+_HEAD_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class BlockLoss(nn.Module):
         self._chunk_elements = chunk_elements
         # A head that is not trained is cast once; autocast would cast it each time that it is used.
         once = config.dtype == "bfloat16" and not draft.head.requires_grad
-        self._cast_head = draft.head.bfloat16() if once else None
+        self._cast = padded_head(draft.head.bfloat16()) if once else None
 
     def forward(self, batch: BlockBatch) -> tuple[tuple[Tensor, ...], Tensor]:
         """Weighted sums over the batch's label rows.
@@ -97,21 +98,23 @@ class BlockLoss(nn.Module):
             have no row of the head.
         """
         draft = self.draft
-        head = draft.head if self._cast_head is None else self._cast_head
+        head, bias = (draft.head, None) if self._cast is None else self._cast
         hidden_RC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries, batch.label_rows)
         targets = self._targets(batch)
         by_row: tuple[Tensor, ...] = (hidden_RC,)
         shared: tuple[Tensor, ...] = (head,)
         if draft.previous is not None:
             codes_Rr = draft.shift_codes(hidden_RC, batch.anchors, batch.labels, batch.label_rows)
-            by_row, shared = (hidden_RC, codes_Rr), (head, draft.previous.out.weight)
+            out = draft.previous.out.weight
+            by_row = (hidden_RC, codes_Rr)
+            shared = (head, functional.pad(out, (0, 0, 0, len(head) - len(out))))
 
         def sums_of(part: Part, by_row: Sequence[Tensor], shared: Sequence[Tensor]) -> Sums:
-            return self._sums(targets.part(part), by_row, shared)
+            return self._sums(targets.part(part), by_row, shared, bias)
 
         parts = parts_of(batch.row_ends, max(1, self._chunk_elements // len(head)))
         if len(parts) == 1:
-            sums, masses = self._sums(targets, by_row, shared)
+            sums, masses = self._sums(targets, by_row, shared, bias)
         else:
             graded = [place for place, term in enumerate(self.terms) if term in self.options.terms]
             sums, masses = sums_with_gradients(sums_of, parts, by_row=by_row, shared=shared, graded=graded)
@@ -135,13 +138,16 @@ class BlockLoss(nn.Module):
                 teacher, has_teacher_R = reduced_teacher(teacher, kept_V)
         return RowTargets(labels_R, has_label_R, teacher, has_teacher_R, batch.label_rows, batch.labelled)
 
-    def _sums(self, targets: RowTargets, by_row: Sequence[Tensor], shared: Sequence[Tensor]) -> Sums:
+    def _sums(
+        self, targets: RowTargets, by_row: Sequence[Tensor], shared: Sequence[Tensor], bias: Tensor | None
+    ) -> Sums:
         """The weighted sums of whole blocks.
 
         Args:
             targets: of their rows.
             by_row: the draft's states [R, C], and with a head on previous picks the codes [R, r].
             shared: the head [V, C], and then that one's output weights [V, r].
+            bias: see `row_losses`.
         """
         losses = row_losses(
             by_row[0],
@@ -151,6 +157,7 @@ class BlockLoss(nn.Module):
             terms=self.terms,
             temperature=self.options.kl_temperature,
             shift=(by_row[1], shared[1]) if len(by_row) > 1 else None,
+            bias=bias,
         )
         # A token that the draft cannot propose has an infinite cross-entropy, and D-PACE is to know that.
         weight_R = self._weights(losses[0].detach().masked_fill(~targets.has_label_R, torch.inf), targets)
@@ -168,6 +175,20 @@ class BlockLoss(nn.Module):
         ce_SB = torch.zeros(labelled_SB.shape, device=ce_R.device)
         ce_SB.view(-1)[rows_R] = ce_R
         return dpace_weights(ce_SB, labelled_SB, self.options.dpace_alpha).flatten()[rows_R]
+
+
+def padded_head(head_VC: Tensor) -> tuple[Tensor, Tensor]:
+    """The head with rows added up to a multiple of 64, and the bias that keeps them out of every sum.
+
+    Alpamayo's vocabulary of 155,697 or 155,698 tokens is no multiple of 8, and for such rows cuBLAS has only
+    the kernels of cards from before Hopper.
+
+    Returns:
+        [V + n, C], and [V + n]: 0, and for the rows added minus infinity.
+    """
+    rows = -len(head_VC) % _HEAD_MULTIPLE
+    bias = head_VC.new_zeros(len(head_VC))
+    return functional.pad(head_VC, (0, 0, 0, rows)), functional.pad(bias, (0, rows), value=-torch.inf)
 
 
 def decay_weights(num_masks: int, gamma: float) -> Tensor:
@@ -234,6 +255,7 @@ def row_losses(
     terms: Sequence[Term],
     temperature: float = 1.0,
     shift: tuple[Tensor, Tensor] | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The losses of each label row.
 
@@ -246,11 +268,12 @@ def row_losses(
         terms: which losses.
         temperature: of kl.
         shift: codes [R, r] and their output weights [V, r], whose product is added to the logits.
+        bias: [V], of the head's dtype, of `padded_head`.
 
     Returns:
         [R] for each term, float32.
     """
-    logits_RV = functional.linear(hidden_RC.to(head_VC.dtype), head_VC).float()
+    logits_RV = functional.linear(hidden_RC.to(head_VC.dtype), head_VC, bias).float()
     if shift is not None:
         logits_RV = logits_RV + functional.linear(*shift).float()
     rows = LabelRows(logits_RV, labels_R, teacher, temperature)
