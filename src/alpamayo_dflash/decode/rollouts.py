@@ -102,7 +102,8 @@ class Rollouts:
         request = Request(sampling, seed, num_samples, self._max_tokens)
         with current(self.target.device):
             round_ = self._engine.round(request)
-            decoded = self._engine.decode(round_, self._prefilled, request, Observer())
+            # No action expert reads the cache, so that a pass for the last tokens would be for nothing.
+            decoded = self._engine.decode(round_, self._prefilled, request, Observer(), close=False)
         self.emitted += sum(len(sample.tokens) - 1 for sample in decoded.samples)
         self.passes += sum(sample.passes for sample in decoded.samples)
         return [Rollout(tuple(sample.tokens), str(sample.stop)) for sample in decoded.samples]
@@ -120,7 +121,8 @@ class Rollouts:
         """
         cache = self._verifier.cache
         known = min(cache.recorded_context, cache.prompt_length)
-        return _score(self._verifier, self._prefilled, responses, known)
+        with current(self.target.device):
+            return _score(self._verifier, self._prefilled, responses, known)
 
 
 @dataclass(frozen=True)
