@@ -47,7 +47,7 @@ def rolled(target, windows, **options):
     found = []
     for window in windows:
         rollouts.read(staged(window, target.device))
-        texts = rollouts.write(Sampling(0.0)) + rollouts.write(Sampling(0.6), num_samples=2)
+        texts = rollouts.write(Sampling(0.6), num_samples=3, greedy_first=True)
         found.append((texts, rollouts.score([text.token_ids for text in texts])))
     return found
 
@@ -62,6 +62,16 @@ def test_at_one_row_width_a_draft_changes_no_bit(target, windows, draft):
             assert torch.equal(one.logits, other.logits)
             assert torch.equal(one.states, other.states)
             assert torch.equal(one.prompt_states, other.prompt_states)
+
+
+def test_a_greedy_sample_among_sampled_ones_is_what_it_is_alone(target, windows):
+    """At one row width, where company rounds nothing otherwise."""
+    config = DecodeConfig(row_width=BLOCK)
+    rollouts = Rollouts(target, taps=TAPS, context_len=CONTEXT, max_tokens=TOKENS, config=config)
+    for window in windows:
+        rollouts.read(window)
+        alone = rollouts.write(Sampling(0.0)) + rollouts.write(Sampling(0.6), num_samples=2)
+        assert rollouts.write(Sampling(0.6), num_samples=3, greedy_first=True) == alone
 
 
 def test_device_rounds_are_captured_once_for_all_windows(target, windows):

@@ -320,7 +320,8 @@ def rolled(world, target):
             rollouts.read(window)
             greedy = rollouts.write(Sampling(0.0), seed=4)
             sampled = rollouts.write(Sampling(1.0, 0.98), seed=4, num_samples=2)
-        texts = [*greedy, *sampled]
+        texts = rollouts.write(Sampling(1.0, 0.98), seed=4, num_samples=3, greedy_first=True)
+        assert texts == [*greedy, *sampled]
         found[name] = texts, rollouts.score([text.token_ids for text in texts]), rollouts
     return found
 
