@@ -121,9 +121,12 @@ def before(config: BenchDistillConfig, source: Path) -> dict[str, Any]:
         "warm_chunks": "0",
         "timed_chunks": _timed_chunks(config),
     }
+    # What else is on the path stays there; a revision that is named for this process is not that one's.
+    paths = [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
+    named = {name: value for name, value in os.environ.items() if name != "ALPAMAYO_DFLASH_REVISION"}
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-P", str(_DRIVER), json.dumps(given)],
-        env=os.environ | {"PYTHONPATH": str(source)},
+        env=named | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,

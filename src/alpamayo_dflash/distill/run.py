@@ -101,8 +101,9 @@ def run(config: DistillConfig, draft: NamedDraft | None = None) -> dict[str, Any
             write_merged(config.output_dir)
         else:
             estimate = require_disk(config.output_dir, settings, len(remaining), ranks=world_size)
-            writer.begin()
+            # First what may refuse: the draft may not fit the target.
             rollouts = rollouts_of(target, settings, config, None if draft is None else draft.draft)
+            writer.begin()
             windows = windows_of(config, source, remaining, target.device)
             pace = Pace(len(remaining), ranks=world_size)
             write_windows(rollouts, source, windows, writer, config, pace=pace)
