@@ -284,7 +284,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_work(target):
 
 def test_noise_is_kept_in_part_and_the_same(monkeypatch):
     monkeypatch.setattr("alpamayo_dflash.decode.noise._KEPT_VALUES", 2 * 16 * 2 * 20)
-    noise = TokenNoise(7, "clip@1", 2, 20)
+    noise = TokenNoise(7, "clip@1", range(2), 20)
     whole = token_noise(7, "clip@1", range(2), range(200), 20)
     for positions in ([0, 1], [15, 16, 40], [199, 3], [100, 120, 140, 160]):
         samples = [position % 2 for position in positions]

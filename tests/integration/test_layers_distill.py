@@ -320,7 +320,8 @@ def rolled(world, target):
             rollouts.read(window)
             greedy = rollouts.write(Sampling(0.0), seed=4)
             sampled = rollouts.write(Sampling(1.0, 0.98), seed=4, num_samples=2)
-        texts = [*greedy, *sampled]
+        texts = rollouts.write(Sampling(1.0, 0.98), seed=4, num_samples=3, greedy_first=True)
+        assert texts == [*greedy, *sampled]
         found[name] = texts, rollouts.score([text.token_ids for text in texts]), rollouts
     return found
 
@@ -470,9 +471,14 @@ def test_a_set_says_who_wrote_it(inputs, target, written, draft_folder, tmp_path
             run_distill(distill_config(inputs, out, draft_path=path, num_chunks=1))
 
 
-def test_the_stage_takes_the_draft_that_is_named(inputs, draft_folder, tmp_path):
+def test_the_stage_takes_the_draft_that_is_named(inputs, target, draft_folder, tmp_path):
     with pytest.raises(ValueError, match="and no draft was handed over"):
         distill_run.run(distill_config(inputs, tmp_path, draft_path=draft_folder))
+    random_draft(target, num_target_layers=7, target_layer_ids=(1, 4)).save_pretrained(tmp_path / "draft")
+    with pytest.raises(ValueError, match="of a target with 7 layers; this target has 4"):
+        run_distill(distill_config(inputs, tmp_path / "out", draft_path=tmp_path / "draft"))
+    assert not (tmp_path / "out").exists()
+    shutil.rmtree(tmp_path / "draft")
     with pytest.raises(ValueError, match="nowhere"):
         run_distill(distill_config(inputs, tmp_path, draft_path=tmp_path / "nowhere"))
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alpamayo_dflash.decode.config import Sampling
-from alpamayo_dflash.decode.noise import row_noise, stream_keys, token_noise
+from alpamayo_dflash.decode.noise import NO_NOISE, row_noise, stream_keys, token_noise
 from alpamayo_dflash.decode.sampling import Chooser
 
 module = pytest.importorskip("alpamayo_dflash.kernels.sampling")
@@ -106,6 +106,36 @@ def test_a_rows_choice_depends_on_that_row_alone():
     first = int(fast(given, keys, positions).columns[2])
     keys[1], positions[1] = keys[2], positions[2]
     assert int(fast(changed, keys, positions).columns[1]) == first
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.98, 1.0])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_row_without_noise_is_greedy_among_sampled_ones(top_p, kernels):
+    keys, positions = places(6)
+    given = logits(6, 0.5)
+    sampled = chooser(Sampling(0.6, top_p), 6, kernels=kernels)
+    before = sampled(given, keys, positions).columns.clone()
+    greedy = chooser(Sampling(0.0), 6, kernels=kernels)(given, keys, positions).columns
+    assert not torch.equal(before, greedy)
+    keys[[1, 4]] = torch.tensor(NO_NOISE)
+    choice = sampled(given, keys, positions)
+    assert choice.settled[[1, 4]].all()
+    assert torch.equal(choice.columns[[1, 4]], greedy[[1, 4]])
+    assert torch.equal(choice.columns[[0, 2, 3, 5]], before[[0, 2, 3, 5]])
+    assert torch.equal(sampled.exactly(given, keys, positions)[[1, 4]], greedy[[1, 4]])
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_greedy_row_tells_logits_apart_that_tempering_rounds_to_one(kernels):
+    """1 / 0.6 is no power of two: of two neighbours in float32 the larger is chosen all the same."""
+    low = torch.tensor(1.5)
+    while low * (1 / 0.6) != torch.nextafter(low, torch.tensor(2.0)) * (1 / 0.6):
+        low = torch.nextafter(low, torch.tensor(2.0))
+    given = torch.zeros(1, VOCAB)
+    given[0, 5], given[0, 200] = low, torch.nextafter(low, torch.tensor(2.0))
+    keys = torch.tensor([NO_NOISE])
+    choice = chooser(Sampling(0.6), 1, kernels=kernels)(given, keys, torch.zeros(1, dtype=torch.int64))
+    assert choice.columns.tolist() == [200]
 
 
 def test_noise_of_rows_is_the_noise_of_their_places():

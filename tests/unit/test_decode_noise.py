@@ -68,7 +68,7 @@ def test_noise_is_finite_at_the_extremes():
 
 def test_rows_do_not_depend_on_the_order_of_asking():
     def lookup(order):
-        noise = TokenNoise(5, "w", 3, 50)
+        noise = TokenNoise(5, "w", range(3), 50)
         return {place: noise.rows([place[0]], [place[1]])[0] for place in order}
 
     places = [(s, p) for s in range(3) for p in (0, 1, 15, 16, 40)]
@@ -134,3 +134,11 @@ def test_flow_noise_is_normal_and_its_own_stream():
     # Of the same key's token stream, a quarter of the words would be the same if the domains were not apart.
     words = token_noise(0, "w", range(200), [0], 128)[0]
     assert abs(correlation(noise.flatten(1), words)) < 4 / math.sqrt(words.numel())
+
+
+def test_a_sample_without_noise_has_none_and_changes_no_other():
+    noise = token_noise(3, "w", [None, 0, 1], [0, 5], 40)
+    assert not noise[:, 0].any()
+    assert torch.equal(noise[:, 1:], token_noise(3, "w", [0, 1], [0, 5], 40))
+    rows = TokenNoise(3, "w", [None, 0, 1], 40).rows([2, 0, 1], [5, 5, 0])
+    assert torch.equal(rows, torch.stack((noise[1, 2], noise[1, 0], noise[0, 1])))

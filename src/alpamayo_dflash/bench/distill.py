@@ -43,8 +43,8 @@ from alpamayo_dflash.world.run import run as write_world
 _DRIVER = Path(__file__).with_name("distill_before.py")
 _NOBODY = Fingerprint("0" * 64, lambda: "0" * 64)
 _MORE_TOKENS = 64  # room of a replay after a text
-Texts = Mapping[tuple[str, bool], list[list[int]]]
-"""By clip, and whether they are greedy."""
+Texts = Mapping[str, list[list[int]]]
+"""By clip, the greedy one first."""
 
 
 def run(config: BenchDistillConfig) -> dict[str, Any]:
@@ -121,9 +121,12 @@ def before(config: BenchDistillConfig, source: Path) -> dict[str, Any]:
         "warm_chunks": "0",
         "timed_chunks": _timed_chunks(config),
     }
+    # What else is on the path stays there; a revision that is named for this process is not that one's.
+    paths = [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
+    named = {name: value for name, value in os.environ.items() if name != "ALPAMAYO_DFLASH_REVISION"}
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-P", str(_DRIVER), json.dumps(given)],
-        env=os.environ | {"PYTHONPATH": str(source)},
+        env=named | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,
@@ -206,7 +209,7 @@ class Writing:
         """
         config, target = self._config, self._bench.target
         replay = Replay(
-            samples=max(1, config.samples_per_clip - 1),
+            samples=config.samples_per_clip,
             length=config.tokens + _MORE_TOKENS,
             block=config.block_size,
             rate=self._bench.rate,
@@ -224,26 +227,28 @@ class Writing:
     def compare(self, plain: Texts, drafted: Texts) -> dict[str, Any]:
         """How many texts with a draft are those without, and of the others how many part at a near-tie."""
         found = {"texts": 0, "equal": 0, "near_ties": 0, "not_near_ties": 0}
-        for (clip_id, greedy), texts in drafted.items():
-            for index, text in enumerate(texts):
-                other = plain[clip_id, greedy][index]
+        for clip_id, texts in drafted.items():
+            for index, pair in enumerate(zip(plain[clip_id], texts, strict=True)):
                 found["texts"] += 1
-                found["equal"] += text == other
-                if text != other:
-                    near = self._near_tie(clip_id, greedy, index, (other, text))
+                if pair[0] == pair[1]:
+                    found["equal"] += 1
+                else:
+                    near = self._near_tie(clip_id, index, pair)
                     found["near_ties" if near else "not_near_ties"] += 1
         return found
 
-    def _near_tie(self, clip_id: str, greedy: bool, index: int, texts: tuple[list[int], list[int]]) -> bool:
-        config, bench = self._config, self._bench
-        window, count = self._source.window(clip_id), 1 if greedy else config.samples_per_clip - 1
+    def _near_tie(self, clip_id: str, index: int, texts: tuple[list[int], list[int]]) -> bool:
+        config, bench, window = self._config, self._bench, self._source.window(clip_id)
         loops = []
         for draft, text in zip((None, bench.draft), texts, strict=True):
             decoder = SpeculativeDecoder(bench.target, draft)
             step = 1 if draft is None else config.block_size
-            loops.append(Loop(decoder, decoder.prefill(window), text, step, step * count))
-        sampling = self._distill("0").sampling if not greedy else Sampling(0.0)
-        return parting(*loops, sampling=sampling, seed=config.seed, sample=index).near_tie
+            read = decoder.prefill(window)
+            loops.append(Loop(decoder, read, text, step, step * config.samples_per_clip))
+        # The first text is greedy, and the k-th after it has the noise of sample k.
+        sampling = Sampling(0.0) if index == 0 else self._distill("0").sampling
+        found = parting(*loops, sampling=sampling, seed=config.seed, sample=max(0, index - 1))
+        return found.near_tie
 
     def _options(self) -> dict[str, Any]:
         config = self._config
@@ -311,14 +316,16 @@ class ReplayedRollouts(Rollouts):
         self._clip_id = window.clip_id
         super().read(window)
 
-    def write(self, sampling: Sampling, *, seed: int = 0, num_samples: int = 1) -> list[Rollout]:
+    def write(
+        self, sampling: Sampling, *, seed: int = 0, num_samples: int = 1, greedy_first: bool = False
+    ) -> list[Rollout]:
         """See Rollouts."""
-        self.replay.load(self.known[self._clip_id, sampling.greedy], seed)
-        return super().write(sampling, seed=seed, num_samples=num_samples)
+        self.replay.load(self.known[self._clip_id], seed)
+        return super().write(sampling, seed=seed, num_samples=num_samples, greedy_first=greedy_first)
 
 
 def _texts(samples: list[DistillSample]) -> Texts:
-    texts: dict[tuple[str, bool], list[list[int]]] = {}
+    texts: dict[str, list[list[int]]] = {}
     for sample in samples:
-        texts.setdefault((sample.clip_id, sample.sample == 0), []).append(list(sample.token_ids))
+        texts.setdefault(sample.clip_id, []).append(list(sample.token_ids))
     return texts

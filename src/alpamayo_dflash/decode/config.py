@@ -63,6 +63,7 @@ class Request:
         seed: with the prompt's key and a sample's index, fixes the noise.
         num_samples: S.
         max_new_tokens: the most tokens that a sample may emit.
+        greedy_first: sample 0 is greedy, whatever the sampling, and sample k + 1 is what sample k would be.
 
     Raises:
         ValueError: a value outside its range.
@@ -72,11 +73,19 @@ class Request:
     seed: int = 0
     num_samples: int = 1
     max_new_tokens: int = 128
+    greedy_first: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_whole(seed=self.seed)
         check_positive(num_samples=self.num_samples, max_new_tokens=self.max_new_tokens)
+
+    @property
+    def streams(self) -> list[int | None]:
+        """By sample the number that its noise depends on; None where there is none, which makes it greedy."""
+        if self.greedy_first:
+            return [None, *range(self.num_samples - 1)]
+        return list(range(self.num_samples))
 
 
 @dataclass(frozen=True)

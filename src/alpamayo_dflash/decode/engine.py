@@ -105,9 +105,19 @@ class Engine:
             warnings.warn(f"decoding runs in the plain, slower loop on the host: {reason}", stacklevel=3)
         return self._host_round
 
-    def decode(self, round_: Round, prefilled: Prefilled, request: Request, observer: Observer) -> Decoded:
+    def decode(
+        self, round_: Round, prefilled: Prefilled, request: Request, observer: Observer, *, close: bool = True
+    ) -> Decoded:
         """Write the samples of a prompt that was read; see `loop.decode`. A draft that fails is warned of."""
-        decoded = decode(round_, self.verifier, prefilled, request, rules=self.rules, observer=observer)
+        decoded = decode(
+            round_,
+            self.verifier,
+            prefilled,
+            request,
+            rules=self.rules,
+            observer=observer,
+            close=close,
+        )
         if decoded.draft_failures:
             warnings.warn(_DRAFT_FAILED, stacklevel=3)
         return decoded

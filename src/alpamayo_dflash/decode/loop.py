@@ -25,6 +25,7 @@ def decode(
     *,
     rules: StopRules,
     observer: Observer,
+    close: bool = True,
 ) -> Decoded:
     """Write the samples of one prompt to their ends.
 
@@ -35,6 +36,7 @@ def decode(
         request: what is asked.
         rules: where samples end.
         observer: is told of the first tokens and of every round.
+        close: make the cache what the action expert reads, by a pass for last tokens if need be.
 
     Raises:
         ValueError: the target's logits are not finite, or another prompt has been read since.
@@ -57,7 +59,8 @@ def decode(
             while any(sample.stop is None for sample in group):
                 _advance(decoded, round_(), rules, limit, observer)
                 _force_ends(round_, group, rules, limit)
-            round_.close(group, [_cached(sample, rules) for sample in group])
+            if close:
+                round_.close(group, [_cached(sample, rules) for sample in group])
     except NotFiniteError as error:
         raise verifier.not_finite(str(error)) from None
     return decoded

@@ -30,6 +30,8 @@ _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _TOKENS, _FLOW = 0, 1  # the third word of the counter keeps the two streams apart
+NO_NOISE = (-1, -1)
+"""In place of the key of a greedy sample among sampled ones."""
 _CHUNK_POSITIONS = 16  # a CoC's median is 14 tokens, so one chunk mostly serves all of it
 _CHUNK_VALUES = 1 << 20
 _KEPT_VALUES = 1 << 26  # 256 MiB; those of a text that goes on are made again when they are asked for
@@ -72,10 +74,16 @@ def stream_key(seed: int, window: str, sample: int) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def stream_keys(seed: int, window: str, samples: Sequence[int], device: torch.device | str) -> Tensor:
-    """The keys of several samples, int64 [S, 2]."""
-    keys = torch.tensor([stream_key(seed, window, sample) for sample in samples], device="cpu")
+def stream_keys(seed: int, window: str, samples: Sequence[int | None], device: torch.device | str) -> Tensor:
+    """The keys of several samples, int64 [S, 2]; `NO_NOISE` for None."""
+    found = [NO_NOISE if sample is None else stream_key(seed, window, sample) for sample in samples]
+    keys = torch.tensor(found, device="cpu")
     return uploaded(keys, torch.device(device))
+
+
+def without_noise(keys_R2: Tensor) -> Tensor:
+    """Whether each row is greedy: bool [R]."""
+    return keys_R2[:, 0] < 0
 
 
 def _uniform(word: Tensor) -> Tensor:
@@ -86,7 +94,7 @@ def _uniform(word: Tensor) -> Tensor:
 def token_noise(
     seed: int,
     window: str,
-    samples: Sequence[int],
+    samples: Sequence[int | None],
     positions: Sequence[int],
     vocab_size: int,
     *,
@@ -97,7 +105,7 @@ def token_noise(
     Args:
         seed: the user's seed.
         window: the window's key, clip id and moment.
-        samples: S sample indices.
+        samples: S sample indices; None for one without noise.
         positions: N indices among the generated tokens (0 is the first after the prompt).
         vocab_size: V.
         device: where to compute.
@@ -122,7 +130,7 @@ def row_noise(
         token_ids: int64 [V], target ids of a reduced head's columns; None where column and id are the same.
 
     Returns:
-        float32 [R, V], as `token_noise`.
+        float32 [R, V], as `token_noise`; zero where a row has none.
     """
     count = (vocab_size + 3) // 4
     block = torch.arange(count, device=keys_R2.device) if token_ids is None else token_ids // 4
@@ -134,7 +142,8 @@ def row_noise(
     else:
         choice = (token_ids % 4).expand(len(keys_R2), -1).unsqueeze(-1)
         uniform = _uniform(words.gather(-1, choice).squeeze(-1))
-    return uniform.log_().neg_().log_().neg_().float()
+    noise = uniform.log_().neg_().log_().neg_().float()
+    return noise.masked_fill_(without_noise(keys_R2)[:, None], 0.0)
 
 
 def flow_noise(
@@ -176,15 +185,24 @@ class TokenNoise:
     Args:
         seed: the user's seed.
         window: the window's key.
-        num_samples: S.
+        streams: of S samples the numbers that their noise depends on; None for one without.
         vocab_size: V.
         device: where the rows live.
+
+    Attributes:
+        streams: the same.
     """
 
     def __init__(
-        self, seed: int, window: str, num_samples: int, vocab_size: int, device: torch.device | str = "cpu"
+        self,
+        seed: int,
+        window: str,
+        streams: Sequence[int | None],
+        vocab_size: int,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self._stream = (seed, window)
+        self._stream, self.streams = (seed, window), streams
+        num_samples = len(streams)
         self._num_samples, self._vocab_size = num_samples, vocab_size
         self.device = device
         self._chunk = max(1, min(_CHUNK_POSITIONS, _CHUNK_VALUES // (num_samples * vocab_size)))
@@ -210,8 +228,7 @@ class TokenNoise:
         if number not in self._chunks:
             start = number * self._chunk
             places = range(start, start + self._chunk)
-            everyone = range(self._num_samples)
             self._chunks[number] = token_noise(
-                *self._stream, everyone, places, self._vocab_size, device=self.device
+                *self._stream, self.streams, places, self._vocab_size, device=self.device
             )
         return self._chunks[number]

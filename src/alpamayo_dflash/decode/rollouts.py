@@ -88,21 +88,25 @@ class Rollouts:
         self._prefilled = self._verifier.prefill(self.target.prompt(window), self.watch)
 
     @torch.inference_mode()
-    def write(self, sampling: Sampling, *, seed: int = 0, num_samples: int = 1) -> list[Rollout]:
+    def write(
+        self, sampling: Sampling, *, seed: int = 0, num_samples: int = 1, greedy_first: bool = False
+    ) -> list[Rollout]:
         """Let the target write.
 
         Args:
             sampling: temperature and nucleus; temperature 0 is greedy.
             seed: of the noise.
             num_samples: responses; the k-th is `generate`'s k-th with the same seed and sampling.
+            greedy_first: the first is greedy, and the k-th after it is `generate`'s k-th.
 
         Raises:
             ValueError: the target's logits are not finite.
         """
-        request = Request(sampling, seed, num_samples, self._max_tokens)
+        request = Request(sampling, seed, num_samples, self._max_tokens, greedy_first)
         with current(self.target.device):
             round_ = self._engine.round(request)
-            decoded = self._engine.decode(round_, self._prefilled, request, Observer())
+            # No action expert reads the cache, so that a pass for the last tokens would be for nothing.
+            decoded = self._engine.decode(round_, self._prefilled, request, Observer(), close=False)
         self.emitted += sum(len(sample.tokens) - 1 for sample in decoded.samples)
         self.passes += sum(sample.passes for sample in decoded.samples)
         return [Rollout(tuple(sample.tokens), str(sample.stop)) for sample in decoded.samples]
@@ -120,7 +124,8 @@ class Rollouts:
         """
         cache = self._verifier.cache
         known = min(cache.recorded_context, cache.prompt_length)
-        return _score(self._verifier, self._prefilled, responses, known)
+        with current(self.target.device):
+            return _score(self._verifier, self._prefilled, responses, known)
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,8 @@ class DeviceRound:
         self._verifier.begin(prefilled, self.shape.slots)
         self._logits_V, self._limit, self._span = prefilled.logits_V, request.max_new_tokens, observer.span
         torch.add(self._verifier.cache.length_1, prefilled.prompt.rope_delta, out=self._first_position)
-        everyone = range(request.num_samples)
-        self._streams = stream_keys(request.seed, prefilled.prompt.key, everyone, self.state.tokens.device)
+        device = self.state.tokens.device
+        self._streams = stream_keys(request.seed, prefilled.prompt.key, request.streams, device)
         for proposer in self._proposers.listed:
             proposer.begin(prefilled, samples)
 

@@ -56,8 +56,8 @@ class HostRound:
         target, self._everyone = self._verifier.target, samples
         self._verifier.begin(prefilled, request.num_samples * (request.max_new_tokens + MOST_BLOCK))
         self._logits_V, self._limit, self._span = prefilled.logits_V, request.max_new_tokens, observer.span
-        key, count = prefilled.prompt.key, request.num_samples
-        noise = TokenNoise(request.seed, key, count, target.vocab_size, target.device)
+        key = prefilled.prompt.key
+        noise = TokenNoise(request.seed, key, request.streams, target.vocab_size, target.device)
         self._chooser = PlaceChooser((target.vocab_size, target.traj_ids), request.sampling, noise)
         if self._draft is not None:
             self._draft.begin(self._chooser, self._limit)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.decode.config import Sampling
-from alpamayo_dflash.decode.noise import TokenNoise, row_noise
+from alpamayo_dflash.decode.noise import TokenNoise, row_noise, without_noise
 
 
 def mask_bias(masked: range, vocab_size: int, token_ids: Tensor | None = None) -> Tensor:
@@ -65,7 +65,14 @@ def distribution(logits_RV: Tensor, bias_V: Tensor, sampling: Sampling) -> Tenso
     return kept / kept.sum(-1, keepdim=True)
 
 
-def choose(logits_RV: Tensor, bias_V: Tensor, sampling: Sampling, noise_RV: Tensor | None = None) -> Tensor:
+def choose(
+    logits_RV: Tensor,
+    bias_V: Tensor,
+    sampling: Sampling,
+    noise_RV: Tensor | None = None,
+    *,
+    greedy_R: Tensor | None = None,
+) -> Tensor:
     """Choose one token a row.
 
     Greedy: the arg max, the lowest id on ties. Otherwise the arg max of `log p + g` over the nucleus of the
@@ -79,6 +86,7 @@ def choose(logits_RV: Tensor, bias_V: Tensor, sampling: Sampling, noise_RV: Tens
         bias_V: from `mask_bias`.
         sampling: temperature and top_p.
         noise_RV: float32 [R, V] Gumbel noise; not read if greedy.
+        greedy_R: bool [R], rows that are greedy all the same, whose noise is zero; None for none.
 
     Returns:
         int64 [R] column indices.
@@ -87,6 +95,8 @@ def choose(logits_RV: Tensor, bias_V: Tensor, sampling: Sampling, noise_RV: Tens
         return (logits_RV + bias_V).argmax(-1)
     assert noise_RV is not None, "sampling needs noise"
     scores = torch.add(bias_V, logits_RV, alpha=1 / sampling.temperature)
+    if greedy_R is not None:  # untempered, so that no two logits are rounded to one
+        scores = torch.where(greedy_R[:, None], logits_RV + bias_V, scores)
     perturbed = scores + noise_RV
     picks = perturbed.argmax(-1)
     if sampling.top_p >= 1:
@@ -167,10 +177,12 @@ class Chooser:
 
     def exactly(self, logits_RV: Tensor, keys_R2: Tensor, positions_R: Tensor) -> Tensor:
         """The choice by PyTorch's operations, with a sort where it takes one; it may read the device."""
-        noise = None
+        noise = greedy = None
         if not self._sampling.greedy:
             noise = row_noise(keys_R2, positions_R, self._vocab, self._ids)
-        return choose(logits_RV[:, : self._vocab].float(), self._bias, self._sampling, noise)
+            greedy = without_noise(keys_R2)
+        logits = logits_RV[:, : self._vocab].float()
+        return choose(logits, self._bias, self._sampling, noise, greedy_R=greedy)
 
 
 class PlaceChooser:
@@ -203,8 +215,11 @@ class PlaceChooser:
             int64 [R], columns of the logits.
         """
         noise = None if self._sampling.greedy else self._noise.rows(samples, positions)
-        if ids is None:
-            return choose(logits_RV, self._bias, self._sampling, noise)
-        if self._reduced is None or self._reduced[0] is not ids:
+        if ids is not None and (self._reduced is None or self._reduced[0] is not ids):
             self._reduced = (ids, mask_bias(self._masked, len(ids), ids))
-        return choose(logits_RV, self._reduced[1], self._sampling, None if noise is None else noise[:, ids])
+        bias = self._bias if ids is None or self._reduced is None else self._reduced[1]
+        if noise is not None and ids is not None:
+            noise = noise[:, ids]
+        greedy = [self._noise.streams[sample] is None for sample in samples]
+        greedy_R = torch.tensor(greedy, device=logits_RV.device) if any(greedy) else None
+        return choose(logits_RV, bias, self._sampling, noise, greedy_R=greedy_R)

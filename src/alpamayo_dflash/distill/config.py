@@ -57,7 +57,8 @@ class DistillConfig(Sampled):
         frames: what happens to a clip whose frames may not be those of its stamps: strict refuses it, warn
             reads them by their order and says so.
         motion_gap_ms: the longest gap in the ego motion that is bridged around a moment that is needed.
-        num_workers: threads that read clips and stage their frames ahead of the model.
+        num_workers: threads that read clips and stage their frames ahead of the model; for each, two windows'
+            frames (100 MB a window of the dataset's) are in memory.
         device: torch device; plain "cuda" means this process's own under torchrun.
         retry_failed: try every clip that failed before again; without it those of which a file has changed.
         take_over: go on where the disk cannot tell whether another run has the folder.

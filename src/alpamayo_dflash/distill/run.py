@@ -21,7 +21,6 @@ from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.machine import Download
 from alpamayo_dflash.common.options import check_layers, parse_layers
 from alpamayo_dflash.common.ranks import own_device, share_of
-from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.forward import why_plain_text
 from alpamayo_dflash.decode.proposer import BlockDraft
 from alpamayo_dflash.decode.rollouts import Rollouts, TeacherForced
@@ -102,8 +101,9 @@ def run(config: DistillConfig, draft: NamedDraft | None = None) -> dict[str, Any
             write_merged(config.output_dir)
         else:
             estimate = require_disk(config.output_dir, settings, len(remaining), ranks=world_size)
-            writer.begin()
+            # First what may refuse: the draft may not fit the target.
             rollouts = rollouts_of(target, settings, config, None if draft is None else draft.draft)
+            writer.begin()
             windows = windows_of(config, source, remaining, target.device)
             pace = Pace(len(remaining), ranks=world_size)
             write_windows(rollouts, source, windows, writer, config, pace=pace)
@@ -277,7 +277,7 @@ def top_k_of(config: DistillConfig, target: Alpamayo) -> int:
 
 
 def respond(rollouts: Rollouts, window: Window, config: DistillConfig) -> tuple[Response, ...]:
-    """Let the target write on a window: once greedily, the other times sampled.
+    """Let the target write on a window: once greedily, the other times sampled, all together.
 
     The prompt is read once. The sampled responses are samples 0, 1, ... of `generate` with the config's seed,
     temperature and nucleus.
@@ -294,23 +294,21 @@ def respond(rollouts: Rollouts, window: Window, config: DistillConfig) -> tuple[
         ValueError: the window does not fit the target, or its prompt is too long.
     """
     rollouts.read(window)
-    greedy = Sampling(0.0, config.top_p)
-    written = [(greedy, response) for response in rollouts.write(greedy, seed=config.seed)]
-    if config.samples_per_clip > 1:
-        more = rollouts.write(config.sampling, seed=config.seed, num_samples=config.samples_per_clip - 1)
-        written += [(config.sampling, response) for response in more]
-    forced = rollouts.score([response.token_ids for _, response in written])
+    count = config.samples_per_clip
+    written = rollouts.write(config.sampling, seed=config.seed, num_samples=count, greedy_first=True)
+    temperatures = [0.0] + [config.temperature] * (count - 1)
+    forced = rollouts.score([response.token_ids for response in written])
     return tuple(
         Response(
             token_ids=response.token_ids,
             text=rollouts.target.coc_text(response.token_ids),
             stop=response.stop,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
+            temperature=temperature,
+            top_p=config.top_p,
             seed=config.seed,
             tensors=kept_tensors(rollouts.target, states, config),
         )
-        for (sampling, response), states in zip(written, forced, strict=True)
+        for response, temperature, states in zip(written, temperatures, forced, strict=True)
     )
 
 

@@ -51,6 +51,12 @@ def _gumbel(position, ids, key0, key1):
 
 
 @triton.jit
+def _inverse(keys_ptr, row, inverse_temperature):
+    """What a row's logits are multiplied by: 1 where it has no key of noise, and so is greedy."""
+    return tl.where(tl.load(keys_ptr + 2 * row) < 0, 1.0, inverse_temperature)
+
+
+@triton.jit
 def _scores(
     logits_ptr, ids_ptr, column, inside, inverse_temperature, mask_start, mask_stop, REDUCED: tl.constexpr
 ):
@@ -98,7 +104,7 @@ def candidates_kernel(
         ids_ptr,
         column,
         inside,
-        inverse_temperature,
+        _inverse(keys_ptr, row, inverse_temperature),
         mask_start,
         mask_stop,
         REDUCED,
@@ -111,10 +117,9 @@ def candidates_kernel(
         safe = tl.where(top == -float("inf"), 0.0, top)
         tl.store(tops_ptr + at, top)
         tl.store(masses_ptr + at, tl.sum(tl.exp(scores - safe), axis=0))
-        noise = _gumbel(
-            tl.load(positions_ptr + row), ids, tl.load(keys_ptr + 2 * row), tl.load(keys_ptr + 2 * row + 1)
-        )
-        perturbed = scores + noise
+        key0 = tl.load(keys_ptr + 2 * row)
+        noise = _gumbel(tl.load(positions_ptr + row), ids, key0, tl.load(keys_ptr + 2 * row + 1))
+        perturbed = scores + tl.where(key0 < 0, 0.0, noise)
     for rank in tl.static_range(CANDIDATES):
         value, best = tl.max(perturbed, axis=0, return_indices=True, return_indices_tie_break_left=True)
         tl.store(values_ptr + at * CANDIDATES + rank, value)
@@ -127,6 +132,7 @@ def candidates_kernel(
 def rank_kernel(
     logits_ptr,
     stride,
+    keys_ptr,
     tops_ptr,
     masses_ptr,
     finite_ptr,
@@ -167,7 +173,8 @@ def rank_kernel(
             tl.store(chosen_ptr + row, column.to(tl.int64))
             tl.store(settled_ptr + row, (column >= 0).to(tl.int1))
         else:
-            score = tl.load(logits_ptr + row * stride + column).to(tl.float32) * inverse_temperature
+            score = tl.load(logits_ptr + row * stride + column).to(tl.float32)
+            score = score * _inverse(keys_ptr, row, inverse_temperature)
             # A place without a candidate (fewer columns than places) must never pass.
             value = tl.max(values, axis=0)
             score = tl.where(value == -float("inf"), -float("inf"), score)
@@ -181,6 +188,7 @@ def mass_kernel(
     logits_ptr,
     stride,
     ids_ptr,
+    keys_ptr,
     best_scores_ptr,
     normaliser_ptr,
     above_ptr,
@@ -202,7 +210,7 @@ def mass_kernel(
         ids_ptr,
         column,
         column < vocab,
-        inverse_temperature,
+        _inverse(keys_ptr, row, inverse_temperature),
         mask_start,
         mask_stop,
         REDUCED,
@@ -297,7 +305,7 @@ class Candidates:
         assert logits_RV.stride(1) == 1 and len(logits_RV) == self._rows
         self._find(logits_RV, keys_R2, positions_R)
         if not self._first:
-            self._settle(logits_RV)
+            self._settle(logits_RV, keys_R2)
         return self._choice
 
     def _find(self, logits: Tensor, keys: Tensor, positions: Tensor) -> None:
@@ -325,6 +333,7 @@ class Candidates:
         rank_kernel[(self._rows,)](
             logits,
             logits.stride(0),
+            keys,
             self._tops,
             self._masses,
             self._chunk_finite,
@@ -342,12 +351,13 @@ class Candidates:
             num_warps=4,
         )
 
-    def _settle(self, logits: Tensor) -> None:
+    def _settle(self, logits: Tensor, keys: Tensor) -> None:
         """Of the candidates the first that lies in the nucleus."""
         mass_kernel[(self._rows, self._chunks)](
             logits,
             logits.stride(0),
             logits if self._ids is None else self._ids,
+            keys,
             self._best_scores,
             self._normaliser,
             self._above,

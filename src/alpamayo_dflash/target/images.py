@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from alpamayo_dflash.clips.window import Window
+from alpamayo_dflash.common.machine import current
 
 _MAX_ASPECT = 200
 Frames = npt.NDArray[np.uint8]
@@ -166,9 +167,9 @@ def staged(window: Window, device: torch.device) -> Window:
     if device.type != "cuda":
         return window
     cameras, per_camera, height, width = window.frames.shape[:4]
-    staging = FrameStaging((cameras, per_camera, height, width))
-    for place, frames in enumerate(window.frames):
-        staging.take(place, frames)
+    with current(device):  # a thread of its own would bring up the first GPU
+        staging = FrameStaging((cameras, per_camera, height, width))
+    np.copyto(staging.frames, window.frames)
     return replace(window, frames=staging.frames)
 
 
