@@ -5,7 +5,14 @@ import torch
 from test_train_data import CONFIG, PROMPT, Set, block_data
 
 from alpamayo_dflash.draft.model import DFlashDraft
-from alpamayo_dflash.train.accept import SimulatedAcceptance, accepted_prefix, simulate, walk_responses
+from alpamayo_dflash.train.accept import (
+    AcceptanceCounts,
+    Walk,
+    accepted_prefix,
+    counts_of,
+    simulate,
+    walk_responses,
+)
 
 
 def test_the_prefix_ends_at_the_first_miss_or_missing_label():
@@ -15,8 +22,15 @@ def test_the_prefix_ends_at_the_first_miss_or_missing_label():
     assert accepted_prefix(predicted, labels, labelled).tolist() == [3, 0, 2, 1]
 
 
-@pytest.mark.parametrize(("accepted", "passes"), [(0, 9 + 0 + 4), (3, 3 + 0 + 1), (2, 3 + 0 + 2)])
-def test_the_walk_counts_passes_and_tokens_after_the_first(accepted, passes):
+@pytest.mark.parametrize(
+    ("accepted", "anchors"),
+    [
+        (0, [list(range(9)), [], [0, 1, 2, 3]]),
+        (3, [[0, 4, 8], [], [0]]),
+        (2, [[0, 3, 6], [], [0, 3]]),
+    ],
+)
+def test_a_walk_starts_each_pass_after_the_token_that_ended_the_last(accepted, anchors):
     """Responses of 10, 1 and 5 tokens; every block has the same number of drafted tokens accepted."""
     lengths = torch.tensor([10, 1, 5])
 
@@ -24,16 +38,17 @@ def test_the_walk_counts_passes_and_tokens_after_the_first(accepted, passes):
         left = lengths[blocks.responses] - 1 - blocks.positions
         return left.clamp_max(accepted)
 
-    assert walk_responses(lengths, same) == SimulatedAcceptance(tokens=13, passes=passes)
+    assert walk_responses(lengths, same) == anchors
 
 
 def test_a_perfect_draft_takes_the_block_size_a_pass():
     """A block of 8 advances by 8: 7 drafted tokens and the target's own."""
     lengths = torch.tensor([17])
-    counts = walk_responses(
+    anchors = walk_responses(
         lengths, lambda blocks: (lengths[blocks.responses] - 1 - blocks.positions).clamp_max(7)
     )
-    assert counts.length == 8.0
+    assert anchors == [[0, 8]]
+    assert counts_of([Walk("clip", tuple(range(17)), tuple(anchors[0]))]).length == 8.0
 
 
 def test_the_simulation_equals_decoding_one_response_at_a_time():
@@ -78,10 +93,11 @@ def test_the_simulation_equals_decoding_one_response_at_a_time():
             advance = min(kept + 1, len(sample.token_ids) - 1 - position)
             tokens_done, passes, position = tokens_done + advance, passes + 1, position + advance
     assert best >= 2
-    assert simulate(draft, data, masked) == SimulatedAcceptance(tokens_done, passes)
+    walks = simulate(draft, data, masked)
+    assert counts_of(walks) == AcceptanceCounts(tokens_done, passes)
+    assert [walk.token_ids for walk in walks] == [sample.token_ids for sample in found.samples]
     halves = [simulate(draft, data, masked, torch.arange(start, 5, 2)) for start in (0, 1)]
-    assert sum(half.tokens for half in halves) == tokens_done
-    assert sum(half.passes for half in halves) == passes
+    assert halves == [walks[start::2] for start in (0, 1)]
 
 
 def test_a_reduced_head_is_walked_with_the_target_s_ids():
@@ -106,7 +122,7 @@ def test_a_reduced_head_is_walked_with_the_target_s_ids():
         draft = DFlashDraft(dataclasses.replace(CONFIG, draft_vocab_size=len(kept)))
         draft.load_state_dict(whole.state_dict() | {"draft_token_ids": kept})
         draft.bind(tables[0], tables[1], 3)
-        counts[name] = simulate(draft, data, range(38, 40))
-    assert counts["all"] == simulate(whole, data, range(38, 40))
+        counts[name] = counts_of(simulate(draft, data, range(38, 40)))
+    assert counts["all"] == counts_of(simulate(whole, data, range(38, 40)))
     assert counts["all"].passes < counts["none"].passes == counts["none"].tokens
     assert counts["proposed"].passes < counts["none"].passes

@@ -41,7 +41,7 @@ COMMANDS = {
     "measure-world": Command("evaluate.config:MeasureWorldConfig", "evaluate.hardness:run"),
     "layers": Command("layers.config:LayersConfig", "layers.run:run"),
     "distill": Command("distill.config:DistillConfig", "cli.distill:run"),
-    "train": Command("train.config:TrainConfig", "train.run:run"),
+    "train": Command("train.config:TrainConfig", "cli.real_acceptance:train"),
     "evaluate": Command(
         "evaluate.config:EvaluateConfig", "evaluate.run:run", tables="report.tables:all_tables"
     ),

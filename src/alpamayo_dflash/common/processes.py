@@ -6,12 +6,15 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from alpamayo_dflash.common.machine import check_device
 from alpamayo_dflash.common.ranks import own_device, share_of
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Processes:
             distributed.all_reduce(values)
         return values
 
-    def share(self, value: dict[str, str]) -> dict[str, str]:
+    def share(self, value: _T) -> _T:
         """The first process's value, on every one of them."""
         values = [value]
         if self.world_size > 1:
@@ -61,8 +64,9 @@ def join(device: str) -> Iterator[Processes]:
     """
     rank, world_size = share_of(None, None, os.environ)
     device = str(check_device(own_device(device)))
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is not None:
+        torch.cuda.set_device(place)
     if world_size == 1:
         yield Processes(rank, world_size, device)
         return

@@ -20,7 +20,7 @@ class Monitor:
         """A log entry: step, gradient_norm, learning_rate and, by these names, losses."""
 
     def evaluated(self, entry: dict[str, Any]) -> None:
-        """An evaluation: step, acceptance_length, tokens, passes."""
+        """An evaluation: step, acceptance_length, tokens, passes; where clips were decoded `real_…` too."""
 
 
 class Live(Monitor):
@@ -66,11 +66,29 @@ class Live(Monitor):
         self._log("train", entry)
 
     def evaluated(self, entry: dict[str, Any]) -> None:
-        """Show and log the simulated acceptance length."""
-        self._bar.update(self._task, acceptance=f"acceptance {entry['acceptance_length']:.2f}")
+        """Show and log the acceptance lengths, and say where simulated and real ones part."""
+        shown = f"acceptance {entry['acceptance_length']:.2f}"
+        if "real_acceptance_length" in entry:
+            shown += f" real {entry['real_acceptance_length']:.2f}"
+        self._bar.update(self._task, acceptance=shown)
+        if "real_difference" in entry:
+            self._bar.console.print(_difference(entry), style="red", highlight=False, markup=False)
         self._log("held_out", entry)
 
     def _log(self, group: str, entry: dict[str, Any]) -> None:
         for name, value in entry.items():
-            if name != "step":
+            if name != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(f"{group}/{name}", value, entry["step"])
+
+
+def _difference(entry: dict[str, Any]) -> str:
+    """Where a real greedy walk first left the simulated one, in a sentence."""
+    first = entry["real_difference"]
+    what = {
+        "text": "the target wrote another token than the data has",
+        "accepted": "one of the two took the draft's token and the other did not",
+    }[first["what"]]
+    return (
+        f"step {entry['step']}: simulated and real acceptance differ on {entry['real_differing']} of "
+        f"{entry['real_compared']} clips, first on {first['clip_id']} at token {first['place']}: {what}"
+    )

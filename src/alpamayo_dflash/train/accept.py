@@ -11,7 +11,7 @@ Shapes: S responses still walking, B masks of a block, V vocabulary of the draft
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,8 @@ _BATCH = 256
 
 
 @dataclass(frozen=True)
-class SimulatedAcceptance:
-    """Counts of a simulated decoding; they add up over responses and processes.
+class AcceptanceCounts:
+    """Counts of decoding; they add up over responses and processes.
 
     Attributes:
         tokens: response tokens after the first.
@@ -41,11 +41,34 @@ class SimulatedAcceptance:
         return self.tokens / self.passes if self.passes else 0.0
 
 
+@dataclass(frozen=True)
+class Walk:
+    """How a response was decoded.
+
+    Attributes:
+        clip_id: the clip it was written on.
+        token_ids: its tokens.
+        anchors: the place of each pass's known token, from 0 on.
+    """
+
+    clip_id: str
+    token_ids: tuple[int, ...]
+    anchors: tuple[int, ...]
+
+
+def counts_of(walks: Iterable[Walk]) -> AcceptanceCounts:
+    """Tokens and passes of several responses."""
+    walks = list(walks)
+    # A block never passes the end: only labels are accepted, and no token of the target's follows the last.
+    tokens = sum(max(0, len(walk.token_ids) - 1) for walk in walks)
+    return AcceptanceCounts(tokens, passes=sum(len(walk.anchors) for walk in walks))
+
+
 @torch.no_grad()
 def simulate(
     draft: DFlashDraft, data: BlockData, masked_ids: range, responses: Tensor | None = None
-) -> SimulatedAcceptance:
-    """Simulated acceptance of a bound draft.
+) -> list[Walk]:
+    """Walk through responses with a bound draft.
 
     Args:
         draft: the draft.
@@ -72,13 +95,17 @@ def simulate(
 
     was_training = draft.training
     draft.eval()
-    counts = walk_responses(data.lengths[responses], accepted)
+    anchors = walk_responses(data.lengths[responses], accepted)
     draft.train(was_training)
-    return counts
+    samples = [data.samples[index] for index in responses.tolist()]
+    return [
+        Walk(sample.clip_id, sample.token_ids, tuple(own))
+        for sample, own in zip(samples, anchors, strict=True)
+    ]
 
 
-def walk_responses(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> SimulatedAcceptance:
-    """Walk through responses.
+def walk_responses(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> list[list[int]]:
+    """The places of the passes' known tokens in each response.
 
     Args:
         lengths: int64 [responses], tokens of each.
@@ -86,14 +113,14 @@ def walk_responses(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> Sim
     """
     position = torch.zeros_like(lengths)
     last = lengths - 1
-    passes = 0
+    found: list[list[int]] = [[] for _ in range(len(lengths))]
     while bool((walking := position < last).any()):
         responses = walking.nonzero()[:, 0]
+        for response, anchor in zip(responses.tolist(), position[responses].tolist(), strict=True):
+            found[response].append(anchor)
         for few in responses.split(_BATCH):
             position[few] += accepted(Blocks(few, position[few])) + 1
-        passes += len(responses)
-    # A block never passes the end: only labels are accepted, and no token of the target's follows the last.
-    return SimulatedAcceptance(tokens=int(last.clamp_min(0).sum()), passes=passes)
+    return found
 
 
 def accepted_prefix(predicted_SB: Tensor, labels_SB: Tensor, labelled_SB: Tensor) -> Tensor:

@@ -77,6 +77,11 @@ class TrainConfig:
         log_interval: steps between log entries.
         num_workers: threads that make batches ahead: on a GPU, and where the data does not fit cache_gib; 0
             makes them in line.
+        real_acceptance: hub cache that holds the dataset: at every evaluation held-out clips are decoded with
+            the draft, greedily and at temperature 0.6, and the best draft is chosen by the latter. The first
+            process decodes; the target is loaded beside the training.
+        real_acceptance_clips: how many held-out clips are decoded.
+        real_acceptance_seeds: texts of each at temperature 0.6, with seeds 0, 1, ….
         cache_gib: keep data in memory up to this size, GiB, for training and for held-out clips each.
         seed: of new weights and of the order of blocks.
         device: torch device; under torchrun, cuda takes the local rank's.
@@ -128,6 +133,9 @@ class TrainConfig:
     save_every: int = 0
     log_interval: int = 20
     num_workers: int = 2
+    real_acceptance: Path | None = None
+    real_acceptance_clips: int = 32
+    real_acceptance_seeds: int = 1
     cache_gib: float = 4.0
     seed: int = 0
     device: str = "cpu"
@@ -148,6 +156,7 @@ class TrainConfig:
         check_positive(
             **named("max_steps", "num_draft_layers", "context_len", "previous_size", "train_clips")
         )
+        check_positive(**named("real_acceptance_clips", "real_acceptance_seeds"))
         check_at_least(0, **named("warmup_steps", "weight_decay", "save_every", "num_workers", "cache_gib"))
         check_at_least(0, draft_vocab_size=self.draft_vocab_size)
         check_range(2, MOST_BLOCK, block_size=self.block_size)

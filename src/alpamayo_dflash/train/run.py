@@ -20,12 +20,12 @@ from alpamayo_dflash.common.artefacts import (
     to_plain,
     write_record,
 )
-from alpamayo_dflash.common.fields import build, shown
+from alpamayo_dflash.common.fields import build, shown, value_of
 from alpamayo_dflash.common.identity import Fingerprint, is_made_from
 from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.processes import Processes, join
 from alpamayo_dflash.common.progress import Live, Monitor
-from alpamayo_dflash.distill.config import BadShardRule
+from alpamayo_dflash.distill.config import BadShardRule, DistillConfig
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import DistillSample, training_counts
 from alpamayo_dflash.draft.formats import check_place, draft_identity, read_config
@@ -34,6 +34,8 @@ from alpamayo_dflash.target.checkpoint import FrozenTarget, read_target, target_
 from alpamayo_dflash.train.checkpoint import STATE, read_state
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.data import BlockData, of_few_clips, split_samples
+from alpamayo_dflash.train.memory import training_bytes
+from alpamayo_dflash.train.real import Evaluate, OpenEvaluate, RealAcceptance, RealRequest
 from alpamayo_dflash.train.start import (
     Vocabulary,
     acting_options,
@@ -56,17 +58,28 @@ _FREE = frozenset(
 )
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
+def run(config: TrainConfig, open_evaluate: OpenEvaluate | None = None) -> dict[str, Any]:
     """Train, or continue, or report that there is nothing to do.
 
+    Args:
+        config: the options.
+        open_evaluate: makes what decodes held-out clips for `real_acceptance`; the command has its own.
+
     Returns:
-        what `train.json` holds: the draft's folder, the simulated acceptance length of the best draft and of
-        every evaluation, losses, counts of clips, responses and blocks, and provenance.
+        what `train.json` holds: the draft's folder, the acceptance length of the best draft (`chosen_by` says
+        which: simulated or real) and of every evaluation, losses, counts of clips, responses and blocks, and
+        provenance.
 
     Raises:
-        ValueError: data, target, draft and options do not fit each other, or a file is missing or corrupt.
+        ValueError: data, target, draft and options do not fit each other, a file is missing or corrupt, or
+            real acceptance is asked for and nobody decodes, or decoding does not fit the memory.
     """
     started = time.time()
+    if (config.real_acceptance is None) != (open_evaluate is None):
+        raise ValueError(
+            f"real_acceptance is {config.real_acceptance} and open_evaluate is {open_evaluate}; give both or "
+            "neither (the command `train` has its own)"
+        )
     with join(config.device) as processes:
         summary, checkpoint = config.output_dir / SUMMARY, config.output_dir / "checkpoint"
         target = read_target(config.target_model, local_files_only=config.local_files_only)
@@ -91,6 +104,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 if state["progress"]["step"] == state["total_steps"] and summary.exists():
                     return {**read_json(summary), "nothing_to_do": True}
             trainer, counts = _trainer(config, data, target, processes, parents=parents, started=started)
+            if open_evaluate is not None:
+                trainer.evaluate = _evaluate(trainer, open_evaluate, data)
             if state is not None:
                 trainer.resume(
                     checkpoint,
@@ -247,6 +262,25 @@ def _trainer(
     return trainer, counts
 
 
+def _evaluate(trainer: Trainer, open_evaluate: OpenEvaluate, data: DistillData) -> Evaluate:
+    """What decodes held-out clips: on the first process."""
+    if not trainer.processes.first:
+        return _elsewhere
+    settings, limit = data.manifest["settings"], DistillConfig.max_tokens
+    return open_evaluate(
+        RealRequest(
+            trainer.draft,
+            trainer.held_out.samples,
+            max_tokens=value_of(settings, "max_tokens", int, limit, where=str(data.folder)),
+            training_bytes=training_bytes(trainer.draft, trainer.config),
+        )
+    )
+
+
+def _elsewhere(_: DFlashDraft) -> RealAcceptance:
+    raise AssertionError("the first process decodes")
+
+
 def _vocabulary(
     config: TrainConfig, data: DistillData, train: Sequence[DistillSample], target: FrozenTarget
 ) -> Vocabulary | None:
@@ -302,6 +336,7 @@ def _result(trainer: Trainer, counts: dict[str, Any], started: float) -> dict[st
     return {
         "draft": str(config.output_dir / "draft"),
         "acceptance_length": progress.best_length,
+        "chosen_by": "simulated acceptance" if trainer.evaluate is None else "real acceptance",
         "best_step": progress.best_step,
         "steps": progress.step,
         "steps_per_epoch": trainer.steps_per_epoch,

@@ -204,6 +204,8 @@ def acting_options(
         terms = parse_mix(given("loss_type", str, "ce"))
     return {
         **values,
+        # Where the dataset lies is free; whether clips are decoded decides which draft is the best.
+        "real_acceptance": values.get("real_acceptance") is not None,
         "loss_type": "+".join(term.name for term in terms),
         "block_size": block,
         "num_draft_layers": given("num_draft_layers", int, layers),

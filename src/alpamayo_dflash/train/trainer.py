@@ -15,7 +15,7 @@ from alpamayo_dflash.common.artefacts import IDENTITY
 from alpamayo_dflash.common.processes import Processes
 from alpamayo_dflash.common.progress import Monitor
 from alpamayo_dflash.draft.model import DFlashDraft
-from alpamayo_dflash.train.accept import simulate
+from alpamayo_dflash.train.accept import counts_of, simulate
 from alpamayo_dflash.train.checkpoint import load_training, save_training
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.data import BlockBatch, BlockData, Blocks, step_count, step_share
@@ -27,6 +27,7 @@ from alpamayo_dflash.train.optimizer import (
     learning_rate_factor,
     make_optimizer,
 )
+from alpamayo_dflash.train.real import Evaluate, compared
 from alpamayo_dflash.train.terms import ce_weight, shares
 
 
@@ -36,7 +37,7 @@ class Progress:
 
     Attributes:
         step: steps done.
-        best_length: simulated acceptance length of the best draft so far.
+        best_length: acceptance length of the best draft so far, simulated or, where clips are decoded, real.
         best_step: the step it was found at; −1 before the first evaluation.
         evaluations: step, epoch and counts of every evaluation.
         losses: step, the loss's terms, the gradient's norm and the learning rate at every log entry; with a
@@ -93,6 +94,7 @@ class Trainer:
         processes: Processes,
         parents: Mapping[str, str],
         save_best: Callable[[DFlashDraft], None],
+        evaluate: Evaluate | None = None,
     ) -> None:
         """Set up optimizer, schedules and progress.
 
@@ -105,12 +107,15 @@ class Trainer:
             processes: this process among the run's.
             parents: hashes of what the draft is made from; checkpoints keep them.
             save_best: writes the draft's folder.
+            evaluate: decodes held-out clips with the draft; the best draft is then chosen by what it gives at
+                temperature 0.6. Only the first process calls it, but all are to have one or none.
 
         Raises:
             ValueError: there are fewer blocks than processes, or the warm-up is no shorter than the run.
         """
         self.config, self.draft, self.train, self.held_out = config, draft, train, held_out
         self.masked_ids, self.processes, self.save_best = masked_ids, processes, save_best
+        self.evaluate = evaluate
         self.parents = dict(parents)
         self.num_blocks = len(train.blocks(range(len(train)), config.stride))
         self.steps_per_epoch = step_count(self.num_blocks, config.batch_size, processes.world_size)
@@ -245,10 +250,10 @@ class Trainer:
         return entry | {"gradient_norm": norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     def _evaluate(self, monitor: Monitor) -> None:
-        """Walk through the held-out responses, and keep the draft if it is the best so far."""
+        """Walk through the held-out responses, decode if asked to, and keep the draft if it is the best."""
         processes, progress = self.processes, self.progress
         mine = torch.arange(processes.rank, len(self.held_out), processes.world_size)
-        counts = simulate(self.draft, self.held_out, self.masked_ids, mine)
+        counts = counts_of(simulate(self.draft, self.held_out, self.masked_ids, mine))
         both = torch.tensor([counts.tokens, counts.passes], device=processes.device)
         tokens, passes = processes.add(both).tolist()
         entry = {
@@ -258,12 +263,23 @@ class Trainer:
             "tokens": tokens,
             "passes": passes,
         }
+        entry |= self._decoded()
+        length = entry.get("real_acceptance_length", entry["acceptance_length"])
         progress.evaluations.append(entry)
         monitor.evaluated(entry)
-        if entry["acceptance_length"] > progress.best_length:
-            progress.best_length, progress.best_step = entry["acceptance_length"], progress.step
+        if length > progress.best_length:
+            progress.best_length, progress.best_step = length, progress.step
             if processes.first:
                 self.save_best(self.draft)
+
+    def _decoded(self) -> dict[str, Any]:
+        """What decoding held-out clips gives, on every process; nothing where nobody decodes."""
+        if self.evaluate is None:
+            return {}
+        entry: dict[str, Any] = {}
+        if self.processes.first:
+            entry = compared(self.draft, self.held_out, self.masked_ids, self.evaluate(self.draft))
+        return self.processes.share(entry)
 
     def _state(self) -> dict[str, Any]:
         return {
