@@ -133,7 +133,7 @@ class IndependentOracle(Listed):
         """See Listed."""
         prompt = prefilled.prompt
         self._continuations.read(prompt)
-        self._noise = TokenNoise(self.seed, prompt.key, len(samples), self._vocab, self._device)
+        self._noise = TokenNoise(self.seed, prompt.key, range(len(samples)), self._vocab, self._device)
 
     def propose(self, samples: Sequence[Sample]) -> list[Proposed]:
         """See Listed."""
