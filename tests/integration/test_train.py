@@ -29,6 +29,7 @@ from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.shards import shard_path
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import read_target
+from alpamayo_dflash.train import run as run_module
 from alpamayo_dflash.train import trainer as trainer_module
 from alpamayo_dflash.train.checkpoint import load_training
 from alpamayo_dflash.train.optimizer import make_optimizer
@@ -77,7 +78,6 @@ def test_a_toy_is_learnt_to_nearly_the_longest_acceptance(made, tmp_path):
         {"loss_type": "ce+kl", "position_weights": "dpace", "dtype": "bfloat16"},
         {"loss_type": "lk", "labels": "argmax", "position_weights": "dpace"},
         {"train_embeddings": True, "prefix_weight_gamma": 3.0, "block_size": 4, "stride": 2},
-        pytest.param({"optimizer": "muon", "loss_type": "ce+kl"}, marks=HAS_MUON),
         {"cache_gib": 0.0, "num_workers": 2, "save_every": 3, "context_len": 3, "target_layers": "2"},
     ],
 )
@@ -253,7 +253,8 @@ def test_a_run_with_other_options_does_not_continue(made, tmp_path):
     assert again["losses"] != first["losses"]
 
 
-# As torchrun --standalone --nproc-per-node 2 does, but the two are forked after the imports.
+# As torchrun --standalone --nproc-per-node 2 does, but the two are forked after the imports. They get no
+# batch after a step, at which there is a checkpoint.
 TORCHRUN = """
 import sys
 from pathlib import Path
@@ -261,14 +262,36 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.run import run
 from alpamayo_dflash.train.start import first_draft
-target, data, out = sys.argv[1:]
-config = TrainConfig(target, Path(data), Path(out), num_epochs=1, batch_size=48, learning_rate=3e-3,
-                     num_draft_layers=1, held_out_chunks="3", log_interval=1,
-                     loss_type="ce+kl+tv+lk", position_weights="dpace")
+from alpamayo_dflash.train.trainer import Trainer
+target, data, out, last, changes = sys.argv[1:]
+config = TrainConfig(target, Path(data), Path(out), **eval(changes))
+batches = Trainer._batches
+def until(self):
+    for batch in batches(self):
+        if self.progress.step == int(last):
+            return
+        yield batch
+Trainer._batches = until
 launch = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="two",
                       start_method="fork", monitor_interval=0.1)
 elastic_launch(launch, run)(config)
 """
+
+
+def on_two(made, out, last, changes):
+    """Train on two processes as far as the step `last`."""
+    script = out.parent / "train.py"
+    script.write_text(TORCHRUN)
+    places = [str(made / "target"), str(made / "data"), str(out), str(last), repr(changes)]
+    done = subprocess.run(
+        [sys.executable, str(script), *places],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_starting_over_forgets_the_old_checkpoint(made, tmp_path, monkeypatch):
@@ -299,30 +322,68 @@ def test_a_checkpoint_of_other_data_does_not_continue(made, tmp_path):
         run(config)
 
 
-def test_two_processes_take_the_steps_of_one(made, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(TORCHRUN)
-    places = [str(made / "target"), str(made / "data"), str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, str(script), *places],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = read_json(tmp_path / "two" / "train.json")
-    mixed = {"loss_type": "ce+kl+tv+lk", "position_weights": "dpace"}
-    one = run(options(made, tmp_path / "one", num_epochs=1, **mixed))
-    assert two["steps"] == one["steps"]
-    for entry, other in zip(two["losses"], one["losses"], strict=True):
-        assert entry == pytest.approx(other, rel=1e-3, abs=1e-4)
-    assert two["evaluations"][0] == one["evaluations"][0]
-    found, expected = (weights(tmp_path / name / "checkpoint") for name in ("two", "one"))
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=2e-3, rtol=1e-2)
+def test_one_process_two_and_one_again_take_the_steps_of_one(made, tmp_path, monkeypatch):
+    """Interrupted twice and continued on another number of processes, with as many blocks a step."""
+    changes = {
+        "num_epochs": 12,
+        "batch_size": 96,
+        "learning_rate": 3e-3,
+        "num_draft_layers": 1,
+        "held_out_chunks": "3",
+        "log_interval": 1,
+        "loss_type": "ce+kl+tv+lk",
+        "position_weights": "dpace",
+    }
+    whole = run(options(made, tmp_path / "whole", **changes))
+    assert whole["steps"] == 72
+    config = options(made, tmp_path / "parts", **changes)
+    step = trainer_module.Trainer.step
+
+    class PulledError(Exception):
+        """The plug."""
+
+    def until_eight(self, batch):
+        if self.progress.step == 8:
+            raise PulledError
+        return step(self, batch)
+
+    monkeypatch.setattr(trainer_module.Trainer, "step", until_eight)
+    with pytest.raises(PulledError):
+        run(config)
+    monkeypatch.undo()
+    on_two(made, tmp_path / "parts", 60, changes | {"batch_size": 48})
+    state = read_json(tmp_path / "parts" / "checkpoint" / "trainer.json")
+    assert (state["world_size"], state["progress"]["step"]) == (2, 60)
+    parts = run(config)  # the 60 steps on two are 6 to 60
+    for found, expected in zip(parts["losses"], whole["losses"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5), found["step"]
+    assert parts["evaluations"][0] == whole["evaluations"][0]
+    assert [entry["tokens"] for entry in parts["evaluations"]] == [
+        entry["tokens"] for entry in whole["evaluations"]
+    ]
+    with pytest.raises(
+        ValueError, match=r"96 blocks a step on all processes \(1\), not with 48 on each of 1"
+    ):
+        run(dataclasses.replace(config, batch_size=48))
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "said"),
+    [
+        ({}, 2, r"96 blocks a step on all processes \(1\), not with 96 on each of 2; use a batch_size of 48"),
+        ({"batch_size": 14}, 7, "7 processes cannot share them equally"),
+        ({"batch_size": 48, "scale_lr": True}, 2, "made on 1 processes with scale_lr"),
+    ],
+)
+def test_another_number_of_processes_must_keep_the_step(made, tmp_path, changes, processes, said):
+    config = options(made, tmp_path / "out", num_epochs=1, scale_lr=changes.get("scale_lr", False))
+    run(config)
+    data = DistillData(made / "data")
+    with pytest.raises(ValueError, match=said):
+        run_module._earlier(dataclasses.replace(config, **changes), processes, data)
+    fitting = dataclasses.replace(config, batch_size=96 // 2)
+    if not config.scale_lr:
+        assert run_module._earlier(fitting, 2, data)["world_size"] == 1
 
 
 def test_training_goes_on_from_a_draft(made, tmp_path):

@@ -50,8 +50,10 @@ SUMMARY = "train.json"
 
 # Options that a continued run may change: they do not move its numbers. The target counts by its hash.
 # Where files lie is free: of the target, the data and the first draft the hashes are compared.
+# What a step does is compared over all processes.
 _FREE = frozenset(
     (
+        "batch_size",
         *("output_dir", "num_workers", "cache_gib", "resume", "other_target", "local_files_only"),
         *("target_model", "data_dir", "init_from", "take_over", "on_bad_shard"),
     )
@@ -166,12 +168,10 @@ def _earlier(config: TrainConfig, world_size: int, data: DistillData) -> dict[st
         first = read_config(config.init_from, context_len=config.context_len or data.manifest["context_len"])
     defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
     before, now = (
-        acting_options(values, data.manifest, first, str(folder / STATE)) | {"number of processes": count}
-        for values, count in (
-            (defaults | state["config"], state["world_size"]),
-            (to_plain(config), world_size),
-        )
+        acting_options(values, data.manifest, first, str(folder / STATE))
+        for values in (defaults | state["config"], to_plain(config))
     )
+    _check_step(folder, before, state["world_size"], config, world_size)
     for key in now.keys() - _FREE:
         if before.get(key) != now[key]:
             raise ValueError(
@@ -179,6 +179,32 @@ def _earlier(config: TrainConfig, world_size: int, data: DistillData) -> dict[st
                 "options, another output_dir, or --resume never to start over"
             )
     return state
+
+
+def _check_step(
+    folder: Path, before: Mapping[str, Any], before_size: int, config: TrainConfig, world_size: int
+) -> None:
+    """Refuse to go on where a step would not be of the same blocks at the same rate.
+
+    On another number of processes each takes other parts of a step's blocks, which rounds sums otherwise.
+
+    Raises:
+        ValueError: naming the batch size that would do, or the option that does not let the number change.
+    """
+    blocks = value_of(before, "batch_size", int, where=str(folder / STATE)) * before_size
+    if config.batch_size * world_size != blocks:
+        fitting = f"use a batch_size of {blocks // world_size}"
+        if blocks % world_size:
+            fitting = f"{world_size} processes cannot share them equally"
+        raise ValueError(
+            f"{folder}: made with {blocks} blocks a step on all processes ({before_size}), not with "
+            f"{config.batch_size} on each of {world_size}; {fitting}"
+        )
+    if config.scale_lr and world_size != before_size:
+        raise ValueError(
+            f"{folder}: made on {before_size} processes with scale_lr, which on {world_size} would change "
+            "the learning rate; use as many"
+        )
 
 
 def _check_parents(
