@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from alpamayo_dflash.bench.cards import cards_of, read_cards
-from alpamayo_dflash.bench.figures import figures, medians, spread, window_figures
+from alpamayo_dflash.bench.figures import (
+    distill_figures,
+    figures,
+    medians,
+    spread,
+    train_figures,
+    window_figures,
+)
 from alpamayo_dflash.bench.floors import TextShape, expert_work, floors, window_floors
 from alpamayo_dflash.cli.main import main, parse
 from alpamayo_dflash.common.artefacts import read_json
@@ -278,6 +285,20 @@ def test_the_heads_lengths_follow_from_their_counts():
 def test_the_cuda_tests_passed():
     shipped = read_json(RESULTS / "cuda_tests_h100.json")
     assert shipped["failed"] == 0 and shipped["passed"] >= 34
+
+
+def test_the_data_benchs_figures_follow_from_its_times():
+    shipped = read_json(RESULTS / "distill_h200.json")
+    assert shipped["figures"] == distill_figures(shipped["raw"])
+    texts = shipped["raw"]["texts"]
+    assert texts["equal"] + texts["near_ties"] == texts["texts"] == 144 and not texts["not_near_ties"]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*train_h*.json")), ids=lambda path: path.stem)
+def test_the_training_benchs_figures_follow_from_its_times(path):
+    shipped = read_json(path)
+    assert shipped["figures"] == train_figures(shipped["raw"])
+    assert shipped["spread"] == spread(shipped["raw"], train_figures)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*window_*.json")), ids=lambda path: path.stem)
