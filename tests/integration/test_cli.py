@@ -299,6 +299,12 @@ def test_demo(work: Path, tmp_path: Path, command: Command, monkeypatch: pytest.
     assert set(result["world_here"]) == set(figures)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["acceptance_length"] == result["acceptance_length"]
+    assert summary["settings"]["temperature"] == 0.6
+    greedy = json.loads((out / "evaluation-greedy" / "evaluation.json").read_text())
+    assert greedy["settings"]["temperature"] == 0
+    assert result["greedy"]["arms"] == greedy["arms"] and set(greedy["arms"]) == set(result["arms"])
+    page = (out / "report" / "report.html").read_text()
+    assert "<h2>Greedy: times" in page and "greedy acceptance length" in page
     assert (out / "report" / "report.html").exists()
     before = (out / "train" / "draft" / "model.safetensors").stat().st_mtime_ns
     again = command(*arguments)

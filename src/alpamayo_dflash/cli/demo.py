@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from alpamayo_dflash.train.config import TrainConfig
     from alpamayo_dflash.world.config import WorldConfig
 
+GREEDY = ("arms", "speedup", "acceptance_length", "acceptance_rate", "passes_per_coc", "acceptance_counts")
+"""What the summary holds of the greedy evaluation."""
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -34,6 +37,7 @@ class DemoConfig:
         held_out_chunks: chunks that only the evaluation sees.
         clips_per_chunk: clips of a chunk.
         num_samples: held-out clips to evaluate.
+        temperature: of the evaluation; a greedy one is beside it.
         layers_clips: training clips whose rollouts choose the layers.
         num_target_layers: layers to tap.
         context_len: tapped prompt positions that the draft sees.
@@ -54,6 +58,7 @@ class DemoConfig:
     held_out_chunks: int = 1
     clips_per_chunk: int = 60
     num_samples: int = 60
+    temperature: float = 0.6
     layers_clips: int = 16
     num_target_layers: int = 4
     context_len: int = 16
@@ -101,6 +106,7 @@ class Stages:
     distill: DistillConfig
     train: TrainConfig
     evaluate: EvaluateConfig
+    greedy: EvaluateConfig
 
 
 def stages(config: DemoConfig, target: str = "tiny") -> Stages:
@@ -112,6 +118,18 @@ def stages(config: DemoConfig, target: str = "tiny") -> Stages:
     from alpamayo_dflash.world.config import WorldConfig
 
     world, data, train = config.out / "world", config.out / "data", config.out / "train"
+    evaluate = EvaluateConfig(
+        draft_model=train / "draft",
+        alpamayo_model=target,
+        cache_dir=world,
+        chunks=config.held_out,
+        num_samples=config.num_samples,
+        temperature=config.temperature,
+        seed=config.seed,
+        detailed_timing=True,
+        local_files_only=True,
+        output_dir=config.out / "evaluation",
+    )
     return Stages(
         world=WorldConfig(
             out=world,
@@ -155,17 +173,9 @@ def stages(config: DemoConfig, target: str = "tiny") -> Stages:
             seed=config.seed,
             local_files_only=True,
         ),
-        evaluate=EvaluateConfig(
-            draft_model=train / "draft",
-            alpamayo_model=target,
-            cache_dir=world,
-            chunks=config.held_out,
-            num_samples=config.num_samples,
-            temperature=0.0,
-            seed=config.seed,
-            detailed_timing=True,
-            local_files_only=True,
-            output_dir=config.out / "evaluation",
+        evaluate=evaluate,
+        greedy=replace(
+            evaluate, temperature=0.0, detailed_timing=False, output_dir=config.out / "evaluation-greedy"
         ),
     )
 
@@ -174,8 +184,9 @@ def run(config: DemoConfig) -> dict[str, Any]:
     """Run every stage, then write summary.json and the report.
 
     Returns:
-        The summary without its rows: the evaluation's object, `world` (the world's figures, as shipped) and
-        `world_here` (the same over this run's own training clips), and the seconds of each stage.
+        The summary without its rows: the evaluation's object, `greedy` (the same keys of the greedy one, see
+        `GREEDY`), `world` (the world's figures, as shipped) and `world_here` (the same over this run's own
+        training clips), and the seconds of each stage.
 
     Raises:
         ValueError: the shipped target or its figures are missing.
@@ -219,6 +230,7 @@ def _run_stages(plan: Stages, console: Console) -> tuple[dict[str, float], bool]
         "distill": partial(distill, plan.distill),
         "train": partial(train, plan.train),
         "evaluate": partial(evaluate, plan.evaluate),
+        "greedy": partial(evaluate, plan.greedy),
     }
     seconds: dict[str, float] = {}
     for number, (name, step) in enumerate(steps.items(), start=1):
@@ -246,7 +258,9 @@ def _summary(plan: Stages, figures: dict[str, float]) -> dict[str, Any]:
     path = plan.train.output_dir / "train.json"
     training = read_json(path)
     kinds = {"evaluations": list[dict[str, Any]], "best_step": int}
+    greedy = read_evaluation(plan.greedy.output_dir / "evaluation.json")
     return evaluation | {
+        "greedy": {key: greedy[key] for key in GREEDY},
         "training": {key: value_of(training, key, kind, where=str(path)) for key, kind in kinds.items()},
         "world": figures,
         "world_here": figures_of(list(sampled.values())),

@@ -115,6 +115,13 @@ class _Origin(TypedDict):
     command: str
 
 
+class _Greedy(TypedDict):
+    acceptance_length: float | None
+    acceptance_rate: float | None
+    arms: dict[str, _Arm]
+    speedup: dict[str, Any] | None
+
+
 class Evaluation(TypedDict):
     """What is read of an evaluation, or of a demo's summary; older ones lack what need not be there."""
 
@@ -130,6 +137,7 @@ class Evaluation(TypedDict):
     decode_parts: NotRequired[dict[str, _Part] | None]
     sources: NotRequired[dict[str, int] | None]
     audit: NotRequired[_Audit | None]
+    greedy: NotRequired[_Greedy | None]
     training: NotRequired[_Training | None]
     world: NotRequired[dict[str, float] | None]
     world_here: NotRequired[dict[str, float] | None]
@@ -192,8 +200,9 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 def _check(result: dict[str, Any]) -> None:
     """What the kinds of the values do not say: which arms, figures and parts belong together."""
-    arms, rows = result["arms"], result.get("clip_rows", [])
-    for found in (arms, *(row["arms"] for row in rows)):
+    rows = result.get("clip_rows", [])
+    evaluations = [result, result["greedy"]] if result.get("greedy") else [result]
+    for found in (*(each["arms"] for each in evaluations), *(row["arms"] for row in rows)):
         if not set(found) <= set(ARM_NAMES) or (rows and set(found) != set(rows[0]["arms"])):
             raise ValueError(f"arms are {sorted(found)!r:.200}; known are {', '.join(ARM_NAMES)}")
     if rows and len(rows[0]["arms"]) not in (1, len(ARM_NAMES)):
@@ -205,9 +214,10 @@ def _check(result: dict[str, Any]) -> None:
     for each in (result.get("audit") or {}).get("differences", []):
         if each["kind"] == "token" and not {"stored", "own"} <= each.keys():
             raise ValueError("audit.differences: one of kind 'token' lacks stored or own")
-    for name, value in (result["speedup"] or {}).items():
-        if name != "quartiles":
-            checked(value, float | None, f"speedup.{name}")
+    for each in evaluations:
+        for name, value in (each["speedup"] or {}).items():
+            if name != "quartiles":
+                checked(value, float | None, f"speedup.{name}")
     _check_sizes(result, "")
 
 

@@ -71,7 +71,10 @@ class Table:
 def all_tables(result: Mapping[str, Any]) -> list[Table]:
     """Every table that the JSON object has the numbers for."""
     optional = (parts(result), world(result), failures(result), audit(result))
-    return [comparison(result), quality(result), *(table for table in optional if table is not None)]
+    first = [comparison(result), quality(result)]
+    if result.get("greedy"):
+        first.append(comparison(result["greedy"], "Greedy: "))
+    return [*first, *(table for table in optional if table is not None)]
 
 
 def bench_tables(result: Mapping[str, Any]) -> list[Table]:
@@ -157,8 +160,13 @@ def window(result: Mapping[str, Any]) -> Table | None:
     return Table("A window, camera to trajectory (ms, medians, one sample)", header, tuple(rows))
 
 
-def comparison(result: Mapping[str, Any]) -> Table:
-    """Times of each arm, tokens a second of decode, and how many times faster DFlash is."""
+def comparison(result: Mapping[str, Any], kind: str = "") -> Table:
+    """Times of each arm, tokens a second of decode, and how many times faster DFlash is.
+
+    Args:
+        result: an evaluation's object, or the greedy part of a demo's summary.
+        kind: stands before the title.
+    """
     speedup = result["speedup"] or {}
     rows = []
     for arm, times in result["arms"].items():
@@ -172,7 +180,8 @@ def comparison(result: Mapping[str, Any]) -> Table:
             )
         )
     header = ("arm", "prefill", "decode", "action", "total", "tokens/s", "decode", "total")
-    return Table("Times (ms, medians over clips), and how many times faster DFlash is", header, tuple(rows))
+    title = "times (ms, medians over clips), and how many times faster DFlash is"
+    return Table(kind + title if kind else title[0].upper() + title[1:], header, tuple(rows))
 
 
 def quality(result: Mapping[str, Any]) -> Table:
@@ -183,6 +192,12 @@ def quality(result: Mapping[str, Any]) -> Table:
         ("acceptance length (tokens a pass)", _number(result["acceptance_length"], 2)),
         ("acceptance rate", _share(result["acceptance_rate"])),
     ]
+    if result.get("greedy"):
+        greedy = result["greedy"]
+        rows += [
+            ("greedy acceptance length", _number(greedy["acceptance_length"], 2)),
+            ("greedy acceptance rate", _share(greedy["acceptance_rate"])),
+        ]
     if lossless["of"]:
         rows += [
             ("greedy CoC equal to autoregressive", f"{lossless['greedy_identical']} of {lossless['of']}"),
