@@ -3,6 +3,7 @@
 import pytest
 
 from alpamayo_dflash.evaluate.acceptance import ClipCounts, length_ratio, pooled, study_figures
+from alpamayo_dflash.report.tables import study_tables
 
 TOKENS = (10, 12, 14, 16)
 
@@ -79,3 +80,10 @@ def test_the_best_recipe_is_the_one_of_least_ms():
     assert found["best"] == "dflash"
     study["bench_raw"]["picks_ms"]["gru"] = [0.6]
     assert study_figures(study)["all"]["best"] == "gru kl"
+
+
+def test_the_studys_table():
+    (table,) = study_tables({"results": "somewhere", **study_figures(results())})
+    assert table.rows[0][:3] == ("dflash", "2", "5")
+    assert table.rows[1][0] == "gru kl (best)" and table.rows[1][3:5] == ("4.80", "80.0 %")
+    assert table.rows[1][-2] == "–" and table.rows[1][-1].startswith("1.20 [")

@@ -160,6 +160,44 @@ def window(result: Mapping[str, Any]) -> Table | None:
     return Table("A window, camera to trajectory (ms, medians, one sample)", header, tuple(rows))
 
 
+def study_tables(result: Mapping[str, Any]) -> list[Table]:
+    """A study's recipes, a table for each amount of data; `result` holds its figures."""
+    header = (
+        "recipe",
+        "seeds",
+        "steps",
+        "at T 0.6",
+        "of the ceiling",
+        "greedy",
+        "passes",
+        "ms",
+        "over plain",
+    )
+    tables = []
+    for data, found in result.items():
+        if not isinstance(found, Mapping) or "recipes" not in found:
+            continue
+        rows = []
+        for recipe, row in found["recipes"].items():
+            ratio = row.get("over_dflash")
+            rows.append(
+                (
+                    recipe + (" (best)" if recipe == found["best"] else ""),
+                    str(row["seeds"]),
+                    str(row["steps"]),
+                    _number(row["acceptance_length"], 2),
+                    _share(row.get("ceiling_share")),
+                    _number(row["greedy_acceptance_length"], 2),
+                    _number(row["passes_per_coc"], 2),
+                    _number(row.get("ms_per_coc"), 1),
+                    "{:.2f} [{:.2f}, {:.2f}]".format(*ratio) if ratio else "–",
+                )
+            )
+        title = f"Tokens a pass on test clips, trained on {data} of the demo's clips; a CoC's passes and ms"
+        tables.append(Table(title, header, tuple(rows)))
+    return tables
+
+
 def comparison(result: Mapping[str, Any], kind: str = "") -> Table:
     """Times of each arm, tokens a second of decode, and how many times faster DFlash is.
 
