@@ -83,7 +83,9 @@ def test_the_best_recipe_is_the_one_of_least_ms():
 
 
 def test_the_studys_table():
-    (table,) = study_tables({"results": "somewhere", **study_figures(results())})
+    study = results()
+    study["units"]["2"]["validation"] = {"tokens": 60, "passes": 15}
+    (table,) = study_tables({"results": "somewhere", **study_figures(study)})
     assert table.rows[0][:3] == ("dflash", "2", "5")
     assert table.rows[1][0] == "gru kl (best)" and table.rows[1][3:5] == ("4.80", "80.0 %")
     assert table.rows[1][-2] == "–" and table.rows[1][-1].startswith("1.20 [")
