@@ -285,7 +285,7 @@ class TrainConfig:
             TypeError: there is no such option.
         """
         given = {"target_model": target_model, "data_dir": data_dir, "output_dir": output_dir, **options}
-        return cls(**{name: kind(**_taken(given, kind)) for name, kind in _none_left(given).items()})
+        return cls(**{name: kind(**_taken(given, kind)) for name, kind in _components(given).items()})
 
     def changed(self, **options: Any) -> TrainConfig:
         """The same with other values of some options, by name alone.
@@ -293,7 +293,7 @@ class TrainConfig:
         Raises:
             TypeError: there is no such option.
         """
-        parts = _none_left(options)
+        parts = _components(options)
         return TrainConfig(
             **{name: replace(getattr(self, name), **_taken(options, kind)) for name, kind in parts.items()}
         )
@@ -327,8 +327,8 @@ def _taken(options: Mapping[str, Any], kind: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in names}
 
 
-def _none_left(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The components, if each option is of one of them."""
+def _components(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The components by name, once each option is of one of them."""
     known = {option.name for kind in _PARTS.values() for option in fields(kind)}
     if unknown := sorted(options.keys() - known):
         raise TypeError(f"training has no option {', '.join(unknown)}")
