@@ -164,7 +164,7 @@ def test_a_merged_manifest(tmp_path):
 
 def test_a_trainers_state(tmp_path):
     write_distill(tmp_path / "data")
-    config = TrainConfig("tiny", tmp_path / "data", tmp_path / "out")
+    config = TrainConfig.flat("tiny", tmp_path / "data", tmp_path / "out")
     folder = tmp_path / "out" / "checkpoint"
     write_checkpoint(folder, config)
     data = DistillData(tmp_path / "data")

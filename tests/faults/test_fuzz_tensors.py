@@ -189,7 +189,7 @@ def test_a_mask_embedding_beside_a_draft(tmp_path):
 
 
 def test_tensors_of_an_optimizer(tmp_path):
-    config = TrainConfig("tiny", tmp_path, tmp_path / "out")
+    config = TrainConfig.flat("tiny", tmp_path, tmp_path / "out")
     draft, optimizer = write_checkpoint(tmp_path / "checkpoint", config)
     read = partial(load_training, tmp_path / "checkpoint", draft, optimizer)
     fuzz("train: optimizer's tensors", 80, tmp_path, tmp_path / "checkpoint" / OPTIMIZER, read)

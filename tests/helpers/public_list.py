@@ -6,6 +6,7 @@ needs a word in `CHANGELOG.md`.
 
 import dataclasses
 import json
+import typing
 from pathlib import Path
 
 from alpamayo_dflash.cli import main as cli
@@ -23,8 +24,17 @@ def _flags(config):
         "--" + field.name.replace("_", "-"): "required"
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         else repr(str(field.default) if isinstance(field.default, Path) else field.default)
-        for field in dataclasses.fields(config)
+        for field in all_fields(config)
     }
+
+
+def all_fields(config):
+    """A config's options, those of its components too: their flags are their names alone."""
+    found, kinds = [], typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kind = kinds[field.name]
+        found += all_fields(kind) if dataclasses.is_dataclass(kind) else [field]
+    return found
 
 
 if __name__ == "__main__":

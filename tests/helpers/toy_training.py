@@ -135,7 +135,7 @@ def options(made, out, **changes):
         "log_interval": 1,
         **changes,
     }
-    return TrainConfig(str(made / "target"), made / "data", out, **values)
+    return TrainConfig.flat(str(made / "target"), made / "data", out, **values)
 
 
 def weights(folder):

@@ -25,6 +25,7 @@ import torch
 from documents import Block, blocks, commands
 from hub import Hub
 from loaded_models import TheirAlpamayo, inputs_of
+from public_list import all_fields
 from random_target import random_target
 
 from alpamayo_dflash import Alpamayo, ClipSource
@@ -186,7 +187,7 @@ def lacks_nothing(words: list[str]) -> bool:
     if words[0] != "alpamayo-dflash" or words[1] not in cli.COMMANDS:
         return words != ["alpamayo-dflash", "SUBCOMMAND", "--help"]
     config = cli._load(cli.COMMANDS[words[1]].config)
-    fields = {f"--{field.name.replace('_', '-')}": field for field in dataclasses.fields(config)}
+    fields = {f"--{field.name.replace('_', '-')}": field for field in all_fields(config)}
     given = {word for word in words if word.startswith("--")}
     assert given <= fields.keys(), f"{shlex.join(words)}: no such option: {sorted(given - fields.keys())}"
     needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}

@@ -45,7 +45,7 @@ def options(made, out, **changes):
         "real_acceptance_seeds": 2,
         **changes,
     }
-    return TrainConfig("tiny", made / "data", out, **values)
+    return TrainConfig.flat("tiny", made / "data", out, **values)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,8 @@ def test_no_file_names_the_packages_folder(trained):
     assert len(written) >= 6
     for path in written:
         assert str(SHIPPED) not in path.read_text(), path
-    assert read_json(trained / "train8" / "train.json")["provenance"]["config"]["target_model"] == "tiny"
+    config = read_json(trained / "train8" / "train.json")["provenance"]["config"]
+    assert config["run"]["target_model"] == "tiny"
     assert read_json(trained / "data" / "manifest-rank0.json")["provenance"]["config"]["model_path"] == "tiny"
 
 

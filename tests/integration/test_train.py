@@ -129,7 +129,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(made, tmp_path, monkeypa
         with pytest.raises(PulledError):
             run(config)
     monkeypatch.setattr(trainer_module.Trainer, "step", step)
-    parts = run(dataclasses.replace(config, num_workers=0, resume="must"))
+    parts = run(config.changed(num_workers=0, resume="must"))
     for key in ("steps", "best_step", "acceptance_length", "evaluations", "losses"):
         assert parts[key] == whole[key]
     for folder in ("draft", "checkpoint"):
@@ -204,20 +204,37 @@ def test_a_step_is_not_read_before_the_next_log_entry_or_evaluation(made, tmp_pa
 def test_a_checkpoint_of_other_options_is_refused_or_goes_on_where_they_are_the_same(made, tmp_path):
     config = options(made, tmp_path / "out", num_epochs=1, loss_type="ce+tv+kl")
     run(config)
-    assert run(dataclasses.replace(config, loss_type="kl+ce+tv"))["nothing_to_do"]
+    assert run(config.changed(loss_type="kl+ce+tv"))["nothing_to_do"]
     with pytest.raises(ValueError, match=r"made with loss_type 'ce\+kl\+tv', not 'ce\+kl'"):
-        run(dataclasses.replace(config, loss_type="kl+ce"))
+        run(config.changed(loss_type="kl+ce"))
     path = tmp_path / "out" / "checkpoint" / "trainer.json"
     state = read_json(path)
     # An earlier version did not have the option, and did what is its default now.
-    del state["config"]["labels"]
+    del state["config"]["loss"]["labels"]
     path.write_text(json.dumps(state))
     assert run(config)["nothing_to_do"]
     with pytest.raises(ValueError, match="made with labels 'emitted', not 'argmax'"):
-        run(dataclasses.replace(config, labels="argmax"))
-    state["config"]["loss"] = {"terms": ["ce"]}
+        run(config.changed(labels="argmax"))
+    state["config"]["loss"]["terms"] = ["ce"]
     path.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=r"options that this version does not have, \['loss'\]"):
+    with pytest.raises(ValueError, match=r"options that this version does not have, \['terms'\]"):
+        run(config)
+
+
+def test_a_training_from_before_options_stood_by_component(made, tmp_path):
+    """Finished it is what it was; unfinished it is refused, for its steps were others."""
+    config = options(made, tmp_path / "out", num_epochs=1)
+    run(config)
+    path = tmp_path / "out" / "checkpoint" / "trainer.json"
+    state = read_json(path)
+    state["config"] = {name: value for part in state["config"].values() for name, value in part.items()}
+    path.write_text(json.dumps(state))
+    assert run(config)["nothing_to_do"]
+    with pytest.raises(ValueError, match="made with seed 0, not 1"):
+        run(config.changed(seed=1))
+    state["progress"]["step"] -= 1
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="unfinished, and of a version before options stood by component"):
         run(config)
 
 
@@ -226,7 +243,7 @@ def test_a_checkpoint_of_another_optimizer_does_not_continue(made, tmp_path):
     config = options(made, tmp_path / "out", num_epochs=1, optimizer="muon")
     run(config)
     with pytest.raises(ValueError, match="made with optimizer 'muon', not 'adamw'"):
-        run(dataclasses.replace(config, optimizer="adamw"))
+        run(config.changed(optimizer="adamw"))
     kept = load_file(tmp_path / "out" / "checkpoint" / "optimizer.safetensors")
     matrix, vector = "layers.0.mlp.up_proj.weight", "norm.weight"
     assert {name for name in kept if name.startswith(f"{matrix}:")} == {f"{matrix}:momentum_buffer"}
@@ -234,7 +251,7 @@ def test_a_checkpoint_of_another_optimizer_does_not_continue(made, tmp_path):
         f"{vector}:{part}" for part in ("step", "exp_avg", "exp_avg_sq")
     }
     draft = DFlashDraft.from_pretrained(tmp_path / "out" / "checkpoint")
-    other = make_optimizer(draft, dataclasses.replace(config, optimizer="adamw"), 1)
+    other = make_optimizer(draft, config.changed(optimizer="adamw"), 1)
     with pytest.raises(ValueError, match=r"momentum_buffer.*the optimizer keeps numbers of shapes.*exp_avg"):
         load_training(tmp_path / "out" / "checkpoint", draft, other)
 
@@ -242,14 +259,14 @@ def test_a_checkpoint_of_another_optimizer_does_not_continue(made, tmp_path):
 def test_a_run_with_other_options_does_not_continue(made, tmp_path):
     config = options(made, tmp_path / "out", num_epochs=1)
     with pytest.raises(ValueError, match="no checkpoint to resume from"):
-        run(dataclasses.replace(config, resume="must"))
+        run(config.changed(resume="must"))
     first = run(config)
     with pytest.raises(ValueError, match=r"made with learning_rate 0\.003, not 0\.001"):
-        run(dataclasses.replace(config, learning_rate=1e-3))
+        run(config.changed(learning_rate=1e-3))
     # The target counts by its hash, not by what it is called.
-    shutil.copytree(config.target_model, tmp_path / "renamed")
-    assert run(dataclasses.replace(config, target_model=str(tmp_path / "renamed")))["nothing_to_do"]
-    again = run(dataclasses.replace(config, learning_rate=1e-3, resume="never"))
+    shutil.copytree(config.run.target_model, tmp_path / "renamed")
+    assert run(config.changed(target_model=str(tmp_path / "renamed")))["nothing_to_do"]
+    again = run(config.changed(learning_rate=1e-3, resume="never"))
     assert again["losses"] != first["losses"]
 
 
@@ -264,7 +281,7 @@ from alpamayo_dflash.train.run import run
 from alpamayo_dflash.train.start import first_draft
 from alpamayo_dflash.train.trainer import Trainer
 target, data, out, last, changes = sys.argv[1:]
-config = TrainConfig(target, Path(data), Path(out), **eval(changes))
+config = TrainConfig.flat(target, Path(data), Path(out), **eval(changes))
 batches = Trainer._batches
 def until(self):
     for batch in batches(self):
@@ -313,7 +330,7 @@ def test_starting_over_forgets_the_old_checkpoint(made, tmp_path, monkeypatch):
 def test_a_checkpoint_of_other_data_does_not_continue(made, tmp_path):
     other = tmp_path / "data"
     shutil.copytree(made / "data", other)
-    config = dataclasses.replace(options(made, tmp_path / "out", num_epochs=1), data_dir=other)
+    config = options(made, tmp_path / "out", num_epochs=1).changed(data_dir=other)
     run(config)
     manifest = next(other.glob("manifest-rank*.json"))
     content = read_json(manifest)
@@ -364,7 +381,7 @@ def test_one_process_two_and_one_again_take_the_steps_of_one(made, tmp_path, mon
     with pytest.raises(
         ValueError, match=r"96 blocks a step on all processes \(1\), not with 48 on each of 1"
     ):
-        run(dataclasses.replace(config, batch_size=48))
+        run(config.changed(batch_size=48))
 
 
 @pytest.mark.parametrize(
@@ -380,9 +397,9 @@ def test_another_number_of_processes_must_keep_the_step(made, tmp_path, changes,
     run(config)
     data = DistillData(made / "data")
     with pytest.raises(ValueError, match=said):
-        run_module._earlier(dataclasses.replace(config, **changes), processes, data)
-    fitting = dataclasses.replace(config, batch_size=96 // 2)
-    if not config.scale_lr:
+        run_module._earlier(config.changed(**changes), processes, data)
+    fitting = config.changed(batch_size=96 // 2)
+    if not config.optimizer.scale_lr:
         assert run_module._earlier(fitting, 2, data)["world_size"] == 1
 
 
@@ -427,7 +444,7 @@ def test_a_head_on_previous_picks_is_trained_kept_and_let_go(made, tmp_path, kin
     reduced = first_draft(config, manifest, read_target(made / "target"), fewer)
     assert (reduced.config.previous_head, reduced.config.previous_size) == (kind, 8)
     assert torch.equal(reduced.previous.out.weight, best["previous.out.weight"][fewer])
-    other = dataclasses.replace(config, previous_head="mlp" if kind == "gru" else "gru")
+    other = config.changed(previous_head="mlp" if kind == "gru" else "gru")
     anew = first_draft(other, manifest, read_target(made / "target"))
     assert anew.previous.kind != kind and not anew.previous.out.weight.any()
     assert torch.equal(anew.fc.weight, best["fc.weight"])
@@ -456,7 +473,7 @@ def test_a_draft_of_another_vocabulary_is_resized_by_option(made, tmp_path):
     config = options(made, tmp_path / "b", init_from=tmp_path / "small", num_draft_layers=None, num_epochs=1)
     with pytest.raises(ValueError, match=r"54 tokens, the target's 64.*--full-vocab"):
         run(config)
-    result = run(dataclasses.replace(config, full_vocab=True))
+    result = run(config.changed(full_vocab=True))
     draft = DFlashDraft.from_pretrained(result["draft"])
     assert draft.config.mask_token_id == V
     head = load_file(made / "target" / "model.safetensors")["vlm.lm_head.weight"]
@@ -484,13 +501,11 @@ def test_another_target_is_refused(made, tmp_path):
     tensors = load_file(path)
     tensors["vlm.lm_head.weight"] += 1
     save_file(tensors, path)
-    config = dataclasses.replace(
-        options(made, tmp_path / "out", num_epochs=1), target_model=str(tmp_path / "other")
-    )
+    config = options(made, tmp_path / "out", num_epochs=1).changed(target_model=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="made with another target"):
         run(config)
-    assert run(dataclasses.replace(config, other_target=True))["steps"] > 0
-    config = dataclasses.replace(config, output_dir=tmp_path / "fresh")
+    assert run(config.changed(other_target=True))["steps"] > 0
+    config = config.changed(output_dir=tmp_path / "fresh")
     write_vlm(tmp_path / "other", LAYERS + 1)
     with pytest.raises(ValueError, match="num_target_layers 3; this target has 4"):
         run(config)
@@ -502,7 +517,7 @@ def test_another_target_is_refused(made, tmp_path):
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         run(config)
     with pytest.raises(ValueError, match="no such folder"):
-        run(dataclasses.replace(config, target_model=str(tmp_path / "none")))
+        run(config.changed(target_model=str(tmp_path / "none")))
 
 
 def test_a_corrupt_shard_is_named(made, tmp_path):
@@ -510,7 +525,7 @@ def test_a_corrupt_shard_is_named(made, tmp_path):
     subprocess.run(["cp", "-r", str(made / "data"), str(data)], check=True)
     path = shard_path(data, "rank0-1.safetensors")
     path.write_bytes(path.read_bytes()[:-1000])
-    config = dataclasses.replace(options(made, tmp_path / "out"), data_dir=data)
+    config = options(made, tmp_path / "out").changed(data_dir=data)
     with pytest.raises(ValueError, match=r"rank0-1.safetensors: .*corrupt"):
         run(config)
 
@@ -522,10 +537,10 @@ def test_a_corrupt_response_is_named_when_it_is_read_or_its_shard_left_out(made,
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    config = dataclasses.replace(options(made, tmp_path / "out"), data_dir=data)
+    config = options(made, tmp_path / "out").changed(data_dir=data)
     with pytest.raises(ValueError, match=r"rank0-1.safetensors: corrupt, .* is not what was written"):
         run(config)
-    config = dataclasses.replace(config, output_dir=tmp_path / "less", on_bad_shard="skip")
+    config = config.changed(output_dir=tmp_path / "less", on_bad_shard="skip")
     result = run(config)
     assert list(result["bad_shards"]) == ["rank0-1.safetensors"]
     assert "1 shards left out" in capsys.readouterr().err
@@ -536,7 +551,7 @@ def test_a_corrupt_response_is_named_when_it_is_read_or_its_shard_left_out(made,
     assert read_json(tmp_path / "less" / "train.json")["bad_shards"] == result["bad_shards"]
     assert run(config)["nothing_to_do"]
     with pytest.raises(ValueError, match="made from another distill"):  # the whole set is another one
-        run(dataclasses.replace(config, data_dir=made / "data"))
+        run(config.changed(data_dir=made / "data"))
 
 
 def test_a_checkpoint_with_files_of_another_is_refused(made, tmp_path):
@@ -553,6 +568,6 @@ def test_starting_over_removes_nothing_where_the_draft_cannot_be_replaced(made, 
     run(config)
     (tmp_path / "out" / "draft" / "README.md").write_text("card")
     with pytest.raises(ValueError, match=r"holds \['README\.md'\]"):
-        run(dataclasses.replace(config, resume="never"))
+        run(config.changed(resume="never"))
     assert (tmp_path / "out" / "checkpoint" / "trainer.json").exists()
     assert run(config)["nothing_to_do"]

@@ -85,7 +85,7 @@ def test_the_simulated_acceptance_is_the_real_one(tmp_path, block_size):
     target.save_pretrained(tmp_path / "target")
     prompts, responses = distilled(tmp_path, target)
     trained = run(
-        TrainConfig(
+        TrainConfig.flat(
             str(tmp_path / "target"),
             tmp_path / "data",
             tmp_path / "out",
@@ -160,7 +160,7 @@ def options(folder, out, **changes):
         "log_interval": 1,
         **changes,
     }
-    return TrainConfig(str(folder / "target"), folder / "data", out, **values)
+    return TrainConfig.flat(str(folder / "target"), folder / "data", out, **values)
 
 
 @pytest.mark.parametrize("changes", [{}, {"loss_type": "ce+kl", "position_weights": "dpace"}])
@@ -226,7 +226,7 @@ def test_a_reduced_head_is_chosen_anew_kept_or_dropped(small, tmp_path, capsys):
         assert DFlashDraft.from_pretrained(found["draft"]).config.draft_vocab_size == expected
     assert run(wide)["nothing_to_do"]
     with pytest.raises(ValueError, match="made with draft_vocab_size"):
-        run(dataclasses.replace(wide, draft_vocab_size=different + 41))
+        run(wide.changed(draft_vocab_size=different + 41))
     draft = DFlashDraft.from_pretrained(tmp_path / "wide" / "checkpoint")
     draft.draft_token_ids[-1] += 1
     optimizer = make_optimizer(draft, wide, 1)

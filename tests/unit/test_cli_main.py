@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from public_list import all_fields
 
 from alpamayo_dflash.cli import main as cli
 from alpamayo_dflash.cli.demo import DemoConfig, stages
@@ -58,7 +58,7 @@ def config_class(name: str) -> Any:
 
 
 def options(name: str) -> set[str]:
-    return {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config_class(name))}
+    return {f"--{field.name.replace('_', '-')}" for field in all_fields(config_class(name))}
 
 
 def documented(kinds: tuple[str, ...]) -> list[tuple[str, str, str, str]]:
@@ -187,9 +187,10 @@ def test_demo_keeps_training_and_evaluation_apart() -> None:
     plan = stages(DemoConfig(Path("o"), num_chunks=5, held_out_chunks=2), "target")
     assert plan.layers.chunks == plan.distill.chunks == "0-2"
     assert plan.evaluate.chunks == "3-4"
-    assert plan.train.held_out_chunks == "2"
-    assert plan.train.data_dir == plan.distill.output_dir
-    assert plan.evaluate.temperature == 0.0
+    assert plan.train.data.held_out_chunks == "2"
+    assert plan.train.data.data_dir == plan.distill.output_dir
+    assert plan.evaluate.temperature == 0.6 and plan.greedy.temperature == 0.0
+    assert plan.evaluate.output_dir != plan.greedy.output_dir
     assert plan.evaluate.cache_dir == plan.world.out
 
 
@@ -232,7 +233,8 @@ TARGET_OPTIONS = {
 @pytest.mark.parametrize(("name", "option"), TARGET_OPTIONS.items())
 def test_every_command_that_takes_a_target_takes_tiny(name: str, option: str) -> None:
     _, config = cli.parse([name, *REQUIRED[name], option, "tiny"])
-    given = getattr(config, option[2:].replace("-", "_"))
+    part = config.run if name == "train" else config
+    given = getattr(part, option[2:].replace("-", "_"))
     assert given == "tiny"  # a Path would be a folder of that name
     assert checkpoint_folder(given) == SHIPPED
     assert str(SHIPPED) not in json.dumps(to_plain(config))
@@ -246,5 +248,5 @@ def test_the_measurements_of_tiny_take_it_by_themselves(name: str) -> None:
 
 def test_the_demo_names_tiny_in_every_stage() -> None:
     plan = stages(DemoConfig(Path("o")))
-    named = (plan.layers.model_path, plan.distill.model_path, plan.train.target_model)
+    named = (plan.layers.model_path, plan.distill.model_path, plan.train.run.target_model)
     assert {*named, plan.evaluate.alpamayo_model} == {"tiny"}

@@ -1,8 +1,10 @@
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from alpamayo_dflash.train.config import TrainConfig, decay_gamma
+from alpamayo_dflash.common.artefacts import to_plain
+from alpamayo_dflash.train.config import DEFAULTS, TrainConfig, decay_gamma, flattened
 
 
 @pytest.mark.parametrize(
@@ -26,7 +28,7 @@ from alpamayo_dflash.train.config import TrainConfig, decay_gamma
 )
 def test_a_wrong_value_is_named(change, said):
     with pytest.raises(ValueError, match=said):
-        TrainConfig("target", Path("data"), Path("out"), **change)
+        TrainConfig.flat("target", Path("data"), Path("out"), **change)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,25 @@ def test_a_wrong_value_is_named(change, said):
     ],
 )
 def test_the_stored_logits_are_read_where_something_needs_them(changes, needed):
-    assert TrainConfig("target", Path("data"), Path("out"), **changes).needs_teacher is needed
+    assert TrainConfig.flat("target", Path("data"), Path("out"), **changes).loss.needs_teacher is needed
+
+
+def test_options_go_by_name_alone_and_stand_by_component():
+    config = TrainConfig.flat("target", Path("data"), Path("out"), learning_rate=1e-3, loss_type="kl")
+    assert (config.optimizer.learning_rate, config.loss.loss_type) == (1e-3, "kl")
+    other = config.changed(batch_size=7, loss_type="ce")
+    assert other == TrainConfig.flat(
+        "target", Path("data"), Path("out"), learning_rate=1e-3, loss_type="ce", batch_size=7
+    )
+    assert config.schedule.batch_size == 64
+    plain = flattened(to_plain(other))
+    assert plain == DEFAULTS | plain and plain.keys() == DEFAULTS.keys() | {
+        *("target_model", "data_dir", "output_dir")
+    }
+    assert (plain["batch_size"], plain["output_dir"]) == (7, "out")
+    for make in (partial(TrainConfig.flat, "target", Path("data"), Path("out")), config.changed):
+        with pytest.raises(TypeError, match="no option batchsize, rate"):
+            make(rate=1, batchsize=2, seed=3)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_labels_outside_a_reduced_head_get_no_weight_and_are_counted(rows, posit
     labels = torch.tensor([[5, 3, 9, 1, 0, 2]])  # 3 and 0 are not kept
     ids[4] = torch.tensor([0, 3, 4, 7])
     hidden.requires_grad_()
-    options = TrainConfig("", Path(), Path(), loss_type="kl", position_weights=position_weights)
+    options = TrainConfig.flat("", Path(), Path(), loss_type="kl", position_weights=position_weights)
     labelled = torch.ones(1, 6, dtype=torch.bool)
     batch = BlockBatch(*(torch.zeros(1),) * 4, labels, labelled, torch.arange(6), [6], logits, ids)
     (ce, kl), sums = BlockLoss(Fixed(hidden, head[KEPT], KEPT, 7), options)(batch)
@@ -177,7 +177,7 @@ def test_labels_outside_a_reduced_head_get_no_weight_and_are_counted(rows, posit
     ]
     weights = decay_weights(6, 3.5)
     if position_weights == "dpace":
-        weights = dpace_weights(torch.tensor([each]), labelled, options.dpace_alpha)[0]
+        weights = dpace_weights(torch.tensor([each]), labelled, options.loss.dpace_alpha)[0]
     assert float(ce.detach()) == pytest.approx(sum(float(weights[i]) * each[i] for i in inside), rel=1e-5)
     taught = [i for i in range(6) if set(ids[i].tolist()) & set(KEPT.tolist())]
     assert 4 not in taught
@@ -193,7 +193,7 @@ def test_labels_may_be_the_targets_best_tokens(rows):
     logits[0, int(logits[0].argmax())] = -torch.inf  # what may not be written is no label
     labels, labelled = torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 6, dtype=torch.bool)
     batch = BlockBatch(*(torch.zeros(1),) * 4, labels, labelled, torch.arange(6), [6], logits, ids)
-    options = TrainConfig("", Path(), Path(), labels="argmax")
+    options = TrainConfig.flat("", Path(), Path(), labels="argmax")
     best = [max(zip(*row, strict=True))[1] for row in zip(logits.tolist(), ids.tolist(), strict=True)]
     (ce,), _ = BlockLoss(Fixed(hidden, head, None, 7), options)(batch)
     each = [naive_ce(h, head, token) for h, token in zip(hidden, best, strict=True)]
@@ -218,7 +218,7 @@ def test_a_head_of_previous_tokens_shifts_the_loss(rows):
     draft.previous = SimpleNamespace(out=SimpleNamespace(weight=out))
     asked = []
     draft.shift_codes = lambda *given: asked.append(given) or codes
-    options = TrainConfig("", Path(), Path(), loss_type="tv")
+    options = TrainConfig.flat("", Path(), Path(), loss_type="tv")
     (_, tv), _ = BlockLoss(draft, options)(batch)
     assert [value is other for value, other in zip(asked[0], (hidden, anchors), strict=False)] == [True] * 2
     assert asked[0][2] is batch.labels

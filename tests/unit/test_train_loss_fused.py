@@ -56,10 +56,10 @@ def gradients(draft, config, chunk_elements, weights):
     data = block_data(Set())
     batch = data.batch(data.blocks(range(len(LENGTHS))))
     loss = BlockLoss(draft, config, chunk_elements)
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.run.dtype == "bfloat16"):
         sums, report = loss(batch)
     chosen = {term.name: total for term, total in zip(loss.terms, sums, strict=True)}
-    mixed = [weights[term.name] * chosen[term.name] / report[0] for term in config.terms]
+    mixed = [weights[term.name] * chosen[term.name] / report[0] for term in config.loss.terms]
     parameters = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     found = torch.autograd.grad(sum(mixed), parameters)
     return torch.stack([total.detach() for total in sums]), report, found
@@ -78,7 +78,7 @@ def gradients(draft, config, chunk_elements, weights):
 )
 @pytest.mark.parametrize("chunk_rows", [1, 5, 20])
 def test_chunks_give_the_sums_and_gradients_of_plain_autograd(shape, options, chunk_rows):
-    draft, config = draft_of(**shape), TrainConfig("", Path(), Path(), **options)
+    draft, config = draft_of(**shape), TrainConfig.flat("", Path(), Path(), **options)
     weights = {"ce": 0.3, "kl": 0.5, "tv": 0.7, "lk": 0.11}
     plain, plain_report, expected = gradients(draft, config, 1 << 20, weights)
     sums, report, found = gradients(draft, config, chunk_rows * len(draft.head), weights)
@@ -91,8 +91,8 @@ def test_chunks_give_the_sums_and_gradients_of_plain_autograd(shape, options, ch
 
 def test_under_autocast_chunks_are_as_near_to_float32_as_plain_autograd():
     draft = draft_of(previous_head="gru", previous_size=6)
-    config, weights = TrainConfig("", Path(), Path(), loss_type="ce+kl"), {"ce": 0.3, "kl": 0.7}
-    low = replace(config, dtype="bfloat16")
+    config, weights = TrainConfig.flat("", Path(), Path(), loss_type="ce+kl"), {"ce": 0.3, "kl": 0.7}
+    low = config.changed(dtype="bfloat16")
     (*_, exact), (*_, plain), (*_, chunked) = (
         gradients(draft, options, elements, weights)
         for options, elements in ((config, 1 << 20), (low, 1 << 20), (low, 200))

@@ -1,4 +1,3 @@
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ SHAPE = DraftConfig(
     previous_size=6,
 )
 HAS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
-MUON = TrainConfig("", Path(), Path(), optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
+MUON = TrainConfig.flat("", Path(), Path(), optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
 
 
 def with_gradients(seed=0):
@@ -65,10 +64,10 @@ def test_muon_takes_the_matrices_of_the_network_and_adamw_all_else():
 
 @HAS_MUON
 def test_a_step_of_muon_is_as_large_as_one_of_adamw_and_along_the_orthogonal_factor():
-    draft, config = with_gradients(), dataclasses.replace(MUON, weight_decay=0.0)
+    draft, config = with_gradients(), MUON.changed(weight_decay=0.0)
     before = draft.layers[0].mlp.up_proj.weight.detach().clone()
     make_optimizer(draft, config, 1).step()
-    moved = (before - draft.layers[0].mlp.up_proj.weight.detach()) / config.learning_rate
+    moved = (before - draft.layers[0].mlp.up_proj.weight.detach()) / config.optimizer.learning_rate
     # AdamW's root mean square is about 0.2 (arXiv 2502.16982); of the first step's gradient G = U S V', only
     # U V' is left, but for Newton-Schulz's five rounds, which bring singular values to 0.7 to 1.2.
     assert float(moved.square().mean().sqrt()) == pytest.approx(0.2, rel=0.2)
@@ -80,7 +79,7 @@ def test_a_step_of_muon_is_as_large_as_one_of_adamw_and_along_the_orthogonal_fac
 
 @pytest.mark.parametrize("kind", ["adamw", pytest.param("muon", marks=HAS_MUON)])
 def test_what_is_kept_has_the_shapes_that_are_told_and_can_be_put_back(kind):
-    config = dataclasses.replace(MUON, optimizer=kind)
+    config = MUON.changed(optimizer=kind)
     draft, other = with_gradients(), with_gradients()
     optimizer, again = make_optimizer(draft, config, 1), make_optimizer(other, config, 1)
     optimizer.step()

@@ -309,7 +309,7 @@ def draft_shape(config: BenchConfig, case: Case, target: TargetShape) -> DraftCo
 
 def train_config(config: BenchConfig, case: Case) -> TrainConfig:
     """The trainer's options: bfloat16 products, as many steps as anyone may ask for."""
-    return TrainConfig(
+    return TrainConfig.flat(
         "",
         Path(),
         Path(),

@@ -160,7 +160,7 @@ def stages(config: DemoConfig, target: str = "tiny") -> Stages:
             seed=config.seed,
             local_files_only=True,
         ),
-        train=TrainConfig(
+        train=TrainConfig.flat(
             target_model=target,
             data_dir=data,
             output_dir=train,
@@ -255,7 +255,7 @@ def _summary(plan: Stages, figures: dict[str, float]) -> dict[str, Any]:
         if sample.temperature > 0:
             response = (sample.text, coc_tokens(sample.token_ids, cot_end))
             sampled.setdefault(sample.clip_id, []).append(response)
-    path = plan.train.output_dir / "train.json"
+    path = plan.train.run.output_dir / "train.json"
     training = read_json(path)
     kinds = {"evaluations": list[dict[str, Any]], "best_step": int}
     greedy = read_evaluation(plan.greedy.output_dir / "evaluation.json")

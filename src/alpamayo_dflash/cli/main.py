@@ -78,6 +78,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         prog="alpamayo-dflash",
         description="Lossless speculative decoding of Alpamayo's Chain-of-Causation with DFlash drafts.",
         args=argv,
+        config=(tyro.conf.OmitArgPrefixes,),  # nested options have flags by their names alone
     )
     name = next(name for name, kind in configs.items() if type(config) is kind)
     return name, config

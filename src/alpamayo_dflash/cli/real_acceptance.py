@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,7 @@ _PASSES = 1.15
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train a draft; see `train.run.run`."""
-    if config.real_acceptance is None:
+    if config.run.real_acceptance is None:
         return run(config)
     return run(config, partial(open_evaluate, config))
 
@@ -48,13 +49,13 @@ def open_evaluate(config: TrainConfig, request: RealRequest) -> Evaluate:
     Raises:
         ValueError: the target or a clip is missing or broken, or all of it does not fit the memory.
     """
-    assert config.real_acceptance is not None
+    assert config.run.real_acceptance is not None
     device = request.draft.fc.weight.device
-    chosen = _one_a_clip(request.held_out)[: config.real_acceptance_clips]
-    source = ClipSource(config.real_acceptance)
+    chosen = _one_a_clip(request.held_out)[: config.run.real_acceptance_clips]
+    source = ClipSource(config.run.real_acceptance)
     for sample in chosen:
         source.chunk_of(sample.clip_id)  # a clip that is not there is named before the target is loaded
-    folder = checkpoint_folder(config.target_model, local_files_only=config.local_files_only)
+    folder = checkpoint_folder(config.run.target_model, local_files_only=config.run.local_files_only)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     need = round(_PASSES * _weight_bytes(folder, dtype)) + _copy_bytes(request.draft, dtype)
     check_memory(
@@ -64,11 +65,11 @@ def open_evaluate(config: TrainConfig, request: RealRequest) -> Evaluate:
         "a smaller batch_size, or leave real_acceptance out",
     )
     target, _ = open_target(
-        config.target_model, device=device, dtype=dtype, local_files_only=config.local_files_only
+        config.run.target_model, device=device, dtype=dtype, local_files_only=config.run.local_files_only
     )
     prompts = [target.prompt(source.window(sample.clip_id, sample.t0_us)).to("cpu") for sample in chosen]
     clips = [_Clip(sample.clip_id, prompt) for sample, prompt in zip(chosen, prompts, strict=True)]
-    seeds = range(config.real_acceptance_seeds)
+    seeds = range(config.run.real_acceptance_seeds)
     return partial(_evaluate, target, clips, seeds, request.max_tokens)
 
 
@@ -109,6 +110,8 @@ def _evaluate(
         anchors = tuple(trace.samples[0].position for trace in recorder.rounds)
         walks.append(Walk(clip.clip_id, tuple(greedy[-1].token_ids[0]), anchors))
         sampled += [decoder.generate(read, temperature=SAMPLED_AT, seed=seed, **options) for seed in seeds]
+    del decoder
+    gc.collect()  # its graphs and their memory hang in a circle, and training goes on beside them
     return RealAcceptance(_counts(greedy), _counts(sampled), tuple(walks))
 
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -265,11 +265,11 @@ class _Study:
             "parameters": trained["parameters"],
             "simulated_acceptance_length": trained["acceptance_length"],
             "train_s": round(seconds, 1),
-            **self._measured(DFlashDraft.from_pretrained(options.output_dir / "draft")),
+            **self._measured(DFlashDraft.from_pretrained(options.run.output_dir / "draft")),
         }
         self.results["units"][unit.key] = asdict(unit) | entry
         write_record(self.config.results, self.results)
-        shutil.rmtree(options.output_dir / "checkpoint", ignore_errors=True)
+        shutil.rmtree(options.run.output_dir / "checkpoint", ignore_errors=True)
 
     def _training(self, unit: Unit, recipe: Recipe) -> TrainConfig:
         plain, tenth = self.plan.train, unit.data == "tenth"
@@ -279,10 +279,10 @@ class _Study:
             "held_out_chunks": "8",
             "context_len": CONTEXT,
             "seed": unit.seed,
-            "num_epochs": plain.num_epochs * recipe.long * (_TENTH if tenth else 1),
+            "num_epochs": plain.schedule.num_epochs * recipe.long * (_TENTH if tenth else 1),
             "train_clips": clips // _TENTH if tenth else None,
         }
-        return replace(plain, **(options | dict(recipe.options)))
+        return plain.changed(**(options | dict(recipe.options)))
 
     def _measured(self, draft: DFlashDraft) -> dict[str, Any]:
         """What decoding with a draft accepts on validation and test clips."""

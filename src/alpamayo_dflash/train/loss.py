@@ -76,14 +76,14 @@ class BlockLoss(nn.Module):
         """
         super().__init__()
         self.draft = draft
-        self.options = config
-        self.terms = (CROSS_ENTROPY, *(term for term in config.terms if term is not CROSS_ENTROPY))
+        self.options = config.loss
+        self.terms = (CROSS_ENTROPY, *(term for term in config.loss.terms if term is not CROSS_ENTROPY))
         block_size = draft.config.block_size
-        gamma = decay_gamma(block_size, config.prefix_weight_gamma)
+        gamma = decay_gamma(block_size, config.loss.prefix_weight_gamma)
         self._decay_B = decay_weights(block_size - 1, gamma).to(draft.head.device)
         self._chunk_elements = chunk_elements
         # A head that is not trained is cast once; autocast would cast it each time that it is used.
-        once = config.dtype == "bfloat16" and not draft.head.requires_grad
+        once = config.run.dtype == "bfloat16" and not draft.head.requires_grad
         self._cast = padded_head(draft.head.bfloat16()) if once else None
 
     def forward(self, batch: BlockBatch) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -22,13 +22,13 @@ def training_bytes(draft: DFlashDraft, config: TrainConfig) -> int:
         config: the options.
     """
     shape = draft.config
-    rows = config.batch_size * shape.block_size
-    slots = config.batch_size * (shape.context_len + shape.block_size)
+    blocks = config.schedule.batch_size
+    rows, slots = blocks * shape.block_size, blocks * (shape.context_len + shape.block_size)
     trained = sum(parameter.numel() for parameter in draft.parameters() if parameter.requires_grad)
     in_layers = rows * (8 * shape.hidden_size + 4 * shape.intermediate_size)
     in_layers += 4 * slots * shape.num_kv_heads * shape.head_dim
-    states = config.batch_size * shape.feature_size  # a response has about as many states as blocks and more
+    states = 5 * blocks * shape.feature_size  # a response has a context more of them than blocks
     logits = min(CHUNK_ELEMENTS, rows * len(draft.head))
-    head = len(draft.head) * shape.hidden_size * 2 if config.dtype == "bfloat16" else 0
+    head = len(draft.head) * shape.hidden_size * 2 if config.run.dtype == "bfloat16" else 0
     activations = _FLOAT * (shape.num_layers * in_layers + 4 * states)
     return trained * _KEPT_AFTER_A_STEP + head + activations + _CHUNK_BYTES * logits

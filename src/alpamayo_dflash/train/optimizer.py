@@ -88,9 +88,9 @@ def make_optimizer(draft: DFlashDraft, config: TrainConfig, world_size: int) -> 
     Raises:
         ValueError: this torch has no Muon.
     """
-    rate = config.learning_rate * (world_size if config.scale_lr else 1)
+    rate = config.optimizer.learning_rate * (world_size if config.optimizer.scale_lr else 1)
     named = [(name, parameter) for name, parameter in draft.named_parameters() if parameter.requires_grad]
-    if config.optimizer == "adamw":
+    if config.optimizer.optimizer == "adamw":
         return Optimizers(_adamw(named, config, rate))
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(
@@ -101,7 +101,7 @@ def make_optimizer(draft: DFlashDraft, config: TrainConfig, world_size: int) -> 
     muon = torch.optim.Muon(
         [parameter for _, parameter in matrices],
         lr=rate,
-        weight_decay=config.weight_decay,
+        weight_decay=config.optimizer.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
     taken = {name for name, _ in matrices}
@@ -110,11 +110,12 @@ def make_optimizer(draft: DFlashDraft, config: TrainConfig, world_size: int) -> 
 
 def _adamw(named: list[tuple[str, nn.Parameter]], config: TrainConfig, rate: float) -> torch.optim.AdamW:
     """AdamW: weight decay on matrices only, the embeddings at their own rate."""
+    options = config.optimizer
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         embeds = name.startswith(_EMBEDDINGS)
-        decay = 0.0 if embeds or parameter.ndim < 2 else config.weight_decay
-        groups.setdefault((rate * config.embed_lr_scale if embeds else rate, decay), []).append(parameter)
+        decay = 0.0 if embeds or parameter.ndim < 2 else options.weight_decay
+        groups.setdefault((rate * options.embed_lr_scale if embeds else rate, decay), []).append(parameter)
     return torch.optim.AdamW(
         [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()],
         lr=rate,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from alpamayo_dflash.draft.formats import check_place, draft_identity, read_conf
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import FrozenTarget, read_target, target_identity
 from alpamayo_dflash.train.checkpoint import STATE, read_state
-from alpamayo_dflash.train.config import TrainConfig
+from alpamayo_dflash.train.config import DEFAULTS, TrainConfig, flattened
 from alpamayo_dflash.train.data import BlockData, of_few_clips, split_samples
 from alpamayo_dflash.train.memory import training_bytes
 from alpamayo_dflash.train.real import Evaluate, OpenEvaluate, RealAcceptance, RealRequest
@@ -77,24 +76,26 @@ def run(config: TrainConfig, open_evaluate: OpenEvaluate | None = None) -> dict[
             real acceptance is asked for and nobody decodes, or decoding does not fit the memory.
     """
     started = time.time()
-    if (config.real_acceptance is None) != (open_evaluate is None):
+    real = config.run.real_acceptance
+    if (real is None) != (open_evaluate is None):
         raise ValueError(
-            f"real_acceptance is {config.real_acceptance} and open_evaluate is {open_evaluate}; give both or "
-            "neither (the command `train` has its own)"
+            f"real_acceptance is {real} and open_evaluate is {open_evaluate}; give both or neither (the "
+            "command `train` has its own)"
         )
-    with join(config.device) as processes:
-        summary, checkpoint = config.output_dir / SUMMARY, config.output_dir / "checkpoint"
-        target = read_target(config.target_model, local_files_only=config.local_files_only)
-        data = DistillData(config.data_dir, on_bad_shard=config.on_bad_shard)
+    with join(config.run.device) as processes:
+        summary, checkpoint = config.run.output_dir / SUMMARY, config.run.output_dir / "checkpoint"
+        target = read_target(config.run.target_model, local_files_only=config.run.local_files_only)
+        data = DistillData(config.data.data_dir, on_bad_shard=config.data.on_bad_shard)
         identity = target_identity(target.folder, target.vlm_files)
-        checked = None if config.other_target else identity
-        check_data(data.manifest, target, config.data_dir, identity=checked)
-        bad = _leave_out_bad(data, config.on_bad_shard, processes)  # before anything is written
-        compared = {key: value for key, value in to_plain(config).items() if key not in _FREE}
+        checked = None if config.data.other_target else identity
+        check_data(data.manifest, target, config.data.data_dir, identity=checked)
+        bad = _leave_out_bad(data, config.data.on_bad_shard, processes)  # before anything is written
+        options = flattened(to_plain(config))
+        compared = {key: value for key, value in options.items() if key not in _FREE}
         mark = mark_of(compared | {"number of processes": processes.world_size})
-        with owned(config.output_dir, mark, processes.rank, take_over=config.take_over):
+        with owned(config.run.output_dir, mark, processes.rank, take_over=config.run.take_over):
             if processes.first:
-                for folder in (checkpoint, config.output_dir / "draft"):
+                for folder in (checkpoint, config.run.output_dir / "draft"):
                     recover_folder(folder)
             processes.wait()
             state = _earlier(config, processes.world_size, data)
@@ -115,7 +116,7 @@ def run(config: TrainConfig, open_evaluate: OpenEvaluate | None = None) -> dict[
                     state["total_steps"],
                 )
             elif processes.first:
-                check_place(config.output_dir / "draft")  # before anything is removed
+                check_place(config.run.output_dir / "draft")  # before anything is removed
                 # What an earlier run left must not be taken for this one's after an interruption.
                 summary.unlink(missing_ok=True)
                 shutil.rmtree(checkpoint, ignore_errors=True)
@@ -152,24 +153,25 @@ def _earlier(config: TrainConfig, world_size: int, data: DistillData) -> dict[st
     Raises:
         ValueError: there is none and there must be, or it was made with other options.
     """
-    folder = config.output_dir / "checkpoint"
-    state = None if config.resume == "never" else read_state(folder)
+    folder = config.run.output_dir / "checkpoint"
+    state = None if config.run.resume == "never" else read_state(folder)
     if state is None:
-        if config.resume == "must":
+        if config.run.resume == "must":
             raise ValueError(f"{folder}: no checkpoint to resume from")
         return None
-    if unknown := state["config"].keys() - to_plain(config).keys():
+    options, stored = flattened(to_plain(config)), _options_of(state, folder)
+    if unknown := stored.keys() - options.keys():
         raise ValueError(
             f"{folder}: made with options that this version does not have, {shown(sorted(unknown))}; go on "
             "with the version that made it, use another output_dir, or --resume never to start over"
         )
     first = None
-    if config.init_from is not None:
-        first = read_config(config.init_from, context_len=config.context_len or data.manifest["context_len"])
-    defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
+    if config.draft.init_from is not None:
+        context_len = config.draft.context_len or data.manifest["context_len"]
+        first = read_config(config.draft.init_from, context_len=context_len)
     before, now = (
         acting_options(values, data.manifest, first, str(folder / STATE))
-        for values in (defaults | state["config"], to_plain(config))
+        for values in (DEFAULTS | stored, options)
     )
     _check_step(folder, before, state["world_size"], config, world_size)
     for key in now.keys() - _FREE:
@@ -179,6 +181,23 @@ def _earlier(config: TrainConfig, world_size: int, data: DistillData) -> dict[st
                 "options, another output_dir, or --resume never to start over"
             )
     return state
+
+
+def _options_of(state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A checkpoint's options by name alone.
+
+    Raises:
+        ValueError: it is of a version whose steps were others, and not finished.
+    """
+    config = state["config"]
+    if all(isinstance(part, dict) for part in config.values()):
+        return flattened(config)
+    if state["progress"]["step"] < state["total_steps"]:
+        raise ValueError(
+            f"{folder}: unfinished, and of a version before options stood by component; go on with the "
+            "version that made it, use another output_dir, or --resume never to start over"
+        )
+    return dict(config)
 
 
 def _check_step(
@@ -192,15 +211,15 @@ def _check_step(
         ValueError: naming the batch size that would do, or the option that does not let the number change.
     """
     blocks = value_of(before, "batch_size", int, where=str(folder / STATE)) * before_size
-    if config.batch_size * world_size != blocks:
+    if config.schedule.batch_size * world_size != blocks:
         fitting = f"use a batch_size of {blocks // world_size}"
         if blocks % world_size:
             fitting = f"{world_size} processes cannot share them equally"
         raise ValueError(
             f"{folder}: made with {blocks} blocks a step on all processes ({before_size}), not with "
-            f"{config.batch_size} on each of {world_size}; {fitting}"
+            f"{config.schedule.batch_size} on each of {world_size}; {fitting}"
         )
-    if config.scale_lr and world_size != before_size:
+    if config.optimizer.scale_lr and world_size != before_size:
         raise ValueError(
             f"{folder}: made on {before_size} processes with scale_lr, which on {world_size} would change "
             "the learning rate; use as many"
@@ -240,24 +259,24 @@ def _trainer(
 ) -> tuple[Trainer, dict[str, Any]]:
     """Split the data, build the draft and its trainer; also the counts of the summary."""
     train, rest = split_samples(
-        data.samples, share=config.held_out, chunks=parse_chunks(config.held_out_chunks)
+        data.samples, share=config.data.held_out, chunks=parse_chunks(config.data.held_out_chunks)
     )
-    train = of_few_clips(train, config.train_clips)
+    train = of_few_clips(train, config.data.train_clips)
     held_out = [sample for sample in rest if sample.temperature == 0] or rest
     if all(len(sample.token_ids) < 2 for sample in held_out):
-        raise ValueError(f"{config.data_dir}: no held-out response has a second token to predict")
+        raise ValueError(f"{config.data.data_dir}: no held-out response has a second token to predict")
     vocabulary = _vocabulary(config, data, train, target)
     draft = first_draft(config, data.manifest, target, None if vocabulary is None else vocabulary.token_ids)
     draft.bind(target.embedding.to(processes.device), target.head.to(processes.device), target.num_layers)
-    unlabelled = range(0) if config.trajectory_labels else target.traj_ids
-    cached = int(config.cache_gib * 2**30)
-    teacher = config.needs_teacher
+    unlabelled = range(0) if config.data.trajectory_labels else target.traj_ids
+    cached = int(config.data.cache_gib * 2**30)
+    teacher = config.loss.needs_teacher
     blocks = BlockData(data, train, draft.config, teacher=teacher, unlabelled=unlabelled, cache_bytes=cached)
     walked = BlockData(data, held_out, draft.config, teacher=False, unlabelled=range(0), cache_bytes=cached)
 
     def save_best(best: DFlashDraft) -> None:
         record = provenance(config, started, parents, device=processes.device)
-        best.save_pretrained(config.output_dir / "draft", provenance=record)
+        best.save_pretrained(config.run.output_dir / "draft", provenance=record)
 
     trainer = Trainer(
         config,
@@ -311,12 +330,12 @@ def _vocabulary(
     config: TrainConfig, data: DistillData, train: Sequence[DistillSample], target: FrozenTarget
 ) -> Vocabulary | None:
     """The tokens that a reduced head keeps; None where the options choose none."""
-    if not config.draft_vocab_size:
+    if not config.draft.draft_vocab_size:
         return None
-    share = config.held_out if config.held_out_chunks is None else None
+    share = config.data.held_out if config.data.held_out_chunks is None else None
     return choose_tokens(
         training_counts(data.manifest, train, held_out=share),
-        config.draft_vocab_size,
+        config.draft.draft_vocab_size,
         vocab_size=len(target.head),
         always=end_token_ids(target),
         masked=target.traj_ids,
@@ -344,12 +363,12 @@ def _counts(samples: list[DistillSample]) -> dict[str, int]:
 
 def _models(config: TrainConfig, data: DistillData, target: Fingerprint) -> dict[str, Fingerprint]:
     """Identities of what the draft is made from."""
-    models = {"distill": data.identity, "target": target}
-    return models if config.init_from is None else models | {"init_from": draft_identity(config.init_from)}
+    models, first = {"distill": data.identity, "target": target}, config.draft.init_from
+    return models if first is None else models | {"init_from": draft_identity(first)}
 
 
 def _fit(trainer: Trainer, processes: Processes) -> None:
-    folder = trainer.config.output_dir
+    folder = trainer.config.run.output_dir
     if not processes.first:
         trainer.fit(folder / "checkpoint", Monitor())
         return
@@ -360,7 +379,7 @@ def _fit(trainer: Trainer, processes: Processes) -> None:
 def _result(trainer: Trainer, counts: dict[str, Any], started: float) -> dict[str, Any]:
     config, progress = trainer.config, trainer.progress
     return {
-        "draft": str(config.output_dir / "draft"),
+        "draft": str(config.run.output_dir / "draft"),
         "acceptance_length": progress.best_length,
         "chosen_by": "simulated acceptance" if trainer.evaluate is None else "real acceptance",
         "best_step": progress.best_step,

@@ -58,12 +58,12 @@ def first_draft(
     Raises:
         ValueError: the existing draft does not fit the target or the options.
     """
-    make = _new if config.init_from is None else _existing
+    make = _new if config.draft.init_from is None else _existing
     draft = make(config, manifest, target, token_ids)
-    if config.train_embeddings and not draft.config.trained_embeddings:
+    if config.draft.train_embeddings and not draft.config.trained_embeddings:
         draft = _with_embeddings(draft, target)
     draft.bind(target.embedding, target.head, target.num_layers)
-    if draft.config.trained_embeddings and not config.train_embeddings:
+    if draft.config.trained_embeddings and not config.draft.train_embeddings:
         draft.embed_tokens.requires_grad_(False)
         draft.lm_head.requires_grad_(False)
     return draft
@@ -81,21 +81,21 @@ def _new(
     draft = DFlashDraft.random(
         DraftConfig(
             hidden_size=hidden_size,
-            num_layers=config.num_draft_layers or DEFAULT_NUM_LAYERS,
+            num_layers=config.draft.num_draft_layers or DEFAULT_NUM_LAYERS,
             num_heads=text.num_attention_heads,
             num_kv_heads=text.num_key_value_heads,
             head_dim=text.head_dim,
             intermediate_size=text.intermediate_size,
             vocab_size=vocab_size,
-            block_size=config.block_size or DEFAULT_BLOCK_SIZE,
-            context_len=config.context_len or manifest["context_len"],
-            target_layer_ids=parse_layers(config.target_layers) or tuple(manifest["taps"]),
+            block_size=config.draft.block_size or DEFAULT_BLOCK_SIZE,
+            context_len=config.draft.context_len or manifest["context_len"],
+            target_layer_ids=parse_layers(config.draft.target_layers) or tuple(manifest["taps"]),
             num_target_layers=target.num_layers,
             mask_token_id=vocab_size,
             draft_vocab_size=None if token_ids is None else len(token_ids),
             **_previous(config, None),
         ),
-        config.seed,
+        config.run.seed,
     )
     with torch.no_grad():
         draft.norm.weight.copy_(target.final_norm)
@@ -109,14 +109,14 @@ def _existing(
     config: TrainConfig, manifest: Mapping[str, Any], target: FrozenTarget, token_ids: Tensor | None
 ) -> DFlashDraft:
     """The draft of `init_from`, with the options' block size, context, taps and head, in float32."""
-    folder = Path(str(config.init_from))
-    context_len = config.context_len or manifest["context_len"]
+    folder = Path(str(config.draft.init_from))
+    context_len = config.draft.context_len or manifest["context_len"]
     shape, tensors = read_draft(folder, context_len=context_len, own_mask=False)
-    if config.num_draft_layers not in (None, shape.num_layers):
+    if config.draft.num_draft_layers not in (None, shape.num_layers):
         raise ValueError(
-            f"{folder}: has {shape.num_layers} layers, not num_draft_layers {config.num_draft_layers}"
+            f"{folder}: has {shape.num_layers} layers, not num_draft_layers {config.draft.num_draft_layers}"
         )
-    if parse_layers(config.target_layers) not in (None, shape.target_layer_ids):
+    if parse_layers(config.draft.target_layers) not in (None, shape.target_layer_ids):
         raise ValueError(f"{folder}: taps {list(shape.target_layer_ids)}; target_layers cannot change that")
     if target.embedding.shape[1] != shape.hidden_size:
         raise ValueError(
@@ -124,13 +124,13 @@ def _existing(
         )
     # A draft that took a row of its own target's table as mask starts anew: that row may mean anything here.
     tensors.setdefault("mask_embedding", target.embedding.mean(0))
-    if config.full_vocab:
+    if config.draft.full_vocab:
         shape, tensors = resize_vocabulary(shape, tensors, target.embedding, target.head)
     # The head is the target's, so another choice of its rows moves rows of what is added to it at most.
     before, kind = tensors.get(KEPT_IDS), _previous(config, shape)
     if token_ids is not None:
         tensors[KEPT_IDS] = token_ids
-    elif config.draft_vocab_size == 0:
+    elif config.draft.draft_vocab_size == 0:
         tensors.pop(KEPT_IDS, None)
     if PREVIOUS_OUT in tensors:
         after = tensors.get(KEPT_IDS)
@@ -139,15 +139,15 @@ def _existing(
     shape = replace(
         shape,
         **kind,
-        block_size=config.block_size or shape.block_size,
-        context_len=config.context_len or shape.context_len,
+        block_size=config.draft.block_size or shape.block_size,
+        context_len=config.draft.context_len or shape.context_len,
         mask_token_id=shape.vocab_size,
         draft_vocab_size=len(tensors[KEPT_IDS]) if KEPT_IDS in tensors else None,
     )
     check_token_ids(tensors, shape, str(folder))
     if not same_head:  # a new one, which adds nothing yet
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("previous.")}
-    draft = DFlashDraft.random(shape, config.seed)
+    draft = DFlashDraft.random(shape, config.run.seed)
     draft.load_state_dict(
         draft.state_dict()
         | {name: tensor if name == KEPT_IDS else tensor.float() for name, tensor in tensors.items()}
@@ -158,11 +158,11 @@ def _existing(
 def _previous(config: TrainConfig, first: DraftConfig | None) -> dict[str, Any]:
     """The kind and size of the head on previous picks that the options ask for, or the first draft has."""
     kind = first.previous_head if first else None
-    if config.previous_head is not None:
-        kind = None if config.previous_head == "none" else config.previous_head
+    if config.draft.previous_head is not None:
+        kind = None if config.draft.previous_head == "none" else config.draft.previous_head
     if kind is None:
         return {"previous_head": None, "previous_size": DEFAULT_PREVIOUS_SIZE}
-    size = config.previous_size or (first.previous_size if first else DEFAULT_PREVIOUS_SIZE)
+    size = config.draft.previous_size or (first.previous_size if first else DEFAULT_PREVIOUS_SIZE)
     return {"previous_head": kind, "previous_size": size}
 
 

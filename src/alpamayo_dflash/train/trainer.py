@@ -117,12 +117,12 @@ class Trainer:
         self.masked_ids, self.processes, self.save_best = masked_ids, processes, save_best
         self.evaluate = evaluate
         self.parents = dict(parents)
-        self.num_blocks = len(train.blocks(range(len(train)), config.stride))
-        self.steps_per_epoch = step_count(self.num_blocks, config.batch_size, processes.world_size)
-        self.total_steps = config.num_epochs * self.steps_per_epoch
-        if config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.max_steps)
-        warmup = config.warmup_steps
+        self.num_blocks = len(train.blocks(range(len(train)), config.data.stride))
+        self.steps_per_epoch = step_count(self.num_blocks, config.schedule.batch_size, processes.world_size)
+        self.total_steps = config.schedule.num_epochs * self.steps_per_epoch
+        if config.schedule.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.schedule.max_steps)
+        warmup = config.schedule.warmup_steps
         self.warmup_steps = math.ceil(WARMUP_SHARE * self.total_steps) if warmup is None else warmup
         if self.warmup_steps >= self.total_steps > 1:
             raise ValueError(f"warmup_steps is {warmup}; it must be below the run's {self.total_steps} steps")
@@ -164,7 +164,7 @@ class Trainer:
             report = self.step(batch)
             step = self.progress.step
             fault.note(step, report)
-            logs, due = step % self.config.log_interval == 0 or step == self.total_steps, self._due(step)
+            logs, due = step % self.config.run.log_interval == 0 or step == self.total_steps, self._due(step)
             if logs or due:
                 fault.check(self._report_names)  # before anything is written
             if logs:
@@ -178,7 +178,7 @@ class Trainer:
                 self.processes.wait()
 
     def _due(self, step: int) -> bool:
-        every = self.config.save_every
+        every = self.config.run.save_every
         return (
             step == self.total_steps or step % self.steps_per_epoch == 0 or bool(every and step % every == 0)
         )
@@ -189,14 +189,14 @@ class Trainer:
         def parts() -> Iterator[Blocks]:
             start = self.progress.step
             for epoch in range(start // self.steps_per_epoch, -(-self.total_steps // self.steps_per_epoch)):
-                blocks = self.train.epoch(self.config.seed, epoch, self.config.stride)
+                blocks = self.train.epoch(self.config.run.seed, epoch, self.config.data.stride)
                 for step in range(self.steps_per_epoch):
                     number = epoch * self.steps_per_epoch + step
                     if start <= number < self.total_steps:
                         place = (self.processes.rank, self.processes.world_size)
                         yield blocks[step_share(len(blocks), self.steps_per_epoch, step, *place)]
 
-        return batches_on(self.processes.device, self.train, parts(), self.config.num_workers)
+        return batches_on(self.processes.device, self.train, parts(), self.config.data.num_workers)
 
     def step(self, batch: BlockBatch) -> Tensor:
         """One step of the optimizer.
@@ -214,7 +214,7 @@ class Trainer:
             group["lr"] = peak * factor
         self.optimizer.zero_grad()
         device_type = self.processes.device.partition(":")[0]
-        with torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        with torch.autocast(device_type, torch.bfloat16, enabled=config.run.dtype == "bfloat16"):
             sums, report = self.loss(batch)
         report = self.processes.add(report)
         masses = (report[: len(sums)] / self.processes.world_size).clamp_min(1e-12)
@@ -230,8 +230,8 @@ class Trainer:
     @property
     def shares(self) -> dict[str, float]:
         """Weight of each term of the loss at the present step."""
-        start, end = self.config.ce_weight_start, self.config.ce_weight_end
-        return shares(self.config.terms, ce_weight(self.progress.step, self.total_steps, start, end))
+        start, end = self.config.loss.ce_weight_start, self.config.loss.ce_weight_end
+        return shares(self.config.loss.terms, ce_weight(self.progress.step, self.total_steps, start, end))
 
     @property
     def _report_names(self) -> list[str]:
