@@ -126,7 +126,10 @@ def make_toy(folder):
 
 
 def options(made, out, **changes):
+    """Plain DFlash with cross-entropy, unless `changes` say otherwise."""
     values = {
+        "loss_type": "ce",
+        "previous_head": None if "init_from" in changes else "none",
         "num_epochs": 2,
         "batch_size": 96,
         "learning_rate": 3e-3,

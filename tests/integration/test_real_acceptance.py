@@ -52,6 +52,7 @@ def options(made, out, **changes):
 def trained(made):
     # It has learnt the very clips that are held out after it, so that much is accepted.
     first = {"init_from": None, "num_draft_layers": 1, "num_epochs": 16, "held_out_chunks": "0"}
+    first |= {"loss_type": "ce", "previous_head": "none"}
     run(options(made, made / "first", **first, learning_rate=5e-3, real_acceptance=None))
     return real_acceptance.train(options(made, made / "out"))
 

@@ -349,6 +349,7 @@ def test_one_process_two_and_one_again_take_the_steps_of_one(made, tmp_path, mon
         "held_out_chunks": "3",
         "log_interval": 1,
         "loss_type": "ce+kl+tv+lk",
+        "previous_head": "none",
         "position_weights": "dpace",
     }
     whole = run(options(made, tmp_path / "whole", **changes))

@@ -34,8 +34,9 @@ def test_a_wrong_value_is_named(change, said):
 @pytest.mark.parametrize(
     ("changes", "needed"),
     [
-        ({}, False),
-        ({"labels": "argmax"}, True),
+        ({}, True),
+        ({"loss_type": "ce"}, False),
+        ({"loss_type": "ce", "labels": "argmax"}, True),
         ({"loss_type": "ce+lk"}, True),
         ({"loss_type": "tv"}, True),
     ],

@@ -193,7 +193,7 @@ def test_labels_may_be_the_targets_best_tokens(rows):
     logits[0, int(logits[0].argmax())] = -torch.inf  # what may not be written is no label
     labels, labelled = torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 6, dtype=torch.bool)
     batch = BlockBatch(*(torch.zeros(1),) * 4, labels, labelled, torch.arange(6), [6], logits, ids)
-    options = TrainConfig.flat("", Path(), Path(), labels="argmax")
+    options = TrainConfig.flat("", Path(), Path(), loss_type="ce", labels="argmax")
     best = [max(zip(*row, strict=True))[1] for row in zip(logits.tolist(), ids.tolist(), strict=True)]
     (ce,), _ = BlockLoss(Fixed(hidden, head, None, 7), options)(batch)
     each = [naive_ce(h, head, token) for h, token in zip(hidden, best, strict=True)]

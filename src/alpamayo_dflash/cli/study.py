@@ -278,6 +278,8 @@ class _Study:
             "output_dir": self.config.out / "drafts" / unit.key.replace(" | ", "-").replace(" ", "_"),
             "held_out_chunks": "8",
             "context_len": CONTEXT,
+            "loss_type": "ce",
+            "previous_head": "none",
             "seed": unit.seed,
             "num_epochs": plain.schedule.num_epochs * recipe.long * (_TENTH if tenth else 1),
             "train_clips": clips // _TENTH if tenth else None,

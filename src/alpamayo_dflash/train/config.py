@@ -22,6 +22,7 @@ from alpamayo_dflash.train.terms import Term, parse_mix
 
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_NUM_LAYERS = 5
+DEFAULT_PREVIOUS_HEAD = "gru"
 
 # Decay of the position weights by block size, as published with DFlash.
 _GAMMA = {8: 4.0, 10: 5.0, 16: 7.0}
@@ -125,7 +126,7 @@ class DraftOptions:
         draft_vocab_size: tokens of a reduced head, the commonest of the training responses and the end marks;
             0 for the whole head; init_from's, or the whole, if left out.
         previous_head: what the pick of one place adds to the logits of the next: bigram, mlp, gru, or none;
-            init_from's, or none, where it is left out.
+            init_from's, or gru, where it is left out.
         previous_size: size of that head's code; init_from's, or 64, where it is left out.
         init_from: start from this draft (folder) in place of random weights.
         full_vocab: with init_from: resize the draft to the target's vocabulary.
@@ -176,7 +177,7 @@ class LossOptions:
         dpace_alpha: smoothing of dpace.
     """
 
-    loss_type: str = "ce"
+    loss_type: str = "kl"
     labels: Literal["emitted", "argmax"] = "emitted"
     ce_weight_start: float = 1.0
     ce_weight_end: float = 0.8

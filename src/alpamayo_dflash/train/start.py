@@ -25,7 +25,14 @@ from alpamayo_dflash.draft.formats import (
 from alpamayo_dflash.draft.heads import moved_rows
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import FrozenTarget
-from alpamayo_dflash.train.config import DEFAULT_BLOCK_SIZE, DEFAULT_NUM_LAYERS, TrainConfig, decay_gamma
+from alpamayo_dflash.train.config import (
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_NUM_LAYERS,
+    DEFAULT_PREVIOUS_HEAD,
+    LossOptions,
+    TrainConfig,
+    decay_gamma,
+)
 from alpamayo_dflash.train.terms import parse_mix
 
 
@@ -157,7 +164,7 @@ def _existing(
 
 def _previous(config: TrainConfig, first: DraftConfig | None) -> dict[str, Any]:
     """The kind and size of the head on previous picks that the options ask for, or the first draft has."""
-    kind = first.previous_head if first else None
+    kind: str | None = first.previous_head if first else DEFAULT_PREVIOUS_HEAD
     if config.draft.previous_head is not None:
         kind = None if config.draft.previous_head == "none" else config.draft.previous_head
     if kind is None:
@@ -197,11 +204,12 @@ def acting_options(
     block = given("block_size", int, first.block_size if first else DEFAULT_BLOCK_SIZE)
     layers = first.num_layers if first else DEFAULT_NUM_LAYERS
     taps = first.target_layer_ids if first else tuple(manifest["taps"])
+    previous = (first.previous_head or "none") if first else DEFAULT_PREVIOUS_HEAD
     chunks = given("held_out_chunks", str, "")
     with naming(where):
         wanted = parse_layers(given("target_layers", str, ",".join(map(str, taps))))
         held_out_chunks = parse_chunks(chunks or None)
-        terms = parse_mix(given("loss_type", str, "ce"))
+        terms = parse_mix(given("loss_type", str, LossOptions.loss_type))
     return {
         **values,
         # Where the dataset lies is free; whether clips are decoded decides which draft is the best.
@@ -212,7 +220,7 @@ def acting_options(
         "context_len": given("context_len", int, first.context_len if first else manifest["context_len"]),
         "target_layers": wanted,
         "draft_vocab_size": given("draft_vocab_size", int, (first.draft_vocab_size if first else 0) or 0),
-        "previous_head": given("previous_head", str, (first.previous_head if first else None) or "none"),
+        "previous_head": given("previous_head", str, previous),
         "previous_size": given("previous_size", int, first.previous_size if first else DEFAULT_PREVIOUS_SIZE),
         "prefix_weight_gamma": given("prefix_weight_gamma", float, decay_gamma(block, None)),
         "held_out_chunks": held_out_chunks,
