@@ -54,6 +54,8 @@ from alpamayo_dflash.train.data import of_few_clips, split_samples
 DOCUMENTS, HIDDEN, VERIFIER, SET = "documents", "hidden_states", "verifier", "set.json"
 CALIBRATION_STEPS = 12
 _SETTLED = 4  # the first steps of a run pay for allocations
+_OFF = 0.01  # share of labels
+_DEFAULT_TOKENS = 8192  # of a batch, where their command is not told
 _MANY = 1000  # steps whose epochs are counted
 _DIFFERENCE = 2e-3  # of float32 states that were computed in other company
 
@@ -132,7 +134,7 @@ def documents(config: DocumentsConfig) -> dict[str, Any]:
     """Write the documents, the verifier's part that their trainer loads, and `set.json`.
 
     Raises:
-        ValueError: bad input, or the target's states on a response are not those of the set.
+        ValueError: bad input, or what the target computes on a response is not what the set holds.
     """
     started = time.time()
     data = DistillData(config.data)
@@ -141,12 +143,15 @@ def documents(config: DocumentsConfig) -> dict[str, Any]:
     taps = [int(tap) for tap in data.manifest["taps"]]
     with atomic_folder(config.out) as folder:
         hidden = folder / DOCUMENTS / HIDDEN
-        ids = []
+        ids, wrong = [], 0
         with torch.inference_mode():
-            for row, (token_ids, states) in enumerate(_documents(target, data, samples, taps, config)):
+            for row, (token_ids, states, off) in enumerate(_documents(target, data, samples, taps, config)):
                 save_document(hidden / f"hs_{row}.safetensors", token_ids, states)
                 ids.append(token_ids)
+                wrong += off
         lengths = [len(sample.token_ids) for sample in samples]
+        if wrong > _OFF * sum(lengths):
+            raise ValueError(f"{wrong} of {sum(lengths)} labels are not the best tokens of {config.data}")
         save_table(folder / DOCUMENTS, ids, lengths)
         write_verifier(folder / VERIFIER, target)
         described = {
@@ -157,6 +162,7 @@ def documents(config: DocumentsConfig) -> dict[str, Any]:
             "training_rows": training,
             "document_tokens": [len(each) for each in ids],
             "response_tokens": lengths,
+            "labels_off": wrong,
             "provenance": provenance(config, started, {"target": identity.hash, "data": data.identity.hash}),
         }
         write_record(folder / SET, described)
@@ -167,7 +173,10 @@ def _rows(data: DistillData, config: DocumentsConfig) -> tuple[list[DistillSampl
     """The responses, those that train before those that validate, and how many train."""
     train, held_out = split_samples(data.samples, share=0.1, chunks=parse_chunks(config.held_out_chunks))
     if config.amount != DATA[0]:
-        train = of_few_clips(train, len({sample.clip_id for sample in train}) // TENTH)
+        clips = len({sample.clip_id for sample in train})
+        if clips < TENTH:
+            raise ValueError(f"amount is tenth; {config.data} has {clips} training clips, fewer than {TENTH}")
+        train = of_few_clips(train, clips // TENTH)
     return [*train, *held_out], len(train)
 
 
@@ -177,25 +186,22 @@ def _documents(
     samples: Sequence[DistillSample],
     taps: Sequence[int],
     config: DocumentsConfig,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Token ids and states [T, taps + 1, C] of prompt and response, in the order of `samples`."""
+) -> Iterator[tuple[list[int], Tensor, int]]:
+    """Token ids and states [T, taps + 1, C] of prompt and response, and labels that are off, by sample."""
     source = ClipSource(config.world)
     layers = [*taps, target.num_layers - 1]
-    place = 0
-    while place < len(samples):
-        first = samples[place]
-        end = place
-        while end < len(samples) and samples[end].clip_id == first.clip_id:
-            end += 1
-        prompt = target.prompt(source.window(first.clip_id, first.t0_us))
+    for clip_id, group in itertools.groupby(samples, key=lambda sample: sample.clip_id):
+        of_clip = list(group)
+        prompt = target.prompt(source.window(clip_id, of_clip[0].t0_us))
         prompt_ids = prompt.input_ids.tolist()
-        responses = [sample.token_ids for sample in samples[place:end]]
+        responses = [sample.token_ids for sample in of_clip]
         forced = teacher_forced_all(target, prompt, responses, layers=layers, prompt_states=len(prompt_ids))
-        for sample, each in zip(samples[place:end], forced, strict=True):
-            _check_states(each.states[:-1].transpose(0, 1), data.tensors(sample)["states"], sample.clip_id)
+        for sample, each in zip(of_clip, forced, strict=True):
+            kept = data.tensors(sample)
+            _check_states(each.states[:-1].transpose(0, 1), kept["states"], clip_id)
             states = torch.cat((each.prompt_states, each.states), dim=1).transpose(0, 1)
-            yield [*prompt_ids, *sample.token_ids], states.contiguous()
-        place = end
+            off = labels_off(target, states[len(prompt_ids) - 1 : -1, -1], kept["topk_ids"][:, 0])
+            yield [*prompt_ids, *sample.token_ids], states.contiguous(), off
 
 
 def _check_states(found: Tensor, kept: Tensor, clip_id: str) -> None:
@@ -206,6 +212,19 @@ def _check_states(found: Tensor, kept: Tensor, clip_id: str) -> None:
             f"{clip_id}: the target's states are off by {worst:.1e} of the set's largest; the set was made "
             "with another target, world or prompt"
         )
+
+
+def labels_off(target: Alpamayo, last_TC: Tensor, best_T: Tensor) -> int:
+    """How many of the labels that their trainer makes are not the set's best tokens.
+
+    It takes the arg max of norm and head over the whole vocabulary; the set leaves trajectory tokens out.
+
+    Args:
+        target: the model.
+        last_TC: the last layer's outputs before the final norm, from the prompt's last position on.
+        best_T: the set's best stored token at each place.
+    """
+    return int((target.logits(target.final_norm(last_TC)).argmax(-1) != best_T).sum())
 
 
 def save_document(path: Path, token_ids: Sequence[int], states: Tensor) -> None:
@@ -393,7 +412,7 @@ def epochs_of(values: Mapping[str, Any], described: Mapping[str, Any], steps: in
     from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2 as Sampler
 
     lengths = described["document_tokens"][: described["training_rows"]]
-    sampler = Sampler(values["total-seq-len"], lengths, 1, 0, seed=values["seed"])
+    sampler = Sampler(values.get("total-seq-len", _DEFAULT_TOKENS), lengths, 1, 0, seed=values["seed"])
     epoch = count = 0
     while count < steps:
         sampler.set_epoch(epoch)
@@ -415,9 +434,9 @@ def speculators_train(values: Mapping[str, Any]) -> tuple[Watched, float]:
 def planned(config: TrainPeerConfig, described: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     """All flags, the number of steps among them."""
     values = flags(config, described, scratch / "training")
-    if config.row == "defaults":
-        return values if config.steps is None else values | {"max-steps": config.steps, "epochs": 1}
     steps = config.steps
+    if steps is None and config.seconds is None:
+        return values
     if steps is None:
         assert config.seconds is not None
         steps = _steps_in(config.seconds, values | {"save-path": scratch / "calibration"}, described)
