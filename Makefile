@@ -11,8 +11,10 @@ COMPAT := .venv-compat-$(COMPAT_TORCH)
 # transformers 4.57.1, and what it needs that the first environment has newer or not at all.
 LAID := $(VENV)/oldest-transformers
 LAID_OVER := transformers|huggingface-hub|tokenizers|requests|urllib3|charset-normalizer|certifi
+# Another trainer of drafts, beside this package and in an environment of its own.
+SPECULATORS := .venv-speculators
 
-.PHONY: demo test golden faults kills fuzz compat compat-quick lint types check clean
+.PHONY: demo test golden faults kills fuzz compat compat-quick speculators lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
@@ -46,6 +48,10 @@ compat-quick: $(LAID)/installed
 	PYTHONPATH=$(LAID) ALPAMAYO_TRANSFORMERS="$$(cat $(LAID)/installed)" \
 		$(BIN)/python -m pytest tests/integration/test_oldest_transformers.py
 
+# The environment of speculators, and the tests beside it; tests/peers/speculators_training.py runs there.
+speculators: $(SPECULATORS)/installed
+	$(SPECULATORS)/bin/python -m pytest tests/peers/test_speculators_draft.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,6 +75,14 @@ $(COMPAT)/installed: pyproject.toml constraints-oldest.txt
 		torch pytest pytest-xdist hypothesis 'setuptools>=77' -e .
 	touch $@
 
+# torchvision and torchaudio, which it brings, do not load beside a torch with no GPU, and break Qwen3's import.
+$(SPECULATORS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(SPECULATORS)
+	$(SPECULATORS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.13.0 speculators==0.9.0 pytest -e .
+	$(SPECULATORS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	touch $@
+
 $(LAID)/installed: $(STAMP) constraints-oldest.txt
 	rm -rf $(LAID)
 	mkdir $(LAID)
@@ -78,4 +92,4 @@ $(LAID)/installed: $(STAMP) constraints-oldest.txt
 	sed -n 's/^transformers==//p' $(LAID)/requirements.txt > $@
 
 clean:
-	rm -rf $(VENV) .venv-compat-* runs
+	rm -rf $(VENV) .venv-compat-* $(SPECULATORS) runs

@@ -3,14 +3,16 @@
 import math
 
 import pytest
+from random_target import random_draft
 
-from alpamayo_dflash.cli.study import StudyConfig, ceilings, run
-from alpamayo_dflash.common.artefacts import read_json
+from alpamayo_dflash.cli.study import PEER_FILE, PeerDraft, StudyConfig, ceilings, run
+from alpamayo_dflash.common.artefacts import read_json, write_json
 from alpamayo_dflash.decode.config import DecodeConfig, Sampling
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.observer import Recorder
 from alpamayo_dflash.decode.sampling import distribution, mask_bias
-from alpamayo_dflash.evaluate.acceptance import study_figures
+from alpamayo_dflash.draft.config import FULL_CONTEXT
+from alpamayo_dflash.evaluate.acceptance import PEERS, study_figures
 from alpamayo_dflash.evaluate.ceilings import Continuations, IndependentOracle
 from alpamayo_dflash.standins.validate import held_out
 from alpamayo_dflash.target.alpamayo import Alpamayo
@@ -81,8 +83,19 @@ def small(folder, **options):
     return StudyConfig(out=folder / "out", results=folder / "study.json", **(base | options))
 
 
+PEER = {"recipe": PEERS["equal-steps"], "data": "all", "seed": 0, "steps": 7, "train_s": 1.5}
+
+
+def peer_folder(folder, target, **shape):
+    """A draft with random weights that sees the whole prompt, as if another trainer had made it."""
+    draft = random_draft(target, context_len=FULL_CONTEXT, block_size=8, **shape)
+    draft.save_pretrained(folder / "draft")
+    write_json(folder / PEER_FILE, PEER)
+    return folder
+
+
 @pytest.mark.slow
-def test_a_small_study(tmp_path):
+def test_a_small_study(tmp_path, target):
     first = run(small(tmp_path, recipes="dflash", ceilings=False))
     assert (first["units_done"], first["units_left"]) == (1, 0) and "ceilings" not in first
     second = run(small(tmp_path, recipes="dflash; bigram kl"))
@@ -94,6 +107,38 @@ def test_a_small_study(tmp_path):
     assert kept["units"]["bigram kl | all | 0"]["options"] == {"previous_head": "bigram", "loss_type": "kl"}
     with pytest.raises(ValueError, match="another test_clips"):
         run(small(tmp_path, test_clips=1))
+
+    peer = peer_folder(tmp_path / "peer", target)
+    third = run(small(tmp_path, recipes="dflash; bigram kl", peer_drafts=(peer,)))
+    assert (third["units_done"], third["units_left"]) == (1, 0)
+    entry = read_json(tmp_path / "study.json")["units"]["speculators, equal steps | all | 0"]
+    assert (entry["steps"], entry["train_s"], entry["options"]) == (7, 1.5, {})
+    kept = read_json(tmp_path / "study.json")
+    tokens, passes = sum(kept["sampled_tokens"]), sum(entry["sampled_passes"])
+    assert third["all"]["recipes"][PEERS["equal-steps"]]["acceptance_length"] == round(tokens / passes, 4)
+    assert list(third["best_over_speculators"]["all"]) == ["equal_steps"]
+    other = peer_folder(tmp_path / "other", target, intermediate_size=32)
+    with pytest.raises(ValueError, match=r"equal steps . all . 0 is of another draft"):
+        run(small(tmp_path, recipes="dflash", peer_drafts=(other,)))
+
+
+def test_a_peers_folder_is_checked(tmp_path, target):
+    peer = peer_folder(tmp_path / "peer", target)
+    assert PeerDraft.read(peer).key == "speculators, equal steps | all | 0"
+    with pytest.raises(ValueError, match=r"other: is speculators, equal steps . all . 0, and so is .*peer"):
+        other = peer_folder(tmp_path / "other", target)
+        run(small(tmp_path, peer_drafts=(peer, other)))
+    for change, message in (
+        ({"recipe": "banana"}, "recipe is 'banana'; it must be one of speculators, equal steps;"),
+        ({"data": "half"}, "data is 'half'; it must be one of all; tenth"),
+        ({"steps": None}, "no steps"),
+        ({"train_s": "long"}, "train_s is 'long'"),
+    ):
+        write_json(peer / PEER_FILE, PEER | change)
+        with pytest.raises(ValueError, match=message):
+            PeerDraft.read(peer)
+    with pytest.raises(ValueError, match=r"peer\.json"):
+        PeerDraft.read(tmp_path)
 
 
 def test_what_a_study_does_not_know(tmp_path):

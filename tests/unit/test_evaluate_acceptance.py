@@ -2,7 +2,7 @@
 
 import pytest
 
-from alpamayo_dflash.evaluate.acceptance import ClipCounts, length_ratio, pooled, study_figures
+from alpamayo_dflash.evaluate.acceptance import PEERS, ClipCounts, length_ratio, pooled, study_figures
 from alpamayo_dflash.report.tables import study_tables
 
 TOKENS = (10, 12, 14, 16)
@@ -89,3 +89,29 @@ def test_the_studys_table():
     assert table.rows[0][:3] == ("dflash", "2", "5")
     assert table.rows[1][0] == "gru kl (best)" and table.rows[1][3:5] == ("4.80", "80.0 %")
     assert table.rows[1][-2] == "–" and table.rows[1][-1].startswith("1.20 [")
+
+
+def test_the_best_of_ours_over_each_peer():
+    """Peers are no candidates for the best, and are compared on the same clips, whatever the seeds."""
+    study = results()
+    assert "best_over_speculators" not in study_figures(study)
+    study["units"] |= {
+        "3": unit(PEERS["equal-steps"], 0, [8, 8]) | {"validation": {"tokens": 60, "passes": 5}},
+        "4": unit(PEERS["equal-time"], 0, [6, 6]),
+        "5": unit(PEERS["equal-time"], 1, [4, 4]),
+        "6": unit(PEERS["equal-time"], 0, [4, 4]) | {"data": "tenth"},
+    }
+    study["units"]["2"]["validation"] = {"tokens": 60, "passes": 15}
+    found = study_figures(study)
+    assert found["all"]["best"] == "gru kl" and found["tenth"]["best"] is None
+    assert found["best_over_speculators"] == {
+        "all": {"equal_steps": [1.6, 1.6, 1.6], "equal_time": [1.0, 1.0, 1.0]}
+    }
+    assert found["all"]["recipes"][PEERS["equal-steps"]]["acceptance_length"] == 3.0
+
+
+def test_the_ratio_to_a_peer_has_an_interval():
+    study = results()
+    study["units"]["3"] = unit(PEERS["defaults"], 0, [10, 4])
+    ratio, low, high = study_figures(study)["best_over_speculators"]["all"]["defaults"]
+    assert ratio == pytest.approx(14 / 12, abs=1e-4) and low < ratio < high

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from alpamayo_dflash.cli.demo import DemoConfig, stages
 from alpamayo_dflash.common.artefacts import provenance, read_json, write_record
-from alpamayo_dflash.common.fields import shown
+from alpamayo_dflash.common.fields import shown, value_of
 from alpamayo_dflash.common.options import check_at_least, check_positive
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ DECODING_SEEDS, VALIDATION_SEEDS = 6, 3
 PROTOTYPE, PLAIN = "prototype", "dflash"
 DATA = ("all", "tenth")
 """The demo's training clips, or a tenth of them."""
-_TENTH = 10
+TENTH = 10
+PEER_FILE = "peer.json"
 _TEST_CHUNKS = 4
 
 
@@ -90,6 +91,9 @@ class StudyConfig:
         training_seeds: of each recipe, from 0 on.
         test_clips: clips of the test chunks.
         ceilings: measure the ceilings too.
+        peer_drafts: folders of drafts that another trainer made, to be measured beside: each holds `draft/`
+            and `peer.json`, an object with recipe (one of `evaluate.acceptance.PEERS`), data, seed, steps and
+            train_s.
         bench: results file of `bench`, whose parts at R1's size give each recipe its ms a CoC.
         minutes: begin no unit after so many minutes.
         epochs: of a recipe that is not longer; the demo's.
@@ -104,6 +108,7 @@ class StudyConfig:
     training_seeds: int = 3
     test_clips: int = 200
     ceilings: bool = True
+    peer_drafts: tuple[Path, ...] = ()
     bench: Path | None = None
     minutes: float | None = None
     epochs: int = 8
@@ -155,6 +160,70 @@ class Unit:
         return f"{self.recipe} | {self.data} | {self.seed}"
 
 
+@dataclass(frozen=True)
+class PeerDraft:
+    """A draft that another trainer made, which is only decoded with.
+
+    Attributes:
+        folder: holds `draft/` and `peer.json`.
+        unit: its name.
+        draft: the hash of what decodes.
+        steps: of its training.
+        train_s: seconds of its training, all in all.
+    """
+
+    folder: Path
+    unit: Unit
+    draft: str
+    steps: int
+    train_s: float
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+        return self.unit.key
+
+    @classmethod
+    def read(cls, folder: Path) -> PeerDraft:
+        """Read a folder.
+
+        Raises:
+            ValueError: a file is missing or damaged, or names what the study does not know.
+        """
+        from alpamayo_dflash.draft.formats import draft_identity
+        from alpamayo_dflash.evaluate.acceptance import PEERS
+
+        path = folder / PEER_FILE
+        raw, where = read_json(path), str(path)
+        recipe, data = (value_of(raw, key, str, where=where) for key in ("recipe", "data"))
+        for what, given, known in (("recipe", recipe, PEERS.values()), ("data", data, DATA)):
+            if given not in known:
+                raise ValueError(f"{path}: {what} is {given!r}; it must be one of {'; '.join(known)}")
+        steps, seed = (value_of(raw, key, int, where=where) for key in ("steps", "seed"))
+        return cls(
+            folder,
+            Unit(recipe, data, seed),
+            draft_identity(folder / "draft").hash,
+            steps,
+            value_of(raw, "train_s", float, where=where),
+        )
+
+
+def _peers(folders: Sequence[Path]) -> list[PeerDraft]:
+    """Read all folders.
+
+    Raises:
+        ValueError: one cannot be read, or two are of one name.
+    """
+    found: dict[str, PeerDraft] = {}
+    for folder in folders:
+        peer = PeerDraft.read(folder)
+        if peer.key in found:
+            raise ValueError(f"{folder}: is {peer.key}, and so is {found[peer.key].folder}")
+        found[peer.key] = peer
+    return list(found.values())
+
+
 def run(config: StudyConfig) -> dict[str, Any]:
     """Do what the results file lacks.
 
@@ -170,14 +239,19 @@ def run(config: StudyConfig) -> dict[str, Any]:
 
     torch.set_num_threads(config.threads)
     started = time.time()
+    peers = _peers(config.peer_drafts)
     study = _Study(config)
-    todo = [unit for unit in _units(config) if unit.key not in study.results["units"]]
+    wanted: list[Unit | PeerDraft] = [*_units(config), *peers]
+    todo = [unit for unit in wanted if not study.has(unit)]
     done = 0
     for unit in todo:
         if config.minutes is not None and time.time() - started > 60 * config.minutes:
             break
         print(f"study: {unit.key} ({done + 1} of {len(todo)})", file=sys.stderr)
-        study.add(unit)
+        if isinstance(unit, PeerDraft):
+            study.add_peer(unit)
+        else:
+            study.add(unit)
         done += 1
     if config.ceilings and "ceilings" not in study.results:
         study.add_ceilings()
@@ -248,6 +322,36 @@ class _Study:
                 if self.results[key] != value:
                     raise ValueError(f"{config.results}: of a study with another {key}; name another file")
 
+    def has(self, unit: Unit | PeerDraft) -> bool:
+        """Whether the results have a unit.
+
+        Raises:
+            ValueError: they have one of that name and of another draft.
+        """
+        entry = self.results["units"].get(unit.key)
+        if entry is not None and isinstance(unit, PeerDraft) and entry["draft"] != unit.draft:
+            raise ValueError(
+                f"{self.config.results}: {unit.key} is of another draft than {unit.folder}; "
+                "name another file, or take the unit out"
+            )
+        return entry is not None
+
+    def add_peer(self, peer: PeerDraft) -> None:
+        """Decode with a draft that is there, and write the results."""
+        from alpamayo_dflash.draft.model import DFlashDraft
+
+        draft = DFlashDraft.from_pretrained(peer.folder / "draft")
+        entry = {
+            "options": {},
+            "draft": peer.draft,
+            "steps": peer.steps,
+            "parameters": sum(parameter.numel() for parameter in draft.parameters()),
+            "train_s": peer.train_s,
+            **self._measured(draft),
+        }
+        self.results["units"][peer.key] = asdict(peer.unit) | entry
+        write_record(self.config.results, self.results)
+
     def add(self, unit: Unit) -> None:
         """Train a unit's draft, decode with it, and write the results."""
         from alpamayo_dflash.draft.model import DFlashDraft
@@ -281,8 +385,8 @@ class _Study:
             "loss_type": "ce",
             "previous_head": "none",
             "seed": unit.seed,
-            "num_epochs": plain.schedule.num_epochs * recipe.long * (_TENTH if tenth else 1),
-            "train_clips": clips // _TENTH if tenth else None,
+            "num_epochs": plain.schedule.num_epochs * recipe.long * (TENTH if tenth else 1),
+            "train_clips": clips // TENTH if tenth else None,
         }
         return plain.changed(**(options | dict(recipe.options)))
 

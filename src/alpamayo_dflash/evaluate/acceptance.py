@@ -21,6 +21,12 @@ from alpamayo_dflash.target.prompt import Prompt
 RESAMPLES = 10_000
 COMPARED = ("prototype", "dflash")
 """Recipes that a study's others are compared with."""
+PEERS = {
+    "equal-steps": "speculators, equal steps",
+    "equal-time": "speculators, equal time",
+    "defaults": "speculators, defaults",
+}
+"""Drafts of another trainer that a study measures, by what they have in common with our recipes."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +131,12 @@ def study_figures(results: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a study (`cli.study`) from its counts.
 
     Returns:
-        by amount of data `best`, the recipe with the least ms a CoC on validation clips (the most accepted
-        where no benchmark gives ms); and on test clips, pooled over training seeds, by recipe the acceptance
-        length, its share of the ceiling, passes and ms a CoC, greedy acceptance, and the ratio to the
-        prototype's recipe and to plain DFlash with intervals.
+        by amount of data `best`, the recipe of ours with the least ms a CoC on validation clips (the most
+        accepted where no benchmark gives ms); and on test clips, pooled over training seeds, by recipe the
+        acceptance length, its share of the ceiling, passes and ms a CoC, greedy acceptance, and the ratio to
+        the prototype's recipe and to plain DFlash with intervals. `best_over_speculators`, where there are
+        drafts of `PEERS`: by amount of data and by peer the best recipe's acceptance length over the peer's,
+        with its interval.
     """
     units = list(results["units"].values())
     found: dict[str, Any] = {}
@@ -144,7 +152,26 @@ def study_figures(results: Mapping[str, Any]) -> dict[str, Any]:
             recipe: _recipe_figures(results, [unit for unit in of_data if unit["recipe"] == recipe], of_data)
             for recipe in recipes
         }
-        found[data] = {"best": min(rows, key=lambda name: _cost(rows[name])), "recipes": rows}
+        own = [recipe for recipe in recipes if recipe not in PEERS.values()]
+        best = min(own, key=lambda name: _cost(rows[name])) if own else None
+        found[data] = {"best": best, "recipes": rows}
+        ratios = {} if best is None else _over_peers(results, of_data, best)
+        if ratios:
+            found.setdefault("best_over_speculators", {})[data] = ratios
+    return found
+
+
+def _over_peers(
+    results: Mapping[str, Any], units: Sequence[Mapping[str, Any]], best: str
+) -> dict[str, list[float]]:
+    """By peer, a recipe's acceptance length over the peer's: the ratio and its interval."""
+    found = {}
+    ours = _counts(results, [unit for unit in units if unit["recipe"] == best], "sampled")
+    for name, recipe in PEERS.items():
+        peers = [unit for unit in units if unit["recipe"] == recipe]
+        if peers:
+            ratio = length_ratio(ours, _counts(results, peers, "sampled"))
+            found[name.replace("-", "_")] = [round(value, 4) for value in ratio]
     return found
 
 
