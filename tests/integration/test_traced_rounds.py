@@ -1,6 +1,6 @@
 """Rounds that also say what target and draft thought: the same texts, and the numbers of plain softmaxes."""
 
-import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.rollouts import teacher_forced
 from alpamayo_dflash.decode.sampling import distribution, mask_bias
 from alpamayo_dflash.decode.scores import NOTHING_CHOSEN, TOP, RoundScores, Scorer, place_scores, score_all
+from alpamayo_dflash.report.clip_trace import probability
 
 LOOPS = pytest.mark.parametrize("loop", ["host", "device"])
 LIMIT = 20
@@ -99,14 +100,6 @@ def test_without_being_asked_nothing_is_scored(target, prompt, texts, loop, monk
         decoded(decoder, prompt, Recorder(scores=True))
 
 
-def probability(place, logit, sampling):
-    """What a page does with a place's numbers."""
-    temperature = 1.0 if sampling.greedy else sampling.temperature
-    if logit < place.nucleus_logit:
-        return 0.0
-    return math.exp(logit / temperature - place.tempered_log_sum_exp) / place.nucleus_mass
-
-
 @LOOPS
 @pytest.mark.parametrize("kind", ["oracle", "list"])
 def test_each_emitted_token_has_the_probability_that_the_target_drew_from(target, prompt, texts, loop, kind):
@@ -128,9 +121,10 @@ def test_each_emitted_token_has_the_probability_that_the_target_drew_from(target
                     places += [part.scores.target[index] for index in part.scores.at]
         assert [place.chosen for place in places] == text
         for place, row, known in zip(places, expected, logits + bias, strict=True):
-            assert probability(place, place.chosen_logit, sampling) == pytest.approx(
-                row[place.chosen], abs=1e-4
-            )
+            pairs = zip((place.chosen, *place.ids), (place.chosen_logit, *place.logits), strict=True)
+            for token, logit in pairs:
+                found = probability(asdict(place), logit, sampling.temperature)
+                assert found == pytest.approx(row[token], abs=1e-4)
             assert place.ids[0] == int(known.argmax())
             assert place.chosen_rank == int((known > known[place.chosen]).sum())
             assert place.log_sum_exp == pytest.approx(float(known.logsumexp(0)), abs=1e-3)
