@@ -243,10 +243,11 @@ def test_a_clips_trace(tmp_path):
     def read():
         trace = read_clip_trace(tmp_path)
         for each in (round_ for sample in trace["rounds"] for round_ in sample):
-            for place in (each["target"][index] for index in each["at"]):
-                for token, logit in zip(place["ids"], place["logits"], strict=True):
+            places = each["target"]
+            for index in each["at"]:
+                for token, logit in zip(places["ids"][index], places["logits"][index], strict=True):
                     assert trace["pieces"][str(token)] is not None
-                    assert 0 <= probability(place, logit, trace["temperature"]) <= 1
+                    assert 0 <= probability(places, index, logit, trace["temperature"]) <= 1
         for frame in trace["frames"]:
             frame_bytes(tmp_path, frame)
 

@@ -7,17 +7,18 @@ import io
 import json
 import math
 
+import numpy as np
 import pytest
 from PIL import Image
 from random_target import random_draft, random_target
 
 from alpamayo_dflash.cli.main import main
-from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, FRAMES_PER_CAMERA
+from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, FRAMES_PER_CAMERA, Window
 from alpamayo_dflash.common.artefacts import read_json, write_record
 from alpamayo_dflash.decode.observer import SPANS
 from alpamayo_dflash.evaluate import clip_traces
-from alpamayo_dflash.evaluate.clip_traces import FRAME_WIDTH, MOST_FRAME_BYTES
-from alpamayo_dflash.report.clip_trace import FILE, frame_bytes, probability, read_clip_trace
+from alpamayo_dflash.evaluate.clip_traces import FRAME_WIDTH, MOST_FRAME_BYTES, encoded_frames
+from alpamayo_dflash.report.clip_trace import FILE, Places, frame_bytes, probability, read_clip_trace
 from alpamayo_dflash.report.evaluation import read_evaluation
 
 CLIPS, LIMIT, SAMPLES = 2, 12, 2
@@ -69,17 +70,19 @@ def test_a_trace_has_what_the_page_needs(traced):
         trace = read_clip_trace(folder)
         sizes.append(sum(path.stat().st_size for path in folder.iterdir()))
         assert (trace["clip_id"], trace["coc"], trace["equal"]) == (row["clip_id"], row["coc"], True)
-        first = [each["token"] for each in trace["first"]]
-        assert texts_of(first, trace["rounds"]) == texts_of(row["first_tokens"], row["rounds"])
+        assert trace["first"]["chosen"] == trace["first_tokens"]
+        assert texts_of(trace["first_tokens"], trace["rounds"]) == texts_of(
+            row["first_tokens"], row["rounds"]
+        )
         for sample in trace["rounds"]:
             for each in sample:
                 for token, index in zip(each["emitted"], each["at"], strict=True):
-                    place = each["target"][index]
-                    assert place["chosen"] == token
-                    assert 0 < probability(place, place["chosen_logit"], 0.6) <= 1
-                    total = sum(probability(place, logit, 0.6) for logit in place["logits"])
-                    assert 0 < total < 1.001
-                assert len(each["draft"]) in (0, trace["block_size"] - 1)
+                    places = each["target"]
+                    assert places["chosen"][index] == token
+                    assert 0 < probability(places, index, places["chosen_logit"][index], 0.6) <= 1
+                    shares = [probability(places, index, logit, 0.6) for logit in places["logits"][index]]
+                    assert 0 < sum(shares) < 1.001
+                assert len(each["draft"]["ids"]) in (0, trace["block_size"] - 1)
         assert {bar["name"] for bar in trace["bars"]} <= {"prefill", "action", *SPANS}
         starts = [bar["start_ms"] for bar in trace["bars"]]
         assert starts == sorted(starts)
@@ -179,18 +182,25 @@ def first_round(trace):
     return next(each for sample in trace["rounds"] for each in sample if each["proposed"])
 
 
+def no_places():
+    return {name: [] for name in Places.__annotations__}
+
+
 DAMAGE = {
     "coc is 7": lambda trace: trace.update(coc=7),
     "rounds has 1 samples": lambda trace: trace["rounds"].pop(),
     "parents has": lambda trace: first_round(trace)["parents"].pop(),
     "rounds: parents is 9": lambda trace: first_round(trace)["parents"].__setitem__(0, 9),
     "rounds: at is 99": lambda trace: first_round(trace)["at"].__setitem__(0, 99),
-    "places; it must have one": lambda trace: first_round(trace)["target"].clear(),
-    "ids has": lambda trace: first_round(trace)["target"][0]["ids"].pop(),
-    "nucleus_mass is 0": lambda trace: first_round(trace)["target"][0].update(nucleus_mass=0.0),
+    "places; it must have one": lambda trace: first_round(trace)["target"].update(no_places()),
+    "chosen has": lambda trace: first_round(trace)["target"]["chosen"].pop(),
+    "ids has": lambda trace: first_round(trace)["target"]["ids"][0].pop(),
+    "nucleus_mass is 0": lambda trace: first_round(trace)["target"].update(
+        nucleus_mass=[0.0] * len(first_round(trace)["target"]["ids"])
+    ),
     "is not in pieces": lambda trace: trace["pieces"].clear(),
     "must be the name of a file": lambda trace: trace["frames"][0].update(file="../x.jpg"),
-    "must be a finite number": lambda trace: first_round(trace)["target"][0].update(log_sum_exp="1"),
+    "must be a finite number": lambda trace: first_round(trace)["target"]["log_sum_exp"].__setitem__(0, "1"),
     r"must be .*10{6}": lambda trace: trace["history_xy"].__setitem__(0, [1e9, 0.0]),
 }
 
@@ -208,6 +218,23 @@ def test_a_trace_that_contradicts_itself_is_refused(traced, tmp_path, message):
 
 def test_probabilities_are_of_the_nucleus_alone():
     logits = [math.log(0.6), math.log(0.3), math.log(0.1)]
-    place = {"logits": logits, "nucleus_logit": logits[1], "nucleus_mass": 0.9, "tempered_log_sum_exp": 0.0}
-    assert [probability(place, logit, 1.0) for logit in logits] == pytest.approx([2 / 3, 1 / 3, 0])
-    assert probability(place, logits[0], 0.0) == pytest.approx(2 / 3)  # greedy: at temperature 1
+    place = {"nucleus_logit": [logits[1]], "nucleus_mass": [0.9], "tempered_log_sum_exp": [0.0]}
+    assert [probability(place, 0, logit, 1.0) for logit in logits] == pytest.approx([2 / 3, 1 / 3, 0])
+    assert probability(place, 0, logits[0], 0.0) == pytest.approx(2 / 3)  # greedy: at temperature 1
+
+
+def test_large_frames_are_made_small_and_busy_ones_coarser():
+    height, width = 360, 640
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (4, 4, height // 40, width // 40, 3), dtype=np.uint8)
+    calm = coarse.repeat(40, axis=2).repeat(40, axis=3)
+    busy = random.integers(0, 256, (4, 4, height, width, 3), dtype=np.uint8)
+    still = np.zeros((16, 3), np.float32), np.eye(3, dtype=np.float32)[None].repeat(16, 0)
+    sizes = {}
+    for name, frames in {"calm": calm, "busy": busy}.items():
+        made = list(encoded_frames(Window("clip", 0, DEFAULT_CAMERAS, frames, *still)))
+        images = [Image.open(io.BytesIO(content)) for _, content in made]
+        assert {image.size for image in images} == {(FRAME_WIDTH, FRAME_WIDTH * height // width)}
+        sizes[name] = sum(len(content) for _, content in made), images[0].quantization[0][0]
+    assert sizes["calm"][0] <= MOST_FRAME_BYTES
+    assert sizes["busy"][1] > sizes["calm"][1]  # it quantises more

@@ -113,17 +113,18 @@ def test_each_emitted_token_has_the_probability_that_the_target_drew_from(target
     for sample, text in enumerate(texts):
         logits = teacher_forced(target, prompt, text).logits
         expected = distribution(logits, bias, sampling).tolist()
-        places = [recorder.first_scores[sample]]
+        emitted = [recorder.first_scores[sample]]
         for each in recorder.rounds:
             for part in each.samples:
                 if part.sample == sample:
                     assert len(part.scores.target) >= len(part.proposed) + 1
-                    places += [part.scores.target[index] for index in part.scores.at]
-        assert [place.chosen for place in places] == text
-        for place, row, known in zip(places, expected, logits + bias, strict=True):
+                    emitted += [part.scores.target[index] for index in part.scores.at]
+        assert [place.chosen for place in emitted] == text
+        for place, row, known in zip(emitted, expected, logits + bias, strict=True):
             pairs = zip((place.chosen, *place.ids), (place.chosen_logit, *place.logits), strict=True)
+            places = {name: [value] for name, value in asdict(place).items()}
             for token, logit in pairs:
-                found = probability(asdict(place), logit, sampling.temperature)
+                found = probability(places, 0, logit, sampling.temperature)
                 assert found == pytest.approx(row[token], abs=1e-4)
             assert place.ids[0] == int(known.argmax())
             assert place.chosen_rank == int((known > known[place.chosen]).sum())

@@ -31,7 +31,7 @@ from alpamayo_dflash.decode.decoder import Result
 from alpamayo_dflash.decode.observer import PlaceScores, Recorder, Span, SpanRecorder
 from alpamayo_dflash.evaluate.arms import CLIP_ERRORS, Arms, rounds_of
 from alpamayo_dflash.evaluate.rows import ClipRow, TraceRow
-from alpamayo_dflash.report.clip_trace import FILE, Bar, ClipTrace, First, Frame, Place, Round
+from alpamayo_dflash.report.clip_trace import FILE, Bar, ClipTrace, Frame, Places, Round
 from alpamayo_dflash.target.prompt import Prompt
 
 FOLDER = "trace"
@@ -93,7 +93,7 @@ class ClipTraces:
         if not self._begun:
             self._begin()
         trace = clip_trace(self._arms, window, prompt, row, self._mark)
-        pictures = list(_encoded(window))
+        pictures = list(encoded_frames(window))
         place = self.folder / window.clip_id
         recover_folder(place)
         with atomic_folder(place) as folder:
@@ -133,7 +133,7 @@ def clip_trace(arms: Arms, window: Window, prompt: Prompt, row: ClipRow, mark: s
     recorder, watch = Recorder(scores=True), SpanRecorder(Clock(arms.target.device).now_ms)
     result = arms.again("dflash", prompt, config.sampling, recorder, trajectories=True)
     arms.again("dflash", prompt, config.sampling, watch)
-    first, rounds = _first_of(recorder), _rounds_of(recorder)
+    first, rounds = _places(recorder.first_scores), _rounds_of(recorder)
     future = window.ego_future_xyz
     return {
         "evaluation": mark,
@@ -144,7 +144,8 @@ def clip_trace(arms: Arms, window: Window, prompt: Prompt, row: ClipRow, mark: s
         "block_size": arms.block_size,
         "equal": result.coc == row["coc"],
         "coc": result.coc,
-        "pieces": _pieces(arms, first, rounds),
+        "pieces": _pieces(arms, recorder.first_tokens, first, rounds),
+        "first_tokens": list(recorder.first_tokens),
         "first": first,
         "rounds": rounds,
         "bars": _bars(watch.spans, row),
@@ -154,11 +155,6 @@ def clip_trace(arms: Arms, window: Window, prompt: Prompt, row: ClipRow, mark: s
         "future_xy": None if future is None else _from_above(future),
         "predicted_xy": _predicted(result),
     }
-
-
-def _first_of(recorder: Recorder) -> list[First]:
-    pairs = zip(recorder.first_tokens, recorder.first_scores, strict=True)
-    return [{"token": token, "target": _place(place)} for token, place in pairs]
 
 
 def _rounds_of(recorder: Recorder) -> list[list[Round]]:
@@ -172,25 +168,27 @@ def _rounds_of(recorder: Recorder) -> list[list[Round]]:
                 {
                     "index": trace.index,
                     **next(plain[part.sample]),
-                    "target": [_place(place) for place in part.scores.target],
+                    "target": _places(part.scores.target),
                     "at": list(part.scores.at),
-                    "draft": [_place(place) for place in part.scores.draft],
+                    "draft": _places(part.scores.draft),
                 }
             )
     return rows
 
 
-def _place(place: PlaceScores) -> Place:
+def _places(places: Sequence[PlaceScores]) -> Places:
     return {
-        "ids": list(place.ids),
-        "logits": [_rounded(each) for each in place.logits],
-        "log_sum_exp": _rounded(place.log_sum_exp),
-        "tempered_log_sum_exp": _rounded(place.tempered_log_sum_exp),
-        "nucleus_mass": place.nucleus_mass,
-        "nucleus_logit": _rounded(place.nucleus_logit),
-        "chosen": place.chosen,
-        "chosen_logit": None if place.chosen_logit is None else _rounded(place.chosen_logit),
-        "chosen_rank": place.chosen_rank,
+        "ids": [list(place.ids) for place in places],
+        "logits": [[_rounded(logit) for logit in place.logits] for place in places],
+        "log_sum_exp": [_rounded(place.log_sum_exp) for place in places],
+        "tempered_log_sum_exp": [_rounded(place.tempered_log_sum_exp) for place in places],
+        "nucleus_mass": [float(f"{place.nucleus_mass:.{_DIGITS}g}") for place in places],
+        "nucleus_logit": [_rounded(place.nucleus_logit) for place in places],
+        "chosen": [place.chosen for place in places],
+        "chosen_logit": [
+            None if place.chosen_logit is None else _rounded(place.chosen_logit) for place in places
+        ],
+        "chosen_rank": [place.chosen_rank for place in places],
     }
 
 
@@ -198,16 +196,16 @@ def _rounded(logit: float) -> float:
     return round(logit, _DIGITS)
 
 
-def _pieces(arms: Arms, first: Sequence[First], rounds: Sequence[Sequence[Round]]) -> dict[str, str]:
+def _pieces(
+    arms: Arms, first_tokens: Sequence[int], first: Places, rounds: Sequence[Sequence[Round]]
+) -> dict[str, str]:
     """The text of every token that a trace names."""
-    found = {each["token"] for each in first}
-    places = [each["target"] for each in first]
+    found, places = set(first_tokens), [first]
     for each in (round_ for sample in rounds for round_ in sample):
         found.update((each["anchor"], *each["proposed"], *each["emitted"]))
-        places += [*each["target"], *each["draft"]]
-    for place in places:
-        found.update(place["ids"])
-        found.update(() if place["chosen"] is None else (place["chosen"],))
+        places += [each["target"], each["draft"]]
+    for some in places:
+        found.update(*some["ids"], (token for token in some["chosen"] if token is not None))
     decode = arms.target.tokenizer.decode
     return {str(token): decode([token], skip_special_tokens=False) for token in sorted(found)}
 
@@ -231,7 +229,7 @@ def _from_above(xyz: npt.NDArray[np.float32]) -> list[tuple[float, float]]:
     return [(round(float(x), 3), round(float(y), 3)) for x, y in xyz[:, :2]]
 
 
-def _encoded(window: Window) -> Iterator[tuple[Frame, bytes]]:
+def encoded_frames(window: Window) -> Iterator[tuple[Frame, bytes]]:
     """The frames as small JPEG files, all of one quality, in the order of cameras and time."""
     small = [[_small(frame) for frame in frames] for frames in window.frames]
     contents: list[list[bytes]] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -19,25 +20,21 @@ _MOST = 1e6
 """Beyond any logit, time in ms and place in metres that a trace holds."""
 
 
-class Place(TypedDict):
-    """What target or draft thought of the token at one place; see `decode.observer.PlaceScores`."""
+class Places(TypedDict):
+    """What target or draft thought of the tokens at places in a row; see `decode.observer.PlaceScores`.
 
-    ids: list[int]
-    logits: list[float]
-    log_sum_exp: float
-    tempered_log_sum_exp: float
-    nucleus_mass: float
-    nucleus_logit: float
-    chosen: int | None
-    chosen_logit: float | None
-    chosen_rank: int | None
+    Every list has one entry a place, which takes less of the file than an object a place would.
+    """
 
-
-class First(TypedDict):
-    """A sample's first token, which the prompt's own pass gives."""
-
-    token: int
-    target: Place
+    ids: list[list[int]]
+    logits: list[list[float]]
+    log_sum_exp: list[float]
+    tempered_log_sum_exp: list[float]
+    nucleus_mass: list[float]
+    nucleus_logit: list[float]
+    chosen: list[int | None]
+    chosen_logit: list[float | None]
+    chosen_rank: list[int | None]
 
 
 class Round(TypedDict):
@@ -55,9 +52,9 @@ class Round(TypedDict):
     taken: list[int]
     emitted: list[int]
     origins: list[str]
-    target: list[Place]
+    target: Places
     at: list[int]
-    draft: list[Place]
+    draft: Places
 
 
 class Bar(TypedDict):
@@ -90,7 +87,8 @@ class ClipTrace(TypedDict):
         equal: whether the traced decode wrote the texts of the evaluation's row.
         coc: the texts, by sample.
         pieces: each token's text, by its id.
-        first: by sample.
+        first_tokens: by sample.
+        first: what the target thought of them in the prompt's own pass, a place a sample.
         rounds: by sample, in order.
         bars: from the reading of the prompt on. Those of a round are of a decode of their own, that nobody
             scored; the others are of the evaluation's row.
@@ -110,7 +108,8 @@ class ClipTrace(TypedDict):
     equal: bool
     coc: list[str]
     pieces: dict[str, str]
-    first: list[First]
+    first_tokens: list[int]
+    first: Places
     rounds: list[list[Round]]
     bars: list[Bar]
     frames: list[Frame]
@@ -149,34 +148,33 @@ def frame_bytes(folder: Path, frame: Frame) -> bytes:
     return found
 
 
-def probability(place: Place, logit: float, temperature: float) -> float:
+def probability(places: Places, index: int, logit: float, temperature: float) -> float:
     """How probable a token was at a place, in what the decode draws from (at temperature 1 if greedy).
 
     Args:
-        place: of the target, or of the draft.
+        places: of the target, or of the draft.
+        index: the place.
         logit: the token's there.
         temperature: the decode's.
     """
-    if logit < place["nucleus_logit"]:
+    if logit < places["nucleus_logit"][index]:
         return 0.0
-    tempered = logit / (temperature or 1.0) - place["tempered_log_sum_exp"]
-    return min(1.0, math.exp(min(0.0, tempered)) / place["nucleus_mass"])
+    tempered = logit / (temperature or 1.0) - places["tempered_log_sum_exp"][index]
+    return min(1.0, math.exp(min(0.0, tempered)) / places["nucleus_mass"][index])
 
 
 def _check(trace: dict[str, Any]) -> None:
     """What the kinds of the values do not say: counts, indices and sizes."""
     samples = len(trace["coc"])
-    for name in ("first", "rounds", "predicted_xy"):
+    for name in ("first_tokens", "rounds", "predicted_xy"):
         _same(len(trace[name]), samples, f"{name} has {{}} samples; coc has {{}}")
     check_range(0, _MOST, temperature=trace["temperature"])
-    for each in trace["first"]:
-        _check_place(each["target"], "first.target")
-        _named(trace, [each["token"]], "first.token")
+    _same(_check_places(trace["first"], "first"), samples, "first has {} places; coc has {} samples")
+    _check_pieces(trace, [trace["first_tokens"], *trace["first"]["ids"]], "first")
     for each in (round_ for sample in trace["rounds"] for round_ in sample):
         _check_round(each)
-        _named(trace, [each["anchor"], *each["proposed"], *each["emitted"]], "rounds")
-        for place in (*each["target"], *each["draft"]):
-            _named(trace, place["ids"], "rounds")
+        tokens = [[each["anchor"]], each["proposed"], each["emitted"]]
+        _check_pieces(trace, [*tokens, *each["target"]["ids"], *each["draft"]["ids"]], "rounds")
     for bar in trace["bars"]:
         check_range(0, _MOST, start_ms=bar["start_ms"], end_ms=bar["end_ms"])
     for frame in trace["frames"]:
@@ -192,32 +190,39 @@ def _check_round(each: dict[str, Any]) -> None:
         _same(len(each[name]), proposed, f"rounds: {name} has {{}} tokens; proposed has {{}}")
     for name in ("origins", "at"):
         _same(len(each[name]), emitted, f"rounds: {name} has {{}} tokens; emitted has {{}}")
-    if len(each["target"]) <= proposed:
+    places = _check_places(each["target"], "rounds: target")
+    _check_places(each["draft"], "rounds: draft")
+    if places <= proposed:
         raise ValueError(
-            f"rounds: target has {len(each['target'])} places; it must have one after the anchor and after "
-            f"each of {proposed} proposed tokens"
+            f"rounds: target has {places} places; it must have one after the anchor and after each of "
+            f"{proposed} proposed tokens"
         )
     for node, parent in enumerate(each["parents"]):
         check_range(-1, node - 1, **{"rounds: parents": parent})
-    for name, count in (("taken", proposed), ("at", len(each["target"]))):
+    for name, count in (("taken", proposed), ("at", places)):
         for index in each[name]:
             check_range(0, count - 1, **{f"rounds: {name}": index})
-    for name in ("target", "draft"):
-        for place in each[name]:
-            _check_place(place, f"rounds.{name}")
 
 
-def _check_place(place: dict[str, Any], where: str) -> None:
-    _same(len(place["ids"]), len(place["logits"]), f"{where}: ids has {{}} tokens; logits has {{}}")
-    numbers = [place[name] for name in ("log_sum_exp", "tempered_log_sum_exp", "nucleus_logit")]
-    for number in (*numbers, *place["logits"], place["chosen_logit"] or 0.0):
-        check_range(-_MOST, _MOST, **{where: number})
-    if not 0 < place["nucleus_mass"] <= 1 + 1e-3:  # a float32 sum
-        raise ValueError(f"{where}: nucleus_mass is {place['nucleus_mass']}; it must be above 0, at most 1")
+def _check_places(places: dict[str, Any], where: str) -> int:
+    """How many places there are."""
+    count = len(places["ids"])
+    for name in Places.__annotations__:
+        _same(len(places[name]), count, f"{where}.{name} has {{}} places; ids has {{}}")
+    for ids, logits in zip(places["ids"], places["logits"], strict=True):
+        _same(len(ids), len(logits), f"{where}: ids has {{}} tokens at a place; logits has {{}}")
+    numbers = [places[name] for name in ("log_sum_exp", "tempered_log_sum_exp", "nucleus_logit")]
+    for each in (*numbers, *places["logits"], [number or 0.0 for number in places["chosen_logit"]]):
+        for number in each:
+            check_range(-_MOST, _MOST, **{where: number})
+    for mass in places["nucleus_mass"]:
+        if not 0 < mass <= 1 + 1e-3:  # a float32 sum
+            raise ValueError(f"{where}.nucleus_mass is {mass}; it must be above 0 and at most 1")
+    return count
 
 
-def _named(trace: dict[str, Any], tokens: list[int], where: str) -> None:
-    unknown = [token for token in tokens if str(token) not in trace["pieces"]]
+def _check_pieces(trace: dict[str, Any], tokens: Iterable[Sequence[int]], where: str) -> None:
+    unknown = [token for some in tokens for token in some if str(token) not in trace["pieces"]]
     if unknown:
         raise ValueError(f"{where}: token {unknown[0]} is not in pieces")
 
