@@ -34,7 +34,7 @@ def traced(decoder, view, *, scores, temperature, samples):
 @pytest.mark.parametrize("samples", [1, 6])
 @pytest.mark.parametrize("temperature", [0.0, 0.6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_captured_round_with_scores_writes_the_same(views, head, few, samples, temperature, dtype):
+def test_a_captured_round_with_scores_writes_the_same(views, *, head, few, samples, temperature, dtype):
     torch.backends.cuda.matmul.allow_tf32 = False
     target = Alpamayo.from_pretrained("tiny", dtype=dtype, device="cuda")
     draft = random_draft(target, previous_head=head, previous_size=16, draft_vocab_size=few)

@@ -4,13 +4,13 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from proposers import Known, Oracle, Random, Reduced
+from proposers import Known, NotANumber, Oracle, Random, Reduced
 from random_target import random_draft, random_prompt, random_target
 
 from alpamayo_dflash import DecodeConfig, Recorder, SpeculativeDecoder
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.rollouts import teacher_forced
-from alpamayo_dflash.decode.sampling import distribution, mask_bias
+from alpamayo_dflash.decode.sampling import Choice, Chooser, distribution, mask_bias
 from alpamayo_dflash.decode.scores import NOTHING_CHOSEN, TOP, RoundScores, Scorer, place_scores, score_all
 from alpamayo_dflash.report.clip_trace import probability
 
@@ -156,6 +156,51 @@ def test_both_rounds_say_the_same(target, prompt, texts):
             one.emitted[: len(one.scores.draft)]
         )
     assert draft_places
+
+
+def test_what_a_candidate_did_not_settle_is_scored_again(target, prompt, texts, monkeypatch):
+    """On a GPU a choice may have to be made again with a sort; its place names what was chosen then."""
+    choose = Chooser.__call__
+
+    def unsettled(self, *rows):
+        choice = choose(self, *rows)
+        wrong = torch.zeros_like(choice.columns)
+        return Choice(wrong, torch.zeros_like(choice.settled), choice.finite)
+
+    monkeypatch.setattr(Chooser, "__call__", unsettled)
+    recorder = Recorder(scores=True)
+    decoder = SpeculativeDecoder(target, Random(target.vocab_size, 8), DecodeConfig(loop="device"))
+    assert decoded(decoder, prompt, recorder).token_ids == texts
+    parts = [part for each in recorder.rounds for part in each.samples]
+    assert parts
+    for part in parts:
+        assert tuple(part.scores.target[index].chosen for index in part.scores.at) == part.emitted
+        assert [place.chosen for place in part.scores.draft[:1]] == list(
+            part.emitted[: len(part.scores.draft)][:1]
+        )
+
+
+@LOOPS
+def test_a_draft_that_failed_thought_nothing(target, prompt, texts, loop):
+    recorder = Recorder(scores=True)
+    decoder = SpeculativeDecoder(target, NotANumber(target.vocab_size, 8), DecodeConfig(loop=loop))
+    with pytest.warns(UserWarning, match="the draft failed"):
+        got = decoded(decoder, prompt, recorder)
+    assert got.token_ids == texts
+    assert got.draft_failures
+    assert not any(part.scores.draft for each in recorder.rounds for part in each.samples)
+
+
+def test_a_text_that_is_ended_by_force_is_scored_as_far_as_the_target_wrote(target, prompt, texts):
+    config = DecodeConfig(sentence_end="force")
+    runs = []
+    for scores in (False, True):
+        draft, _ = proposer("oracle", target, prompt, texts)
+        recorder = Recorder(scores=scores)
+        runs.append(decoded(SpeculativeDecoder(target, draft, config), prompt, recorder).token_ids)
+    assert runs[0] == runs[1]
+    parts = [part for each in recorder.rounds for part in each.samples]
+    assert all(len(part.scores.at) == len(part.emitted) for part in parts)
 
 
 def test_a_token_that_a_reduced_head_lacks_has_no_rank():
