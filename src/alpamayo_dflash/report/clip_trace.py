@@ -16,7 +16,7 @@ from alpamayo_dflash.common.fields import checked, file_name, naming
 from alpamayo_dflash.common.options import check_range
 
 FILE = "clip.json"
-_MOST = 1e6
+_MOST = 1e9
 """Beyond any logit, time in ms and place in metres that a trace holds."""
 
 
