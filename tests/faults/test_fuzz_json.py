@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from small_artefacts import (
     CLIPS,
     MADE,
+    PICTURE,
     clip_row,
+    clip_trace,
     evaluation,
     write_checkpoint,
     write_distill,
@@ -45,6 +47,7 @@ from alpamayo_dflash.layers import aggregate as aggregate_module
 from alpamayo_dflash.layers.aggregate import aggregate
 from alpamayo_dflash.layers.choice import read_choice
 from alpamayo_dflash.report import run as report_run
+from alpamayo_dflash.report.clip_trace import frame_bytes, probability, read_clip_trace
 from alpamayo_dflash.report.evaluation import read_evaluation
 from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
 from alpamayo_dflash.standins.untrained import RECORD, write_random_checkpoint
@@ -230,6 +233,25 @@ def test_an_evaluation_for_an_audit(tmp_path):
                     round_of(row["rounds"][0], 1)
 
     fuzz("evaluate --audit: evaluation.json", 120, tmp_path, file, read)
+
+
+def test_a_clips_trace(tmp_path):
+    file = tmp_path / "clip.json"
+    write_json(file, clip_trace())
+    (tmp_path / "front-0.jpg").write_bytes(PICTURE)
+
+    def read():
+        trace = read_clip_trace(tmp_path)
+        for each in (round_ for sample in trace["rounds"] for round_ in sample):
+            places = each["target"]
+            for index in each["at"]:
+                for token, logit in zip(places["ids"][index], places["logits"][index], strict=True):
+                    assert trace["pieces"][str(token)] is not None
+                    assert 0 <= probability(places, index, logit, trace["temperature"]) <= 1
+        for frame in trace["frames"]:
+            frame_bytes(tmp_path, frame)
+
+    fuzz("report: clip.json", 60, tmp_path, file, read)
 
 
 def test_a_lock(tmp_path):

@@ -1,8 +1,10 @@
-"""Drafts for tests of the decoder: they look like a draft, and each is wrong in its own way."""
+"""Drafts and lists for tests of the decoder: they look like real ones, and each is wrong in its own way."""
 
 from types import SimpleNamespace
 
 import torch
+
+from alpamayo_dflash import Listed, Proposed
 
 
 class Scripted:
@@ -95,3 +97,30 @@ class Reduced(Oracle):
     def propose(self, context, context_lengths, anchors):
         full = super().propose(context, context_lengths, anchors)
         return SimpleNamespace(logits=full.logits[..., self.ids], token_ids=self.ids)
+
+
+class Known(Listed):
+    """Offers texts that it knows, wrong at a share of the places; as trees, a wrong branch first."""
+
+    def __init__(self, texts, *, errors=0.0, tree=False, source="phrase tree", count=5):
+        self.texts, self.errors, self.tree, self.source, self.count = texts, errors, tree, source, count
+        self.random = torch.Generator().manual_seed(0)
+        self.begun = []
+
+    def begin(self, prefilled, samples):
+        self.begun.append((prefilled.prompt.key, len(samples)))
+
+    def propose(self, samples):
+        assert all(sample.stop is None for sample in samples)
+        return [self.one(sample) for sample in samples]
+
+    def one(self, sample):
+        place = len(sample.tokens)
+        tokens = self.texts[sample.index][place : place + self.count]
+        wrong = torch.rand(len(tokens), generator=self.random) < self.errors
+        tokens = [7 if bad else token for token, bad in zip(tokens, wrong.tolist(), strict=True)]
+        if not self.tree:
+            return Proposed(tokens, source=self.source)
+        # A branch of two wrong tokens, and the text beside it.
+        parents = [-1, 0, -1, *range(2, len(tokens) + 1)]
+        return Proposed([8, 9, *tokens], parents[: 2 + len(tokens)], self.source)

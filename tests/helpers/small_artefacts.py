@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -187,3 +188,39 @@ def evaluation() -> dict:
             | {"world": world, "world_here": world, "world_bounds": bounds}
         )
     )
+
+
+PICTURE = b"no picture"
+
+
+def clip_trace() -> dict:
+    """What a page shows of a clip; its frame is `PICTURE`."""
+    place = {"ids": [6, 7], "logits": [2.0, 1.0], "log_sum_exp": 2.4, "tempered_log_sum_exp": 3.5}
+    place |= {"nucleus_mass": 0.99, "nucleus_logit": 1.0, "chosen": 6, "chosen_logit": 2.0, "chosen_rank": 0}
+
+    def places(count: int) -> dict:
+        return {name: [value] * count for name, value in place.items()}
+
+    scores = {"target": places(4), "at": [0, 1], "draft": places(1)}
+    frame = {"camera": "camera_front_wide_120fov", "index": 0, "file": "front-0.jpg"}
+    frame |= {"sha256": hashlib.sha256(PICTURE).hexdigest()}
+    return {
+        "evaluation": "abc",
+        "clip_id": "clip-0",
+        "t0_us": 5_100_000,
+        "temperature": 0.6,
+        "top_p": 0.98,
+        "block_size": 4,
+        "equal": True,
+        "coc": ["Keep <distance> & go."],
+        "pieces": {str(token): f" <{token}>" for token in range(5, 10)},
+        "first_tokens": [5],
+        "first": places(1),
+        "rounds": [[{"index": 0, **_ROUND, **scores}]],
+        "bars": [{"name": "prefill", "start_ms": 0.0, "end_ms": 5.0}],
+        "frames": [frame],
+        "step_s": 0.1,
+        "history_xy": [[-1.0, 0.0], [0.0, 0.0]],
+        "future_xy": [[1.0, 0.5]],
+        "predicted_xy": [[[1.0, 0.4]]],
+    }

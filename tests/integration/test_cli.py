@@ -302,6 +302,9 @@ def test_demo(work: Path, tmp_path: Path, command: Command, monkeypatch: pytest.
     assert summary["settings"]["temperature"] == 0.6
     greedy = json.loads((out / "evaluation-greedy" / "evaluation.json").read_text())
     assert greedy["settings"]["temperature"] == 0
+    assert [result["trace"][key] for key in ("clips", "lacking", "unequal")] == [2, 0, 0]
+    assert len(list((out / "evaluation" / "trace").glob("*/clip.json"))) == 2
+    assert greedy["trace"] is None
     assert result["greedy"]["arms"] == greedy["arms"] and set(greedy["arms"]) == set(result["arms"])
     page = (out / "report" / "report.html").read_text()
     assert "<h2>Greedy: times" in page and "greedy acceptance length" in page

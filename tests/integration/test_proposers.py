@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from proposers import Oracle, Random
+from proposers import Known, Oracle, Random
 from random_target import random_prompt, random_target
 
-from alpamayo_dflash import DecodeConfig, Listed, Proposed, Recorder, SpeculativeDecoder
+from alpamayo_dflash import DecodeConfig, Proposed, Recorder, SpeculativeDecoder
 from alpamayo_dflash.decode.proposer import DRAFT, END_RULE, SOURCES, TARGET, unite
 from alpamayo_dflash.decode.stops import StopReason, StopRules
 
@@ -36,33 +36,6 @@ def options(temperature=0.6, samples=6):
 def truth(target, prompts):
     decoder = SpeculativeDecoder(target)
     return [decoder.generate(prompt, **options()).token_ids for prompt in prompts]
-
-
-class Known(Listed):
-    """Offers texts that it knows, wrong at a share of the places; as trees, a wrong branch first."""
-
-    def __init__(self, texts, *, errors=0.0, tree=False, source="phrase tree", count=5):
-        self.texts, self.errors, self.tree, self.source, self.count = texts, errors, tree, source, count
-        self.random = torch.Generator().manual_seed(0)
-        self.begun = []
-
-    def begin(self, prefilled, samples):
-        self.begun.append((prefilled.prompt.key, len(samples)))
-
-    def propose(self, samples):
-        assert all(sample.stop is None for sample in samples)
-        return [self.one(sample) for sample in samples]
-
-    def one(self, sample):
-        place = len(sample.tokens)
-        tokens = self.texts[sample.index][place : place + self.count]
-        wrong = torch.rand(len(tokens), generator=self.random) < self.errors
-        tokens = [7 if bad else token for token, bad in zip(tokens, wrong.tolist(), strict=True)]
-        if not self.tree:
-            return Proposed(tokens, source=self.source)
-        # A branch of two wrong tokens, and the text beside it.
-        parents = [-1, 0, -1, *range(2, len(tokens) + 1)]
-        return Proposed([8, 9, *tokens], parents[: 2 + len(tokens)], self.source)
 
 
 @LOOPS

@@ -127,6 +127,7 @@ def stages(config: DemoConfig, target: str = "tiny") -> Stages:
         temperature=config.temperature,
         seed=config.seed,
         detailed_timing=True,
+        trace=True,
         local_files_only=True,
         output_dir=config.out / "evaluation",
     )
@@ -175,7 +176,11 @@ def stages(config: DemoConfig, target: str = "tiny") -> Stages:
         ),
         evaluate=evaluate,
         greedy=replace(
-            evaluate, temperature=0.0, detailed_timing=False, output_dir=config.out / "evaluation-greedy"
+            evaluate,
+            temperature=0.0,
+            detailed_timing=False,
+            trace=False,
+            output_dir=config.out / "evaluation-greedy",
         ),
     )
 
@@ -217,7 +222,7 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
 
 def _run_stages(plan: Stages, console: Console) -> tuple[dict[str, float], bool]:
-    """Run the stages in order; the seconds that each took, and whether the last had nothing to do."""
+    """Run the stages in order; the seconds that each took, and whether no evaluation had anything to do."""
     from alpamayo_dflash.distill.run import run as distill
     from alpamayo_dflash.evaluate.run import run as evaluate
     from alpamayo_dflash.layers.run import run as layers
@@ -233,12 +238,13 @@ def _run_stages(plan: Stages, console: Console) -> tuple[dict[str, float], bool]
         "greedy": partial(evaluate, plan.greedy),
     }
     seconds: dict[str, float] = {}
+    idle: dict[str, bool] = {}
     for number, (name, step) in enumerate(steps.items(), start=1):
         console.rule(f"{number}/{len(steps)} {name}")
         began = time.time()
-        result = step()
+        idle[name] = "nothing_to_do" in step()
         seconds[name] = round(time.time() - began, 1)
-    return seconds, "nothing_to_do" in result
+    return seconds, idle["evaluate"] and idle["greedy"]
 
 
 def _summary(plan: Stages, figures: dict[str, float]) -> dict[str, Any]:

@@ -214,9 +214,9 @@ class SpeculativeDecoder:
             with torch.inference_mode(), current(self.target.device):
                 # Enqueued behind the prompt's pass, which hides the host's share of it. A new round may move
                 # the cache, so the expert starts after it.
-                round_ = self._engine.round(request)
-                start = None if driver is None else driver.start(prompt, request, action_noise)
                 watched = Observers(observer or Observer(), _Watched(watch))
+                round_ = self._engine.round(request, scored=watched.wants_scores)
+                start = None if driver is None else driver.start(prompt, request, action_noise)
                 decoded = self._engine.decode(round_, prefilled, request, watched)
                 moments.append(watch.moment())
                 self._finished = (prefilled, decoded, threading.get_ident())

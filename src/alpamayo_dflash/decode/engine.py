@@ -84,8 +84,12 @@ class Engine:
         self._host_round = HostRound(self.verifier, self.rules, by_draft, listed)
         self.device_rounds = DeviceRounds(self.verifier, self.rules, Proposers(draft, listed, self._captured))
 
-    def round(self, request: Request) -> Round:
+    def round(self, request: Request, *, scored: bool = False) -> Round:
         """The round that serves a request, on the device or the host.
+
+        Args:
+            request: what is asked.
+            scored: whether the observer wants scores.
 
         Raises:
             ValueError: a `Captured` proposer, and the rounds cannot run on the device.
@@ -96,7 +100,7 @@ class Engine:
             wanted = "device" if on_gpu or self._captured else "host"
         reason = self.device_rounds.unsuited if wanted == "device" else None
         if wanted == "device" and reason is None:
-            return self.device_rounds.round(request)
+            return self.device_rounds.round(request, scored=scored)
         if self._captured:
             raise ValueError(
                 f"a Captured proposer runs in the device's rounds alone: {reason or 'loop is host'}"

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from alpamayo_dflash.decode.config import Request
-from alpamayo_dflash.decode.observer import Observer, RoundTrace, SampleTrace
+from alpamayo_dflash.decode.observer import Observer, PlaceScores, RoundTrace, SampleTrace
+from alpamayo_dflash.decode.scores import Scorer, score_all
 from alpamayo_dflash.decode.stops import StopReason, StopRules
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
 
@@ -53,6 +54,8 @@ def decode(
             for sample, token in zip(group, round_.first(group), strict=True):
                 _emit(sample, [token], rules, limit)
         observer.on_prefill(len(prefilled.prompt.input_ids), tuple(sample.anchor for sample in samples))
+        if observer.wants_scores:
+            observer.on_first_scores(_first_scores(verifier, prefilled, request, samples))
         for group in together:
             round_.begin(group)
             _force_ends(round_, group, rules, limit)
@@ -196,6 +199,16 @@ def same_texts(samples: Sequence[Sample]) -> list[list[Sample]]:
         for sample in members[1:]:
             sample.path = list(members[0].path)
     return list(groups.values())
+
+
+def _first_scores(
+    verifier: Verifier, prefilled: Prefilled, request: Request, samples: Sequence[Sample]
+) -> tuple[PlaceScores, ...]:
+    """What the target thought of first tokens, in the prompt's own logits."""
+    target = verifier.target
+    scorer = Scorer((target.vocab_size, target.traj_ids), request.sampling, device=target.device)
+    logits_SV = prefilled.logits_V.expand(len(samples), -1)
+    return tuple(score_all(scorer, logits_SV, [sample.anchor for sample in samples]))
 
 
 def _advance(decoded: Decoded, passed: Pass, rules: StopRules, limit: int, observer: Observer) -> None:

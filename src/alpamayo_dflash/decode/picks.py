@@ -24,6 +24,11 @@ class DraftPicks:
         target_ids: the target's V, and its ids that are never chosen.
         sampling: temperature and top_p.
         device: where.
+        keep_logits: whether `logits` is kept.
+
+    Attributes:
+        logits: [S·B, Vd or more], what the last picks were chosen of, and the target's ids of the columns or
+            None; None where that is not kept, or the draft failed.
     """
 
     def __init__(
@@ -35,7 +40,10 @@ class DraftPicks:
         target_ids: tuple[int, range],
         sampling: Sampling,
         device: torch.device,
+        keep_logits: bool = False,
     ) -> None:
+        self._keep = keep_logits
+        self.logits: tuple[Tensor, Tensor | None] | None = None
         self._block, self._places = block, places
         self._target_ids, self._sampling = target_ids, sampling
         self._keys = torch.zeros(samples * places, 2, dtype=torch.int64, device=device)
@@ -49,12 +57,15 @@ class DraftPicks:
 
     def __call__(self, state: State) -> Picks:
         """The tokens after each sample's last one; what the draft raises is raised."""
+        self.logits = None
         block = self._block(state)
         if isinstance(block, Chained):
             return self._one_by_one(block, state)
         logits = block.logits.flatten(0, 1).contiguous()
         places = (state.lengths[:, None] + self._steps).flatten()
         picked = self._chooser(block, len(logits))(logits, self._keys, places)
+        if self._keep:
+            self.logits = logits, block.token_ids
         return Picks(picked.columns, picked.finite, block.token_ids)
 
     def _one_by_one(self, block: Chained, state: State) -> Picks:
@@ -63,7 +74,7 @@ class DraftPicks:
         columns = draft_columns(block, self._target_ids[0])
         keys_S2 = self._keys.view(state.samples, -1, 2)[:, 0].contiguous()
         tokens = state.tokens.gather(1, state.lengths[:, None] - 1)[:, 0]
-        picked, finite = [], []
+        picked, finite, kept = [], [], []
         for place in range(self._places):
             shift = block.shift(place, None, tokens)
             logits = block.logits[:, place, :columns].float() + shift[:, :columns].float()
@@ -72,6 +83,9 @@ class DraftPicks:
             tokens = chosen if ids is None else ids[chosen]
             picked.append(chosen)
             finite.append(choice.finite.clone())
+            kept += [logits] if self._keep else []
+        if self._keep:
+            self.logits = torch.stack(kept, 1).flatten(0, 1), ids
         return Picks(torch.stack(picked, 1).flatten(), torch.stack(finite, 1).flatten(), ids)
 
     def _chooser(self, block: BlockLogits, rows: int) -> Chooser:

@@ -263,15 +263,20 @@ class DraftProposer:
 
     Attributes:
         failures: texts that the draft failed on when it was last asked, or its logits were not finite.
+        logits: where they are kept, by sample index what it was picked of when the draft was last asked:
+            float32 [b − 1, Vd]. Samples that the draft was not asked for or failed on have none.
+        token_ids: int64 [Vd], the target's ids of their columns; None where column and id are the same.
     """
 
     def __init__(self, draft: BlockDraft, cache: Cache, rules: StopRules) -> None:
         self.draft, self._cache, self._rules = draft, cache, rules
-        self.failures = 0
+        self.failures, self._keep = 0, False
+        self.logits: dict[int, Tensor] = {}
+        self.token_ids: Tensor | None = None
 
-    def begin(self, chooser: PlaceChooser, limit: int) -> None:
-        """Take over how tokens are chosen, and the most tokens of a sample."""
-        self._chooser, self._limit = chooser, limit
+    def begin(self, chooser: PlaceChooser, limit: int, *, keep_logits: bool = False) -> None:
+        """Take over how tokens are chosen, the most tokens of a sample, and whether logits are kept."""
+        self._chooser, self._limit, self._keep = chooser, limit, keep_logits
 
     def propose(self, samples: Sequence[Sample]) -> list[Proposed]:
         """See Listed. Nothing is proposed to a text that the draft is not asked for or failed on."""
@@ -281,6 +286,7 @@ class DraftProposer:
             if len(members[0].tokens) + 1 < self._limit and self._rules.forced(members[0].anchor) is None
         ]
         self.failures = 0
+        self.logits.clear()
         picked = self._ask(asked) if asked else {}
         return [Proposed(picked.get(sample.index, ()), source=DRAFT) for sample in samples]
 
@@ -323,6 +329,7 @@ class DraftProposer:
         places = [(sample.index, len(sample.tokens) + step) for _, sample in wanted for step in range(count)]
         picks = self._chooser(logits, [s for s, _ in places], [p for _, p in places], block.token_ids)
         ids = picks if block.token_ids is None else block.token_ids[picks]
+        self._note(block, wanted, logits.unflatten(0, (-1, count)))
         rows: list[list[int]] = ids.view(-1, count).tolist()
         return {sample.index: row for (_, sample), row in zip(wanted, rows, strict=True)}
 
@@ -332,18 +339,27 @@ class DraftProposer:
         """The same, each place from the one before; nothing for samples whose logits are not finite."""
         rows = torch.tensor([index for index, _ in wanted], device=anchors.device)
         samples, tokens = [sample.index for _, sample in wanted], anchors[rows]
-        chains, finite = [], torch.ones_like(rows, dtype=torch.bool)
+        chains, kept, finite = [], [], torch.ones_like(rows, dtype=torch.bool)
         for place in range(block.logits.shape[1]):
             shift = block.shift(place, rows, tokens)
             logits = block.logits[rows, place, :columns].float() + shift[:, :columns].float()
             finite &= torch.isfinite(logits).all(-1)
+            kept += [logits] if self._keep else []
             positions = [len(sample.tokens) + place for _, sample in wanted]
             picks = self._chooser(logits.nan_to_num(), samples, positions, block.token_ids)
             tokens = picks if block.token_ids is None else block.token_ids[picks]
             chains.append(tokens)
         picked: list[list[int]] = torch.stack(chains, dim=1).tolist()
-        parts = zip(wanted, picked, finite.tolist(), strict=True)
-        return {sample.index: chain for (_, sample), chain, good in parts if good}
+        sound = [index for index, good in enumerate(finite.tolist()) if good]
+        if self._keep:
+            self._note(block, [wanted[index] for index in sound], torch.stack(kept, dim=1)[sound])
+        return {wanted[index][1].index: picked[index] for index in sound}
+
+    def _note(self, block: BlockLogits, wanted: Sequence[tuple[int, Sample]], logits: Tensor) -> None:
+        """Keep what the picks of samples were chosen of, where that is asked for."""
+        if self._keep:
+            self.logits = {sample.index: each for (_, sample), each in zip(wanted, logits, strict=True)}
+            self.token_ids = block.token_ids
 
 
 def draft_columns(block: BlockLogits, vocab_size: int) -> int:

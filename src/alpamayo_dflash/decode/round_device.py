@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.decode.config import Request, Sampling
 from alpamayo_dflash.decode.loop import NotFiniteError, Pass, Sample, Step
 from alpamayo_dflash.decode.noise import stream_keys
-from alpamayo_dflash.decode.observer import Observer, SampleTrace
+from alpamayo_dflash.decode.observer import Observer, SampleScores, SampleTrace
 from alpamayo_dflash.decode.picks import DraftPicks
 from alpamayo_dflash.decode.proposer import (
     DRAFT,
@@ -42,6 +42,7 @@ from alpamayo_dflash.decode.proposer import (
     warn_failed,
 )
 from alpamayo_dflash.decode.sampling import Chooser
+from alpamayo_dflash.decode.scores import RoundScores, Scored
 from alpamayo_dflash.decode.stops import StopRules
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
 from alpamayo_dflash.target.expert_fused import DeviceTexts
@@ -65,6 +66,7 @@ class RoundShape:
         per_sample: slots of one sample.
         slots: slots of the tail.
         sampling: temperature and top_p.
+        scored: whether it has a second report, of what target and draft thought (`scores.RoundScores`).
     """
 
     samples: int
@@ -73,6 +75,7 @@ class RoundShape:
     per_sample: int
     slots: int
     sampling: Sampling
+    scored: bool = False
 
 
 class DeviceRound:
@@ -121,6 +124,16 @@ class DeviceRound:
                 target_ids=(target.vocab_size, target.traj_ids),
                 sampling=shape.sampling,
                 device=device,
+                keep_logits=shape.scored,
+            )
+        self._scores: RoundScores | None = None
+        if shape.scored:
+            self._scores = RoundScores(
+                (target.vocab_size, target.traj_ids),
+                shape.sampling,
+                samples=shape.samples,
+                block=self.block,
+                device=device,
             )
         self._logits: Tensor | None = None
         self._finite: Tensor | None = None
@@ -146,6 +159,7 @@ class DeviceRound:
         self, prefilled: Prefilled, request: Request, samples: Sequence[Sample], observer: Observer
     ) -> None:
         """See Round."""
+        assert observer.wants_scores == self.shape.scored
         self._verifier.begin(prefilled, self.shape.slots)
         self._logits_V, self._limit, self._span = prefilled.logits_V, request.max_new_tokens, observer.span
         torch.add(self._verifier.cache.length_1, prefilled.prompt.rope_delta, out=self._first_position)
@@ -209,7 +223,14 @@ class DeviceRound:
             if row[_BROKEN]:
                 raise NotFiniteError(self._samples[i].index, row[_ANCHOR] + 1)
         failures = sum(row[_FAILED] for row in rows)
-        return Pass([self._step(i, row) for i, row in live], len(rows) * self.block, failures)
+        passed = [self._step(i, row) for i, row in live]
+        if self._scores is not None:
+            scored, failed = self._scores.read(), [bool(row[_FAILED]) for row in rows]
+            passed = [
+                self._with_scores(step, scored[i], failed=failed[i])
+                for (i, _), step in zip(live, passed, strict=True)
+            ]
+        return Pass(passed, len(rows) * self.block, failures)
 
     @torch.inference_mode()
     def close(self, samples: Sequence[Sample], cached: Sequence[int]) -> None:
@@ -273,6 +294,7 @@ class DeviceRound:
         columns = self._choose.exactly(self._logits, self._keys, state.next_positions)
         self._accept(state, self._marks, columns, torch.ones_like(columns, dtype=torch.bool), self._finite)
         self._report.copy_(state.report)
+        self._score(columns, torch.ones_like(columns, dtype=torch.bool))
         again = self._read()
         return [new if old[_UNSETTLED] else old for old, new in zip(rows, again, strict=True)]
 
@@ -287,6 +309,13 @@ class DeviceRound:
         self._finite = choice.finite
         self._accept(state, self._marks, choice.columns, choice.settled, choice.finite)
         self._report.copy_(state.report, non_blocking=True)
+        self._score(choice.columns, choice.settled)
+
+    def _score(self, columns: Tensor, settled: Tensor) -> None:
+        """Make the second report, where there is one."""
+        if self._scores is not None:
+            assert self._logits is not None
+            self._scores(self._logits, columns, settled, None if self._draft is None else self._draft.logits)
 
     def _offered(self) -> steps.Chains:
         """What stands before the draft's picks: each sample's first chain that is not empty."""
@@ -357,6 +386,20 @@ class DeviceRound:
         )
         return Step(trace, range(at, at + accepted + 1))
 
+    def _with_scores(self, step: Step, scored: Scored, *, failed: bool) -> Step:
+        """A sample's step with what the second report says of its places."""
+        (target, draft), trace = scored, step.trace
+        emitted = len(trace.emitted)
+        asked = self._rules.forced(trace.anchor) is None and trace.position + 2 < self._limit
+        known = self._draft is not None and self._draft.logits is not None and asked and not failed
+        beyond = (replace(each, chosen=None, chosen_logit=None, chosen_rank=None) for each in draft[emitted:])
+        scores = SampleScores(
+            target=tuple(target[: len(trace.proposed) + 1]),
+            at=tuple(range(emitted)),
+            draft=(*draft[:emitted], *beyond) if known else (),
+        )
+        return replace(step, trace=replace(trace, scores=scores))
+
     @torch.inference_mode()
     def _capture(self, work: Callable[[], None]) -> CapturedCall | None:
         """Work as a graph, or None where it cannot be one. Nothing is emitted: no sample is live."""
@@ -412,9 +455,9 @@ class DeviceRounds:
         """Let go of all buffers and graphs."""
         self.kept.clear()
 
-    def round(self, request: Request) -> DeviceRound:
-        """The round that serves a request."""
-        shape = self.shape(request)
+    def round(self, request: Request, *, scored: bool = False) -> DeviceRound:
+        """The round that serves a request, with a second report or without."""
+        shape = replace(self.shape(request), scored=scored)
         self._verifier.cache.grow(shape.slots)  # before a graph takes its addresses
         if self._generation != self._verifier.cache.generation:
             self.release()

@@ -6,18 +6,20 @@ differently. A sample may walk on over what was proposed to another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from alpamayo_dflash.common.options import MOST_BLOCK
 from alpamayo_dflash.decode.cache import ROOT
-from alpamayo_dflash.decode.config import Request
+from alpamayo_dflash.decode.config import Request, Sampling
 from alpamayo_dflash.decode.loop import NotFiniteError, Pass, Sample, Step, same_texts
 from alpamayo_dflash.decode.noise import TokenNoise
-from alpamayo_dflash.decode.observer import Observer, SampleTrace
+from alpamayo_dflash.decode.observer import Observer, PlaceScores, SampleScores, SampleTrace
 from alpamayo_dflash.decode.proposer import TARGET, DraftProposer, Listed, United, unite
 from alpamayo_dflash.decode.sampling import PlaceChooser
+from alpamayo_dflash.decode.scores import NOTHING_CHOSEN, Scorer, score_all
 from alpamayo_dflash.decode.stops import StopRules
 from alpamayo_dflash.decode.tree import Tree, Walk, walk
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
@@ -43,6 +45,7 @@ class HostRound:
         self._verifier, self._rules, self._draft, self._listed = verifier, rules, draft, listed
         self._samples: Sequence[Sample] = ()
         self._everyone: Sequence[Sample] = ()
+        self._scores: _HostScores | None = None
 
     @property
     def proposes(self) -> bool:
@@ -58,9 +61,13 @@ class HostRound:
         self._logits_V, self._limit, self._span = prefilled.logits_V, request.max_new_tokens, observer.span
         key = prefilled.prompt.key
         noise = TokenNoise(request.seed, key, request.streams, target.vocab_size, target.device)
-        self._chooser = PlaceChooser((target.vocab_size, target.traj_ids), request.sampling, noise)
+        target_ids = (target.vocab_size, target.traj_ids)
+        self._chooser = PlaceChooser(target_ids, request.sampling, noise)
+        self._scores = None
+        if observer.wants_scores:
+            self._scores = _HostScores(target_ids, request.sampling, target.device)
         if self._draft is not None:
-            self._draft.begin(self._chooser, self._limit)
+            self._draft.begin(self._chooser, self._limit, keep_logits=observer.wants_scores)
         for proposer in self._listed:
             proposer.begin(prefilled, samples)
 
@@ -95,6 +102,10 @@ class HostRound:
                 for part, walked in zip(parts, walks, strict=True)
             ]
             self._keep([slot for step in steps for slot in step.slots])
+        if self._scores is not None:
+            ways = [(own, walked.path) for (*_, own), walked in zip(parts, walks, strict=True)]
+            by_slot = dict(zip(tree.slots, logits_RV, strict=True))
+            steps = self._scores(by_slot, ways, steps, self._draft)
         return Pass(steps, len(tree.slots), failures)
 
     def close(self, samples: Sequence[Sample], cached: Sequence[int]) -> None:
@@ -145,7 +156,10 @@ class HostRound:
         def choose_at(pairs: Sequence[tuple[int, int]]) -> list[int]:
             rows = [row[slot] for _, slot in pairs]
             logits = logits_RV if rows == list(range(len(row))) else logits_RV[rows]
-            return self._choose(logits, [s for s, _ in pairs], [positions[slot] + 1 for _, slot in pairs])
+            found = self._choose(logits, [s for s, _ in pairs], [positions[slot] + 1 for _, slot in pairs])
+            if self._scores is not None:
+                self._scores.chosen.update(zip(pairs, found, strict=True))
+            return found
 
         ends = {
             sample.index: slots[offer.ends + 1] for sample, offer, slots in parts if offer.ends is not None
@@ -175,6 +189,64 @@ class HostRound:
         """Free every slot but those of the samples' paths and these."""
         everyone = [slot for sample in self._everyone for slot in sample.path]
         self._verifier.cache.tail.keep([*everyone, *more])
+
+
+class _HostScores:
+    """What target and draft thought of a pass's places.
+
+    Args:
+        target_ids: the target's V, and its ids that are never chosen.
+        sampling: temperature and top_p.
+        device: where the logits are.
+
+    Attributes:
+        chosen: by sample index and slot, the target's choice after that row; of one pass.
+    """
+
+    def __init__(self, target_ids: tuple[int, range], sampling: Sampling, device: torch.device) -> None:
+        self._made, self._device = (target_ids, sampling), device
+        self._target = Scorer(*self._made, device=device)
+        self._by_draft: Scorer | None = None  # made when the draft's first word tells its columns
+        self.chosen: dict[tuple[int, int], int] = {}
+
+    def __call__(
+        self,
+        rows: Mapping[int, torch.Tensor],
+        ways: Sequence[tuple[Sequence[int], Sequence[int]]],
+        steps: Sequence[Step],
+        draft: DraftProposer | None,
+    ) -> list[Step]:
+        """The steps of a pass with their scores; `chosen` is empty afterwards.
+
+        Args:
+            rows: the target's logits [V] by slot.
+            ways: of each step's sample the slots of its anchor and proposal, and those that its walk took.
+            steps: of the pass.
+            draft: has proposed, if there is one.
+        """
+        scored = []
+        for step, (own, path) in zip(steps, ways, strict=True):
+            trace = step.trace
+            chosen = {slot: token for (sample, slot), token in self.chosen.items() if sample == trace.sample}
+            seen = [*own, *(slot for slot in path if slot in chosen and slot not in own)]
+            logits_RV = torch.stack([rows[slot] for slot in seen])
+            scores = SampleScores(
+                target=tuple(score_all(self._target, logits_RV, [chosen[slot] for slot in seen])),
+                at=tuple(seen.index(slot) for slot in path[: len(trace.emitted)]),
+                draft=() if draft is None else self._of_draft(draft, trace),
+            )
+            scored.append(replace(step, trace=replace(trace, scores=scores)))
+        self.chosen.clear()
+        return scored
+
+    def _of_draft(self, draft: DraftProposer, trace: SampleTrace) -> tuple[PlaceScores, ...]:
+        logits = draft.logits.get(trace.sample)
+        if logits is None:
+            return ()
+        if self._by_draft is None:
+            self._by_draft = Scorer(*self._made, token_ids=draft.token_ids, device=self._device)
+        emitted = [*trace.emitted, *[NOTHING_CHOSEN] * len(logits)]
+        return tuple(score_all(self._by_draft, logits, emitted[: len(logits)]))
 
 
 def _trace(

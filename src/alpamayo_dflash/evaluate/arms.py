@@ -86,8 +86,16 @@ class Arms:
         """Let a loop read a prompt; `again` and `loops` start from it."""
         self._read[arm] = self._decoder(arm).prefill(prompt)
 
-    def again(self, arm: str, prompt: Prompt, sampling: Sampling, observer: Observer | None = None) -> Result:
-        """Decode once more after the prompt that a loop has read last; no trajectory.
+    def again(
+        self,
+        arm: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        observer: Observer | None = None,
+        *,
+        trajectories: bool = False,
+    ) -> Result:
+        """Decode once more after the prompt that a loop has read last.
 
         Raises:
             ValueError: the loop has read another prompt, or none.
@@ -96,7 +104,7 @@ class Arms:
         if prefilled is None or prefilled.prompt.key != prompt.key:
             raise ValueError(f"the {arm} loop has not read {prompt.key}")
         return self._decoder(arm).generate(
-            prefilled, **self._options(sampling), observer=observer, trajectories=False
+            prefilled, **self._options(sampling), observer=observer, trajectories=trajectories
         )
 
     def near_ties(

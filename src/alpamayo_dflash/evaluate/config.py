@@ -40,6 +40,8 @@ class EvaluateConfig(Sampled):
         compare: run all three arms, check losslessness, print and store the comparison; else dflash alone.
         verbose: print each round's block with accepted, rejected and target tokens marked.
         detailed_timing: split decode into draft, verify, sampling, cache and other.
+        trace: store beside evaluation.json what a page of each clip shows, in two more decodes a clip: rounds
+            with what target and draft thought of each token, frames, trajectories, times.
         audit: after the run, decode this many random clips again autoregressively and fail if a text differs
             that must not.
         take_over: go on where the disk cannot tell whether another run has the folder.
@@ -51,7 +53,7 @@ class EvaluateConfig(Sampled):
         frames: what happens to a clip whose frames may not be those of its stamps: strict refuses it, warn
             reads them by their order and says so.
         motion_gap_ms: the longest gap in the ego motion that is bridged around a moment that is needed.
-        output_dir: folder of evaluation.json and of the rows kept while it runs.
+        output_dir: folder of evaluation.json, of the rows kept while it runs, and of the traces.
         device: torch device.
         dtype: of the target's weights; the checkpoint's own where it is left out.
     """
@@ -72,6 +74,7 @@ class EvaluateConfig(Sampled):
     compare: bool = True
     verbose: bool = False
     detailed_timing: bool = False
+    trace: bool = False
     audit: int = 0
     local_files_only: bool = False
     take_over: bool = False

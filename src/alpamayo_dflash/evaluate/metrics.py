@@ -168,6 +168,23 @@ def sources_summary(rows: Sequence[ClipRow]) -> dict[str, int] | None:
     return dict(Counter(origin for each in rounds for origin in each["origins"]).most_common())
 
 
+def trace_summary(rows: Sequence[ClipRow]) -> dict[str, Any] | None:
+    """What traces took, as means over the clips that have one; None if none has.
+
+    `lacking` are the other clips, `unequal` those whose traced decode wrote other texts than the row's.
+    """
+    found = [row["trace"] for row in rows if "trace" in row]
+    if not found:
+        return None
+    return {
+        "clips": len(found),
+        "lacking": len(rows) - len(found),
+        "unequal": sum(not each["equal"] for each in found),
+        "trace_bytes_per_clip": round(statistics.fmean(each["bytes"] for each in found)),
+        "trace_ms_per_clip": round(statistics.fmean(each["ms"] for each in found), 3),
+    }
+
+
 def evaluation_summary(
     rows: Sequence[ClipRow], failures: Sequence[Failure], attempted: int
 ) -> dict[str, Any]:
@@ -201,5 +218,6 @@ def evaluation_summary(
         "coc_names": named_summary(rows),
         "decode_parts": parts_summary(rows),
         "sources": sources_summary(rows),
+        "trace": trace_summary(rows),
     }
     return result

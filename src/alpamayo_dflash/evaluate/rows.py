@@ -87,6 +87,14 @@ class RoundRow(TypedDict):
     origins: list[str]
 
 
+class TraceRow(TypedDict):
+    """The size of a clip's trace and the time to make it; whether it wrote the row's texts."""
+
+    bytes: int
+    ms: float
+    equal: bool
+
+
 class ClipRow(TypedDict):
     """All results of one clip that was done.
 
@@ -105,6 +113,7 @@ class ClipRow(TypedDict):
     parts_ms: NotRequired[dict[str, float]]
     first_tokens: NotRequired[list[int]]  # by sample, as are the rounds
     rounds: NotRequired[list[list[RoundRow]]]
+    trace: NotRequired[TraceRow]
 
 
 class Failure(TypedDict):

@@ -36,7 +36,9 @@ from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate import metrics
 from alpamayo_dflash.evaluate.arms import CLIP_ERRORS, Arms, Run, acceptance_of, rounds_of
 from alpamayo_dflash.evaluate.audit import audit
+from alpamayo_dflash.evaluate.clip_traces import ClipTraces
 from alpamayo_dflash.evaluate.config import EvaluateConfig
+from alpamayo_dflash.evaluate.recorded import read_rows
 from alpamayo_dflash.evaluate.rows import ClipRow, Failure, Identity, Named, RowStore, Trajectory
 from alpamayo_dflash.evaluate.trace import LEGEND, RoundPrinter, piece_of
 from alpamayo_dflash.report.evaluation import read_evaluation
@@ -53,7 +55,16 @@ ROWS = "rows.jsonl"
 # dataset by its revision, clips by their ids.
 _FREE = frozenset(
     (
-        *("output_dir", "verbose", "audit", "local_files_only", "frames", "motion_gap_ms", "take_over"),
+        *(
+            "output_dir",
+            "verbose",
+            "trace",
+            "audit",
+            "local_files_only",
+            "frames",
+            "motion_gap_ms",
+            "take_over",
+        ),
         *("draft_model", "alpamayo_model", "cache_dir", "clip_id", "clip_ids", "chunks", "num_samples"),
     )
 )
@@ -62,7 +73,8 @@ _FREE = frozenset(
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate, or continue an evaluation that was interrupted, or report that there is nothing to do.
 
-    With `audit`, what is written is audited then, however it came to be.
+    With `audit`, what is written is audited then, however it came to be. With `trace`, clips of a finished
+    evaluation that have no trace get one.
 
     Returns:
         The JSON object of `evaluation.json` without its rows and provenance; once audited, with `passed`.
@@ -98,7 +110,12 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         is_ours = found is not None and _is_head(found.get("head"), head, models, path)
         if is_ours:
             read_evaluation(path)
+        traces = ClipTraces(arms, mark_of(head)) if config.trace else None
         if found is not None and is_ours and not config.verbose and not _failed(found, path):
+            if traces is not None and traces.complete(rows := read_rows(found, str(path)), source, console):
+                found |= {"clip_rows": rows, "trace": metrics.trace_summary(rows)}
+                write_record(path, found)
+                return _shown(_audited(found, arms, source, parents, console), config)
             console.print(
                 f"nothing to do: {path} is this evaluation",
                 highlight=False,
@@ -106,8 +123,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             )
             return _shown(_audited(found, arms, source, parents, console), config) | {"nothing_to_do": True}
         store: RowStore[ClipRow] = RowStore(config.output_dir / ROWS, head)
-        failures = _evaluate_clips(arms, source, clip_ids, store, console)
+        failures = _evaluate_clips(arms, source, clip_ids, store, console=console, traces=traces)
         rows = store.rows()
+        if traces is not None:
+            traces.complete(rows, source, console)
         result = metrics.evaluation_summary(rows, failures, attempted=len(clip_ids)) | _settings(arms)
         result["frames_noted"] = dict(source.noted)
         if result["draft_failures"]:
@@ -197,7 +216,13 @@ def _settings(arms: Arms) -> dict[str, Any]:
 
 
 def _evaluate_clips(
-    arms: Arms, source: ClipSource, clip_ids: Sequence[str], store: RowStore[ClipRow], console: Console
+    arms: Arms,
+    source: ClipSource,
+    clip_ids: Sequence[str],
+    store: RowStore[ClipRow],
+    *,
+    console: Console,
+    traces: ClipTraces | None,
 ) -> list[Failure]:
     """Do the clips that are not in the store yet; returns those that failed."""
     failures: list[Failure] = []
@@ -214,7 +239,11 @@ def _evaluate_clips(
                 if not warm:
                     _warm_up(arms, window)
                     warm = True
-                store.add(evaluate_clip(arms, window, facts.get(clip_id), turn=number, console=console))
+                prompt = arms.target.prompt(window)
+                row = evaluate_clip(arms, window, prompt, facts.get(clip_id), turn=number, console=console)
+                if traces is not None:
+                    row["trace"] = traces.add(window, prompt, row)
+                store.add(row)
             except CLIP_ERRORS as error:
                 failures.append({"clip_id": clip_id, "error": str(error), "kind": failure_kind(error)})
                 console.print(f"clip {clip_id} failed: {error}", style="red", highlight=False, markup=False)
@@ -237,18 +266,20 @@ def scene_facts(config: EvaluateConfig) -> Mapping[str, Facts]:
     return read_facts(config.cache_dir)
 
 
-def evaluate_clip(arms: Arms, window: Window, facts: Facts | None, *, turn: int, console: Console) -> ClipRow:
+def evaluate_clip(
+    arms: Arms, window: Window, prompt: Prompt, facts: Facts | None, *, turn: int, console: Console
+) -> ClipRow:
     """One clip through every arm, and what is counted on it.
 
     Args:
         arms: the arms.
         window: the clip at its moment.
+        prompt: its prompt.
         facts: of its scene, if it is a synthetic one.
         turn: its number; the arms' order turns with it, so that none is always first.
         console: where `verbose` prints.
     """
     config = arms.config
-    prompt = arms.target.prompt(window)
     names = arms.names
     order = names[turn % len(names) :] + names[: turn % len(names)]
     runs = {arm: arms.timed(arm, prompt) for arm in order}

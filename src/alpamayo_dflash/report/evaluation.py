@@ -81,6 +81,14 @@ class _Part(TypedDict):
     share: float | None
 
 
+class _Trace(TypedDict):
+    clips: int
+    lacking: int
+    unequal: int
+    trace_bytes_per_clip: float
+    trace_ms_per_clip: float
+
+
 class _Entry(TypedDict):
     step: int
     acceptance_length: float | None
@@ -136,6 +144,7 @@ class Evaluation(TypedDict):
     coc_names: NotRequired[_Named | None]
     decode_parts: NotRequired[dict[str, _Part] | None]
     sources: NotRequired[dict[str, int] | None]
+    trace: NotRequired[_Trace | None]
     audit: NotRequired[_Audit | None]
     greedy: NotRequired[_Greedy | None]
     training: NotRequired[_Training | None]
