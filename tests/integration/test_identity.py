@@ -27,7 +27,11 @@ COMMANDS = {
         "--samples-per-clip",
         "1",
     ),
-    "train": ("--max-steps", "2", "--num-draft-layers", "1", "--held-out-chunks", "1"),
+    # Named, since an older run's options that were left out stand for what was the default then.
+    "train": (
+        *("--max-steps", "2", "--num-draft-layers", "1", "--held-out-chunks", "1"),
+        *("--loss-type", "ce", "--previous-head", "none"),
+    ),
     "evaluate": ("--draft-model", "train", "--chunks", "1", "--temperature", "0", "--detailed-timing"),
 }
 INPUTS = {

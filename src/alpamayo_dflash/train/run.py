@@ -197,7 +197,10 @@ def _options_of(state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             f"{folder}: unfinished, and of a version before options stood by component; go on with the "
             "version that made it, use another output_dir, or --resume never to start over"
         )
-    return dict(config)
+    then = {"loss_type": "ce"}  # what was the default then: plain DFlash
+    if config.get("init_from") is None:
+        then["previous_head"] = "none"
+    return {**config, **{name: config.get(name) or default for name, default in then.items()}}
 
 
 def _check_step(
