@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alpamayo_dflash.common.locks import Owner
-from alpamayo_dflash.report.stages import Reading
+from alpamayo_dflash.report.stages.reading import Reading
 
 State = Literal["running", "stale", "stopped", "finished", "waiting"]
 

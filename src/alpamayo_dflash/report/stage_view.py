@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alpamayo_dflash.report.look import Look, Stage
-from alpamayo_dflash.report.stages import Named, Reading
+from alpamayo_dflash.report.stages.reading import Named, Reading
 from alpamayo_dflash.report.terminal import clock, duration, sparkline, visible
 
 _STYLES = {"running": "green", "finished": "bold green", "stale": "bold yellow", "stopped": "bold yellow"}

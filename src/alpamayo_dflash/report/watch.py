@@ -23,8 +23,16 @@ from alpamayo_dflash.report.config import WatchConfig
 from alpamayo_dflash.report.files import Files, listed, modified
 from alpamayo_dflash.report.look import Look, Pace, Stage, State
 from alpamayo_dflash.report.stage_view import view_of
-from alpamayo_dflash.report.stages import READERS, Mark, Reading, StageReader
+from alpamayo_dflash.report.stages.distill import DistillReader
+from alpamayo_dflash.report.stages.evaluate import EvaluateReader
+from alpamayo_dflash.report.stages.layers import LayersReader
+from alpamayo_dflash.report.stages.reading import Mark, Reading, StageReader
+from alpamayo_dflash.report.stages.train import TrainReader
+from alpamayo_dflash.report.stages.world import WorldReader
 from alpamayo_dflash.report.terminal import duration, visible
+
+READERS = (WorldReader, LayersReader, DistillReader, TrainReader, EvaluateReader)
+"""In the order in which stages follow each other."""
 
 _GONE_S = 30
 """A process that cannot be found may be another container's, as long as something was just written."""
