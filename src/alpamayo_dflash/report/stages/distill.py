@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from alpamayo_dflash.common.artefacts import read_json
-from alpamayo_dflash.common.fields import checked
+from alpamayo_dflash.common.fields import checked, naming
 from alpamayo_dflash.common.options import check_at_least, check_range
 from alpamayo_dflash.common.tables import read_columns
 from alpamayo_dflash.report.files import Files, listed, modified
@@ -66,8 +66,9 @@ class _Part:
 def _read_part(path: Path) -> _Part:
     content = checked(read_json(path), _Manifest, str(path))
     shards = content["shards"]
-    check_range(1, MOST_RANKS, world_size=content["settings"]["world_size"])
-    check_at_least(0, num_clips=content.get("num_clips"))
+    with naming(str(path)):
+        check_range(1, MOST_RANKS, world_size=content["settings"]["world_size"])
+        check_at_least(0, num_clips=content.get("num_clips"))
     times = [
         (at, len(shard["clips"]) + len(shard["failures"]))
         for shard in shards[-MOST_MARKS - 1 :]

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from alpamayo_dflash.common.fields import checked, is_number
+from alpamayo_dflash.common.fields import checked, is_number, naming
 from alpamayo_dflash.common.options import check_at_least
 from alpamayo_dflash.report.evaluation import read_evaluation
 from alpamayo_dflash.report.files import Files, Lines, modified
@@ -74,7 +74,8 @@ class _Rows:
             self.head = checked(line, _Head, where)
             return
         row = checked(line, _Row, where)
-        check_at_least(0, **row["acceptance"])
+        with naming(where):
+            check_at_least(0, **{name: row["acceptance"].get(name) for name in _COUNTED})
         self.clips.add(row["clip_id"])
         self.texts.extend((row["clip_id"], text) for text in row["coc"][:1])
         for name in self.sums:
@@ -146,7 +147,8 @@ class _Result:
 def _read_evaluation(path: Path, count: int) -> _Result:
     content = read_evaluation(path)
     clips, rows = content["clips"], content.get("clip_rows", [])
-    check_at_least(0, **{name: clips[name] for name in ("attempted", "done", "failed")})
+    with naming(str(path)):
+        check_at_least(0, **{name: clips[name] for name in ("attempted", "done", "failed")})
     names = ("acceptance_length", "acceptance_rate", "draft_failures")
     figures = {name: content[name] for name in names if is_number(content.get(name))}
     lossless = content["lossless"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from alpamayo_dflash.common.artefacts import read_json
-from alpamayo_dflash.common.fields import checked
+from alpamayo_dflash.common.fields import checked, naming
 from alpamayo_dflash.common.options import check_at_least
 from alpamayo_dflash.report.files import Files, listed, modified
 from alpamayo_dflash.report.stages.reading import MOST_RANKS, Failure, Named, Reading, last, named
@@ -44,7 +44,8 @@ class _Scored:
 
 def _read_scores(path: Path) -> _Scored:
     content = checked(read_json(path), _Scores, str(path))
-    check_at_least(0, **content["clips"])
+    with naming(str(path)):
+        check_at_least(0, **content["clips"])
     return _Scored(content["clips"], named(content["failures"]), content["scores"]["tokens"])
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from alpamayo_dflash.common.artefacts import read_json
-from alpamayo_dflash.common.fields import checked, is_number
+from alpamayo_dflash.common.fields import checked, is_number, naming
+from alpamayo_dflash.common.options import check_at_least, check_range
 from alpamayo_dflash.report.events import EventLogs, Point
 from alpamayo_dflash.report.files import Files
 from alpamayo_dflash.report.stages.reading import MOST_MARKS, Mark, Reading
@@ -59,6 +60,8 @@ class _Kept:
 def _read_state(path: Path) -> _Kept:
     state = checked(read_json(path), _State, str(path))
     progress = state["progress"]
+    with naming(str(path)):
+        check_range(0, state["total_steps"], step=progress["step"])
     curves = _curves(progress["losses"], progress["evaluations"])
     return _Kept(
         progress["step"], state["total_steps"], progress["best_step"], progress["best_length"], curves
@@ -67,6 +70,8 @@ def _read_state(path: Path) -> _Kept:
 
 def _read_summary(path: Path) -> _Kept:
     found = checked(read_json(path), _Summary, str(path))
+    with naming(str(path)):
+        check_at_least(0, steps=found["steps"])
     steps, curves = found["steps"], _curves(found["losses"], found["evaluations"])
     return _Kept(steps, steps, found["best_step"], found["acceptance_length"], curves)
 
