@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from functools import partial
@@ -11,6 +12,7 @@ import pytest
 from fuzzing import fuzz_file, fuzzed, json_files, tried
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from small_artefacts import (
     CLIPS,
     MADE,
@@ -48,7 +50,10 @@ from alpamayo_dflash.layers.aggregate import aggregate
 from alpamayo_dflash.layers.choice import read_choice
 from alpamayo_dflash.report import run as report_run
 from alpamayo_dflash.report.clip_trace import frame_bytes, probability, read_clip_trace
+from alpamayo_dflash.report.config import WatchConfig
 from alpamayo_dflash.report.evaluation import read_evaluation
+from alpamayo_dflash.report.stage_view import view_of
+from alpamayo_dflash.report.watch import Watcher
 from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
 from alpamayo_dflash.standins.untrained import RECORD, write_random_checkpoint
 from alpamayo_dflash.target.checkpoint import read_target, read_vlm_config, target_identity
@@ -265,9 +270,32 @@ def test_a_lock(tmp_path):
     each()
 
 
+def watched(folder):
+    """Look at a run, draw it and make the command's last line."""
+    look = Watcher(WatchConfig(folder)).look()
+    Console(file=io.StringIO(), width=100).print(view_of(look, 100))
+    json.dumps(look.to_plain(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("data/manifest-rank0.json", "data/failures-rank0.json", "layers/scores-rank0of2.json"),
+        *("layers/layers.json", "train/checkpoint/trainer.json", "evaluation/evaluation.json"),
+    ],
+)
+def test_what_is_watched(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("alpamayo_dflash.report.files.time.sleep", lambda _: None)
+    write_distill(tmp_path / "data")
+    aggregate(write_scores(tmp_path / "layers"), None)
+    write_checkpoint(tmp_path / "train" / "checkpoint", TrainConfig.flat("tiny", tmp_path, tmp_path))
+    write_json(tmp_path / "evaluation" / "evaluation.json", evaluation())
+    fuzz(f"watch: {name}", 30, tmp_path, tmp_path / name, partial(watched, tmp_path))
+
+
 def test_rows_of_an_evaluation(tmp_path):
     file = tmp_path / "rows.jsonl"
-    head = {"identity": 2, "options": {"seed": 0}}
+    head = {"identity": 2, "options": {"seed": 0}, "clips": list(CLIPS)}
     file.write_text(
         "".join(json.dumps(line) + "\n" for line in ({"format": FORMAT} | head, clip_row(0), clip_row(1)))
     )
@@ -288,5 +316,6 @@ def test_rows_of_an_evaluation(tmp_path):
             pass
         file.write_bytes(data)
         tried("evaluate: rows.jsonl", tmp_path, read)
+        tried("watch: rows.jsonl", tmp_path, partial(watched, tmp_path))
 
     each()

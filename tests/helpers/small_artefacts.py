@@ -51,8 +51,11 @@ def write_draft(folder: Path) -> DFlashDraft:
     return draft
 
 
-def write_distill(folder: Path, *, world_size: int = 1) -> dict:
-    """A distillation set of four clips, one of which failed; returns its settings."""
+def write_distill(folder: Path, *, world_size: int = 1, most_shards: int | None = None) -> dict:
+    """A distillation set of four clips, one of which failed; returns its settings.
+
+    With `most_shards` each rank is interrupted after so many.
+    """
     settings = {
         "identity": 2,
         "target": "a" * 64,
@@ -74,7 +77,7 @@ def write_distill(folder: Path, *, world_size: int = 1) -> dict:
             folder, rank, settings, CLIPS, clips_per_shard=2, provenance=dict(MADE), again=lambda _: False
         )
         part.begin()
-        for clips in part.remaining:
+        for clips in part.remaining[:most_shards]:
             part.write([_responses(clip_id) for clip_id in clips])
     return settings
 

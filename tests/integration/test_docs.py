@@ -275,7 +275,7 @@ def run_page(
 
 def test_the_readme(run_page: Callable[[str], Page]) -> None:
     page = run_page("README.md")
-    assert page.ran == {"demo": 1, "evaluate": 1, "python": 1}
+    assert page.ran == {"demo": 1, "watch": 1, "evaluate": 1, "python": 1}
     result = page.names["result"]
     assert result.coc[0] and result.pred_xyz.isfinite().all() and result.acceptance_length >= 1
     recipe = re.search(r"^demo:.*\n\t(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -49,6 +49,7 @@ REQUIRED = {
     "bench-kernels": [],
     "bench-distill": ["--clips-dir", "c"],
     "report": ["--evaluation", "e.json"],
+    "watch": ["r"],
     "demo": ["--out", "o"],
 }
 

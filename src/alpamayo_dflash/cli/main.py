@@ -54,6 +54,7 @@ COMMANDS = {
     "bench-kernels": Command("bench.config:BenchKernelsConfig", "bench.kernels:run"),
     "bench-distill": Command("bench.config:BenchDistillConfig", "bench.distill:run"),
     "report": Command("report.config:ReportConfig", "report.run:run"),
+    "watch": Command("report.config:WatchConfig", "report.watch:run"),
     "study": Command("cli.study:StudyConfig", "cli.study:run", tables="report.tables:study_tables"),
     "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables="report.tables:all_tables"),
 }

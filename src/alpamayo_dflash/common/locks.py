@@ -15,6 +15,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypedDict
 
@@ -25,6 +26,8 @@ from alpamayo_dflash.common.options import check_range
 
 _NAME = ".run-rank{}.lock"
 _LATEST = 2**33  # seconds; a time that calendars have
+_MOST_PROCESSES = 2**31
+_ASKED, _PAUSE_S = 3, 0.05
 
 
 class _About(TypedDict):
@@ -32,6 +35,57 @@ class _About(TypedDict):
     host: str
     pid: int
     since: float
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who wrote into a folder's lock that it is at work there; a killed process leaves its word behind.
+
+    Attributes:
+        since: seconds since 1970.
+        host: its machine's name; None where the lock says nothing that can be read.
+        pid: its process there.
+    """
+
+    since: float
+    host: str | None = None
+    pid: int = 0
+
+    @property
+    def alive(self) -> bool | None:
+        """Whether there is such a process; None where that cannot be told, as of another machine's."""
+        if self.host != socket.gethostname() or not 0 < self.pid < _MOST_PROCESSES:
+            return None
+        try:
+            os.kill(self.pid, 0)  # no signal, only the question
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+
+def said_owners(folder: Path) -> list[Owner]:
+    """Who says in a folder's locks to be at work there, by rank.
+
+    For who only looks on: the locks are read, not tested, because a test holds a lock for a moment, in which
+    the run that it belongs to would be refused.
+    """
+    found = []
+    for path in sorted(folder.glob(_NAME.format("*"))):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(_said(path))
+    return found
+
+
+def _said(path: Path) -> Owner:
+    """What a lock's file says; it is empty for the moment in which it is written."""
+    for _ in range(_ASKED):
+        about = _about(path.read_text(encoding="utf-8", errors="replace"))
+        if about:
+            return Owner(about["since"], about["host"], about["pid"])
+        time.sleep(_PAUSE_S)
+    return Owner(path.stat().st_mtime)
 
 
 def mark_of(settings: Any) -> str:

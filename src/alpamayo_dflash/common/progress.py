@@ -9,6 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_FLUSH_S = 10
+"""How long an event may wait to be seen by who reads the logs; TensorBoard's own are two minutes."""
+
 
 class Monitor:
     """Is told how a run goes; this one shows nothing."""
@@ -36,7 +39,8 @@ class Live(Monitor):
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(logs, purge_step=first_step + 1)
+        self._writer = SummaryWriter(logs, purge_step=first_step + 1, flush_secs=_FLUSH_S)
+        self._writer.add_scalar("run/total_steps", total_steps, first_step)  # for who reads the logs alone
         self._bar = Progress(
             TextColumn("train"),
             BarColumn(),

@@ -55,10 +55,11 @@ class Settings(TypedDict):
 
 
 class Manifest(TypedDict):
-    """A rank's manifest; older ones lack the counts."""
+    """A rank's manifest; older ones lack the counts, and how many clips the rank is to do."""
 
     rank: int
     settings: Settings
+    num_clips: NotRequired[int]
     shards: list[ShardEntry]
     complete: bool
     provenance: dict[str, Any]
@@ -77,6 +78,7 @@ def check_manifest(content: dict[str, Any], path: Path) -> None:
     with naming(where):
         check_range(1, MOST_RANKS, world_size=settings["world_size"])
         check_range(0, settings["world_size"] - 1, rank=content["rank"])
+        check_at_least(0, num_clips=content.get("num_clips"))
         for key in ("context_len", "top_k", "hidden_size", "vocab_size", "num_target_layers"):
             check_at_least(0, **{key: settings[key]})
         for shard in content["shards"]:

@@ -111,7 +111,8 @@ class RankWriter:
         self._started = time.time()
         for other in read_manifests(folder):
             require_same(other["settings"], settings, manifest_path(folder, other["rank"]))
-        self._manifest: dict[str, Any] = {"format": FORMAT, "rank": rank, "settings": settings, "shards": []}
+        self._manifest: dict[str, Any] = {"format": FORMAT, "rank": rank, "settings": settings}
+        self._manifest |= {"num_clips": len(clip_ids), "shards": []}
         self._begun = manifest_path(folder, rank).exists()
         if self._begun:
             self._manifest["shards"] = read_manifest(manifest_path(folder, rank))["shards"]

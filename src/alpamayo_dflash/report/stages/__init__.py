@@ -1,0 +1,1 @@
+"""How far each stage has come, told by the files that it writes anyway."""
