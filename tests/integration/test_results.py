@@ -17,7 +17,9 @@ from alpamayo_dflash.bench.figures import (
 from alpamayo_dflash.bench.floors import TextShape, expert_work, floors, window_floors
 from alpamayo_dflash.cli.main import main, parse
 from alpamayo_dflash.common.artefacts import read_json
+from alpamayo_dflash.evaluate.acceptance import study_figures
 from alpamayo_dflash.evaluate.hardness import violations
+from alpamayo_dflash.report.tables import study_tables
 from alpamayo_dflash.standins.config import world_figures_path
 from alpamayo_dflash.target.checkpoint import SHIPPED, VLMFiles, target_identity
 
@@ -286,6 +288,14 @@ def test_the_heads_lengths_follow_from_their_counts():
 def test_the_cuda_tests_passed():
     shipped = read_json(RESULTS / "cuda_tests_h100.json")
     assert shipped["failed"] == 0 and shipped["passed"] >= 34
+
+
+def test_the_studys_figures_and_its_table_in_the_documents_follow_from_its_counts():
+    shipped = read_json(RESULTS / "draft_study_tiny.json")
+    found = study_figures(shipped)
+    assert found == shipped["figures"]
+    assert found["ceiling_share_demo_steps"] >= 0.84 and found["ceiling_share_best"] >= 0.89
+    assert study_tables(found)[0].markdown() in (RESULTS.parent / "training.md").read_text()
 
 
 def test_the_data_benchs_figures_follow_from_its_times():

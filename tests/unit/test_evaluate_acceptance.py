@@ -67,6 +67,9 @@ def test_figures_of_a_study():
     assert rows["gru kl"]["acceptance_length"] == 4.8 and rows["gru kl"]["ceiling_share"] == 0.8
     assert rows["gru kl"]["passes_per_coc"] == 2.5 and rows["gru kl"]["greedy_acceptance_length"] == 6.0
     assert rows["gru kl"]["over_dflash"][0] == 1.2
+    assert found["all"]["best_at_demo_steps"] == found["all"]["best"]
+    assert found["ceiling_share_best"] == found["ceiling_share_demo_steps"] == rows["dflash"]["ceiling_share"]
+    assert found["passes_per_coc"] == 3.0 and "best_over_prototype" not in found
     assert "over_prototype" not in rows["gru kl"] and "ms_per_coc" not in rows["gru kl"]
 
 
@@ -115,3 +118,14 @@ def test_the_ratio_to_a_peer_has_an_interval():
     study["units"]["3"] = unit(PEERS["defaults"], 0, [10, 4])
     ratio, low, high = study_figures(study)["best_over_speculators"]["all"]["defaults"]
     assert ratio == pytest.approx(14 / 12, abs=1e-4) and low < ratio < high
+
+
+def test_more_steps_are_no_match_for_peers_of_as_many():
+    """The best of all may have been trained longer; a peer is set beside the best of the fewest steps."""
+    study = results()
+    study["units"]["2"] |= {"steps": 15, "validation": {"tokens": 60, "passes": 10}}
+    peer = unit(PEERS["equal-steps"], 0, [8, 8])
+    study["units"]["3"] = peer
+    found = study_figures(study)
+    assert (found["all"]["best"], found["all"]["best_at_demo_steps"]) == ("gru kl", "dflash")
+    assert found["best_over_speculators"]["all"]["equal_steps"][0] == pytest.approx(16 / 12, abs=1e-4)

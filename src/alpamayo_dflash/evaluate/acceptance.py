@@ -132,11 +132,12 @@ def study_figures(results: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         by amount of data `best`, the recipe of ours with the least ms a CoC on validation clips (the most
-        accepted where no benchmark gives ms); and on test clips, pooled over training seeds, by recipe the
-        acceptance length, its share of the ceiling, passes and ms a CoC, greedy acceptance, and the ratio to
-        the prototype's recipe and to plain DFlash with intervals. `best_over_speculators`, where there are
-        drafts of `PEERS`: by amount of data and by peer the best recipe's acceptance length over the peer's,
-        with its interval.
+        accepted where no benchmark gives ms), and `best_at_demo_steps` among those of the fewest steps. By
+        recipe, on test clips and pooled over training seeds: acceptance length, its share of the ceiling,
+        passes and ms a CoC, greedy acceptance, and the ratio to the prototype's recipe and to plain DFlash
+        with intervals. `best_over_speculators`, where there are drafts of `PEERS`: by amount of data and by
+        peer the acceptance length of the best recipe at the demo's steps over the peer's, with its interval.
+        On all data also what `_best_figures` gives.
     """
     units = list(results["units"].values())
     found: dict[str, Any] = {}
@@ -153,12 +154,29 @@ def study_figures(results: Mapping[str, Any]) -> dict[str, Any]:
             for recipe in recipes
         }
         own = [recipe for recipe in recipes if recipe not in PEERS.values()]
-        best = min(own, key=lambda name: _cost(rows[name])) if own else None
-        found[data] = {"best": best, "recipes": rows}
-        ratios = {} if best is None else _over_peers(results, of_data, best)
+        fewest = min((rows[recipe]["steps"] for recipe in own), default=0)
+        best, soon = (
+            min(some, key=lambda name: _cost(rows[name]), default=None)
+            for some in (own, [recipe for recipe in own if rows[recipe]["steps"] == fewest])
+        )
+        found[data] = {"best": best, "best_at_demo_steps": soon, "recipes": rows}
+        ratios = {} if soon is None else _over_peers(results, of_data, soon)
         if ratios:
             found.setdefault("best_over_speculators", {})[data] = ratios
+        if best is not None and soon is not None and data == "all":
+            found |= _best_figures(rows[best], rows[soon])
     return found
+
+
+def _best_figures(best: Mapping[str, Any], soon: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked of the best recipe on all data, and of the best at the demo's steps."""
+    figures = {
+        "ceiling_share_best": best.get("ceiling_share"),
+        "ceiling_share_demo_steps": soon.get("ceiling_share"),
+        "best_over_prototype": best.get("over_prototype"),
+        "passes_per_coc": best["passes_per_coc"],
+    }
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def _over_peers(
