@@ -75,11 +75,13 @@ def test_a_stored_drafts_config_is_read():
 
 
 @pytest.mark.parametrize(
-    "evaluation", [STORED / "evaluation" / "evaluation.json", RESULTS / "demo_tiny.json"]
+    ("evaluation", "recorded"),
+    [(STORED / "evaluation" / "evaluation.json", False), (RESULTS / "demo_tiny.json", True)],
 )
-def test_a_stored_evaluation_is_reported(evaluation, tmp_path, capsys):
+def test_a_stored_evaluation_is_reported(evaluation, recorded, tmp_path, capsys):
     assert main(["report", "--evaluation", str(evaluation), "--out", str(tmp_path)]) == 0
-    assert "not recorded" in Path(json.loads(capsys.readouterr().out)["report"]).read_text()
+    page = Path(json.loads(capsys.readouterr().out)["report"]).read_text()
+    assert ("not recorded" in page) is not recorded
 
 
 def test_an_unfinished_evaluation_of_an_earlier_version_is_refused():
