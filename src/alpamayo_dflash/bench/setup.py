@@ -14,7 +14,7 @@ import torch
 from alpamayo_dflash.bench.config import BenchConfig
 from alpamayo_dflash.bench.figures import SIX
 from alpamayo_dflash.bench.replay import Replay, rate_for
-from alpamayo_dflash.common.machine import check_device, describe_gpu
+from alpamayo_dflash.common.machine import check_device, describe_gpu, make_current
 from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
@@ -52,8 +52,7 @@ class Bench:
 
     def __init__(self, config: BenchConfig) -> None:
         self.config, self.device = config, check_device(config.device)
-        if self.device.type == "cuda" and self.device.index is not None:
-            torch.cuda.set_device(self.device)
+        make_current(self.device)
         self.coc_lengths = coc_quantiles(Path(config.coc_counts)) if config.coc_counts else {}
         self.rate = rate_for(config.acceptance, config.text_tokens - 1, config.block_size)
         torch.manual_seed(generator_seed(config.seed))

@@ -318,6 +318,12 @@ def check_device(name: torch.device | str) -> torch.device:
     return device
 
 
+def make_current(device: torch.device) -> None:
+    """Make a GPU that is named by its number the current one for good; plain cuda is what it is already."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 def current(device: torch.device) -> AbstractContextManager[object]:
     """Make a GPU the current one: kernels, streams and graphs belong to that, wherever the tensors lie."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
-from alpamayo_dflash.common.machine import check_device
+from alpamayo_dflash.common.machine import check_device, make_current
 from alpamayo_dflash.common.ranks import own_device, share_of
 
 _T = TypeVar("_T")
@@ -64,9 +64,7 @@ def join(device: str) -> Iterator[Processes]:
     """
     rank, world_size = share_of(None, None, os.environ)
     device = str(check_device(own_device(device)))
-    place = torch.device(device)
-    if place.type == "cuda" and place.index is not None:
-        torch.cuda.set_device(place)
+    make_current(torch.device(device))
     if world_size == 1:
         yield Processes(rank, world_size, device)
         return

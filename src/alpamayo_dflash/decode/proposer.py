@@ -283,7 +283,7 @@ class DraftProposer:
         asked = [
             members
             for members in same_texts(samples)
-            if len(members[0].tokens) + 1 < self._limit and self._rules.forced(members[0].anchor) is None
+            if asks_draft(self._rules, members[0].anchor, len(members[0].tokens), self._limit)
         ]
         self.failures = 0
         self.logits.clear()
@@ -360,6 +360,18 @@ class DraftProposer:
         if self._keep:
             self.logits = {sample.index: each for (_, sample), each in zip(wanted, logits, strict=True)}
             self.token_ids = block.token_ids
+
+
+def asks_draft(rules: StopRules, anchor: int, length: int, limit: int) -> bool:
+    """Whether a draft is asked after a text: not where a rule knows what follows, nor for a last token.
+
+    Args:
+        rules: see `stops`.
+        anchor: the text's last token.
+        length: its tokens.
+        limit: the most that it may have.
+    """
+    return length + 1 < limit and rules.forced(anchor) is None
 
 
 def draft_columns(block: BlockLogits, vocab_size: int) -> int:

@@ -38,6 +38,7 @@ from alpamayo_dflash.decode.proposer import (
     Proposers,
     StaticBlock,
     StaticDraft,
+    asks_draft,
     unite,
     warn_failed,
 )
@@ -390,7 +391,7 @@ class DeviceRound:
         """A sample's step with what the second report says of its places."""
         (target, draft), trace = scored, step.trace
         emitted = len(trace.emitted)
-        asked = self._rules.forced(trace.anchor) is None and trace.position + 2 < self._limit
+        asked = asks_draft(self._rules, trace.anchor, trace.position + 1, self._limit)
         known = self._draft is not None and self._draft.logits is not None and asked and not failed
         beyond = (replace(each, chosen=None, chosen_logit=None, chosen_rank=None) for each in draft[emitted:])
         scores = SampleScores(

@@ -22,7 +22,8 @@ from alpamayo_dflash.decode.verify import Prefilled
 from alpamayo_dflash.evaluate.config import ARMS, EvaluateConfig
 from alpamayo_dflash.evaluate.near_ties import Loop, parting
 from alpamayo_dflash.evaluate.reference import generate, greedy_tokens
-from alpamayo_dflash.evaluate.rows import AcceptanceRow, ArmRow, RoundRow
+from alpamayo_dflash.evaluate.rows import AcceptanceRow, ArmRow
+from alpamayo_dflash.report.clip_trace import RoundRow
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
 

@@ -35,8 +35,9 @@ from alpamayo_dflash.evaluate.recorded import (
     recorded_texts,
     round_of,
 )
-from alpamayo_dflash.evaluate.rows import ClipRow, Failure, RoundRow
+from alpamayo_dflash.evaluate.rows import ClipRow, Failure
 from alpamayo_dflash.evaluate.trace import piece_of
+from alpamayo_dflash.report.clip_trace import RoundRow
 from alpamayo_dflash.report.evaluation import read_evaluation
 from alpamayo_dflash.target.prompt import Prompt
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alpamayo_dflash.common.fields import checked, value_of
-from alpamayo_dflash.evaluate.rows import ClipRow, RoundRow
+from alpamayo_dflash.evaluate.rows import ClipRow
+from alpamayo_dflash.report.clip_trace import RoundRow
 
 _NUMBERS = ("position", "anchor")
 _LISTS = ("proposed", "parents", "taken", "emitted")

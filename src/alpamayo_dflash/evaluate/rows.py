@@ -13,6 +13,7 @@ from alpamayo_dflash.common.json_text import parse_json
 from alpamayo_dflash.common.locks import mark_of
 from alpamayo_dflash.common.records import sealed, unsealed
 from alpamayo_dflash.evaluate.config import ARMS
+from alpamayo_dflash.report.clip_trace import RoundRow
 
 
 class ArmRow(TypedDict):
@@ -72,19 +73,6 @@ class Named(TypedDict):
 
     manoeuvre: bool
     cause: bool
-
-
-class RoundRow(TypedDict):
-    """What one round of the speculative loop did for one sample, as `decode.observer.SampleTrace` says it."""
-
-    position: int
-    anchor: int
-    proposed: list[int]
-    parents: list[int]
-    sources: list[str]
-    taken: list[int]
-    emitted: list[int]
-    origins: list[str]
 
 
 class TraceRow(TypedDict):

@@ -37,13 +37,9 @@ class Places(TypedDict):
     chosen_rank: list[int | None]
 
 
-class Round(TypedDict):
-    """What a round did for a sample; see `decode.observer.SampleTrace` and `SampleScores`.
+class RoundRow(TypedDict):
+    """What one round of the speculative loop did for one sample, as `decode.observer.SampleTrace` says it."""
 
-    `index` is the round's number: several samples share one.
-    """
-
-    index: int
     position: int
     anchor: int
     proposed: list[int]
@@ -52,6 +48,15 @@ class Round(TypedDict):
     taken: list[int]
     emitted: list[int]
     origins: list[str]
+
+
+class Round(RoundRow):
+    """The same with what target and draft thought; see `decode.observer.SampleScores`.
+
+    `index` is the round's number: several samples share one.
+    """
+
+    index: int
     target: Places
     at: list[int]
     draft: Places
