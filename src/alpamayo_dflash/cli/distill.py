@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from alpamayo_dflash.distill.config import DistillConfig
-from alpamayo_dflash.distill.run import NamedDraft
+from alpamayo_dflash.distill.run import WritingDraft
 from alpamayo_dflash.distill.run import run as distill
 from alpamayo_dflash.draft.formats import draft_identity
 from alpamayo_dflash.draft.model import DFlashDraft
@@ -20,5 +20,5 @@ def run(config: DistillConfig) -> dict[str, Any]:
     draft = None
     if config.draft_path is not None:
         identity = draft_identity(config.draft_path)
-        draft = NamedDraft(DFlashDraft.from_pretrained(config.draft_path), identity)
+        draft = WritingDraft(DFlashDraft.from_pretrained(config.draft_path), identity)
     return distill(config, draft)

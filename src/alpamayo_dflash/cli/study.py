@@ -22,6 +22,7 @@ from alpamayo_dflash.common.options import check_at_least, check_positive
 if TYPE_CHECKING:
     from alpamayo_dflash.cli.demo import Stages
     from alpamayo_dflash.decode.config import Sampling
+    from alpamayo_dflash.decode.verify import Prefilled
     from alpamayo_dflash.draft.model import DFlashDraft
     from alpamayo_dflash.evaluate.acceptance import ClipCounts
     from alpamayo_dflash.target.alpamayo import Alpamayo
@@ -278,6 +279,7 @@ class _Study:
     """The world, its data, the clips to decode, and the results so far."""
 
     def __init__(self, config: StudyConfig) -> None:
+        from alpamayo_dflash.clips.lists import parse_chunks
         from alpamayo_dflash.clips.source import ClipSource
         from alpamayo_dflash.decode.config import Sampling
         from alpamayo_dflash.target.alpamayo import open_target
@@ -285,7 +287,7 @@ class _Study:
         self.config = config
         demo = DemoConfig(
             out=config.out,
-            num_chunks=9 + _TEST_CHUNKS,
+            num_chunks=DemoConfig.num_chunks - DemoConfig.held_out_chunks + _TEST_CHUNKS,
             held_out_chunks=_TEST_CHUNKS,
             clips_per_chunk=config.clips_per_chunk,
             num_samples=config.test_clips,
@@ -296,8 +298,8 @@ class _Study:
         _make_data(self.plan)
         self.target, identity = open_target("tiny", device="cpu", dtype="float32", local_files_only=True)
         source, moment = ClipSource(self.plan.world.out), self.plan.evaluate.t0_us
-        tests = source.clip_ids(_chunks(demo.held_out))[: config.test_clips]
-        validation = source.clip_ids([8])
+        tests = source.clip_ids(parse_chunks(demo.held_out))[: config.test_clips]
+        validation = source.clip_ids(parse_chunks(self.plan.train.data.held_out_chunks))
         self.prompts = {
             name: [self.target.prompt(source.window(clip, moment)) for clip in clips]
             for name, clips in (("test", tests), ("validation", validation))
@@ -377,10 +379,10 @@ class _Study:
 
     def _training(self, unit: Unit, recipe: Recipe) -> TrainConfig:
         plain, tenth = self.plan.train, unit.data == "tenth"
-        clips = 8 * self.config.clips_per_chunk
+        # All chunks of the data but the one that validates.
+        clips = (DemoConfig.num_chunks - DemoConfig.held_out_chunks - 1) * self.config.clips_per_chunk
         options: dict[str, Any] = {
             "output_dir": self.config.out / "drafts" / unit.key.replace(" | ", "-").replace(" ", "_"),
-            "held_out_chunks": "8",
             "context_len": CONTEXT,
             "loss_type": "ce",
             "previous_head": "none",
@@ -447,9 +449,18 @@ def ceilings(
     knows = TextOracle(block)
     independent = IndependentOracle(target, block, sampling, writer.rules)
 
+    read: dict[str, Prefilled] = {}  # the writer's last prompt, by its key
+
     def tell_text(prompt: Prompt, sampling: Sampling, seed: int) -> None:
+        if prompt.key not in read:
+            read.clear()
+            read[prompt.key] = writer.prefill(prompt)
         result = writer.generate(
-            prompt, temperature=sampling.temperature, top_p=sampling.top_p, seed=seed, trajectories=False
+            read[prompt.key],
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed,
+            trajectories=False,
         )
         knows.text = result.token_ids[0]
 
@@ -473,9 +484,3 @@ def _make_data(plan: Stages) -> None:
     world(plan.world)
     layers(plan.layers)
     distill(plan.distill)
-
-
-def _chunks(named: str) -> list[int]:
-    from alpamayo_dflash.clips.lists import parse_chunks
-
-    return list(parse_chunks(named) or ())

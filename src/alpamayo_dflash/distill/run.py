@@ -37,14 +37,14 @@ _MOST_WAITING = 32
 
 
 @dataclass(frozen=True)
-class NamedDraft:
+class WritingDraft:
     """A draft that proposes, and who it is: what `draft_path` names, opened by the command."""
 
     draft: BlockDraft
     identity: Fingerprint
 
 
-def run(config: DistillConfig, draft: NamedDraft | None = None) -> dict[str, Any]:
+def run(config: DistillConfig, draft: WritingDraft | None = None) -> dict[str, Any]:
     """Write this rank's part of the set, or what is left of it.
 
     Args:
@@ -155,7 +155,7 @@ def data_settings(
     clip_ids: Sequence[str],
     world_size: int,
     *,
-    draft: NamedDraft | None = None,
+    draft: WritingDraft | None = None,
 ) -> dict[str, Any]:
     """All that decides the data; a folder holds data of one such setting only.
 
