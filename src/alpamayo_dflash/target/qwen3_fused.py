@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from alpamayo_dflash.target.qwen3 import AfterLayer
-from alpamayo_dflash.target.weights import Linear, fused_linear, not_plain
+from alpamayo_dflash.target.weights import Product, fused_linear, mlp_parts, why_projection
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -41,12 +41,12 @@ class FusedLayer:
     """
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: Product
     qk_norms: tuple[Tensor, Tensor]
-    out: Linear
+    out: Product
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Product
+    down: Product
     eps: float
 
     @classmethod
@@ -134,7 +134,7 @@ class FusedDecoder:
             if wanted is not None and index + 1 == len(self.layers):
                 hidden = hidden.index_select(0, wanted)
             hidden, normed = add_norm(hidden, layer.out.parts(attended), layer.mlp_norm, layer.eps)
-            down = layer.down.parts(layer.gate_up.gated(normed))
+            down = mlp_parts(layer.gate_up, layer.down, normed)
             following = index + 1 < len(self.layers)
             weight = self.layers[index + 1].input_norm if following else self.final_norm
             into = inputs_RC if following else None
@@ -182,9 +182,7 @@ def misfit(layers: Iterable[Any], dtype: torch.dtype, head: Any = None) -> str |
             least, most = _HEAD_WIDTHS
             return f"the heads are {width} wide; the kernels take powers of two from {least} to {most}"
     for name, linear in named:
-        found = not_plain(linear)
+        found = why_projection(linear, dtype)
         if found is not None:
-            return f"{name} is a {found}, no plain nn.Linear"
-        if linear.weight.dtype != dtype:
-            return f"{name} is {linear.weight.dtype}, the embedding {dtype}"
+            return f"{name} is {found}"
     return None

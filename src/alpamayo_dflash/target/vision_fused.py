@@ -32,12 +32,19 @@ from alpamayo_dflash.target.vision import (
     image_grids,
 )
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
-from alpamayo_dflash.target.weights import BiasedLinear, biased_linear, not_plain, why_module
+from alpamayo_dflash.target.weights import (
+    BiasedLinear,
+    FP8BiasedLinear,
+    biased_linear,
+    why_module,
+    why_projection,
+)
 
 if TYPE_CHECKING:
     from alpamayo_dflash.kernels.vision import AttentionKind
 
 Gelu = Literal["rounded", "epilogue"]
+_Biased = BiasedLinear | FP8BiasedLinear
 
 _GELU = "gelu_pytorch_tanh"
 _HEAD_WIDTHS = (16, 256)
@@ -97,11 +104,11 @@ class _Block:
     """The weights of one block."""
 
     attention_norm: _Norm
-    qkv: BiasedLinear
-    out: BiasedLinear
+    qkv: _Biased
+    out: _Biased
     mlp_norm: _Norm
-    up: BiasedLinear
-    down: BiasedLinear
+    up: _Biased
+    down: _Biased
 
     @classmethod
     def of(cls, block: Any) -> _Block:
@@ -116,8 +123,8 @@ class _Merger:
     """The weights of one merger: of the tower's end, or of a level of deepstack features."""
 
     norm: _Norm
-    up: BiasedLinear
-    down: BiasedLinear
+    up: _Biased
+    down: _Biased
 
     @classmethod
     def of(cls, merger: Any) -> _Merger:
@@ -307,7 +314,11 @@ def misfit_vision(visual: Any, dtype: torch.dtype) -> str | None:
     if visual.config.hidden_act != _GELU:
         return f"the vision tower's hidden_act is {visual.config.hidden_act!r}, not {_GELU!r}"
     for name, module, plain in _parts(visual):
-        found = not_plain(module, biased=True) if plain is nn.Linear else why_module(module, plain)
+        if plain is nn.Linear:
+            if (why := why_projection(module, dtype, biased=True)) is not None:
+                return f"{name} is {why}"
+            continue
+        found = why_module(module, plain)
         if found is not None:
             return f"{name} is a {found}"
         odd = [parameter.dtype for parameter in module.parameters() if parameter.dtype != dtype]

@@ -1,7 +1,8 @@
-"""How weights that read one input lie together: q, k, v; gate, up; and a head of padded rows.
+"""What a weight is, how it lies in memory and how it is multiplied: the one place that knows its format.
 
-The modules keep views with their own names and shapes, so that the weights can be run one by one or as one
-product, and nothing is held twice.
+Weights that read one input lie together: q, k, v; gate, up; and a head has padded rows. The modules keep
+views with their own names and shapes, so that the weights can be run one by one or as one product, and
+nothing is held twice. A projection is a plain `nn.Linear` or one in e4m3 (`target.fp8.FP8Linear`).
 
 Shapes: R rows, I inputs, N outputs, J parts.
 """
@@ -10,16 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alpamayo_dflash.target.fp8 import FP8Linear
+
 # Siblings that read the same input.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # A head of 155,697 rows makes cuBLAS fall to a quarter of the bandwidth (docs/log.md).
 HEAD_MULTIPLE = 64
+_FP8_MULTIPLE = 16  # `kernels.fp8_fused.MULTIPLE`, which a machine without Triton cannot import
 
 
 def hooked(module: nn.Module) -> bool:
@@ -56,6 +60,32 @@ def not_plain(linear: Any, *, biased: bool = False) -> str | None:
     if type(weight.data) is not Tensor:
         return f"{name} of a {type(weight.data).__name__}"
     return None if weight.is_contiguous() else f"{name} whose weight does not lie row by row"
+
+
+def why_projection(linear: Any, dtype: torch.dtype, *, biased: bool = False) -> str | None:
+    """Why a projection must be called, being neither plain in this dtype nor in e4m3; None if it need not.
+
+    Args:
+        linear: the module.
+        dtype: that a plain weight must have, and a bias.
+        biased: whether it must have a bias, or must have none.
+    """
+    if not isinstance(linear, FP8Linear):
+        found = not_plain(linear, biased=biased)
+        if found is not None:
+            return f"a {found}"
+        odd = [tensor.dtype for tensor in linear.parameters() if tensor.dtype != dtype]
+        return f"{odd[0]}, the embedding {dtype}" if odd else None
+    if (linear.bias is not None) != biased:
+        return f"an FP8Linear {'without' if biased else 'with'} a bias"
+    if linear.bias is not None and linear.bias.dtype != dtype:
+        return f"an FP8Linear whose bias is {linear.bias.dtype}, the embedding {dtype}"
+    if (why := why_module(linear, FP8Linear)) is not None:
+        return f"a {why}"
+    outputs, inputs = linear.weight.shape
+    if inputs % _FP8_MULTIPLE or outputs % _FP8_MULTIPLE:
+        return f"an FP8Linear of {inputs} inputs and {outputs} outputs, no multiples of {_FP8_MULTIPLE}"
+    return None
 
 
 def fused_groups(module: nn.Module) -> list[list[Any]]:
@@ -148,19 +178,50 @@ def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None
 
     for module in model.modules():
         for parts in fused_groups(module):
-            counts = [part.weight.shape[0] for part in parts]
-            storage = rows(sum(counts), parts[0].weight)
-            for part, view in zip(parts, storage.split(counts), strict=True):
-                part.weight = nn.Parameter(view)
+            names = _joint(parts) if all(part.weight.is_meta for part in parts) else ()
+            for name in names:
+                tensors = [getattr(part, name) for part in parts]
+                counts = [len(tensor) for tensor in tensors]
+                kind = tensors[0].dtype if len(names) > 1 else dtype
+                storage = torch.empty(sum(counts), tensors[0].shape[1], device=device, dtype=kind)
+                for part, view in zip(parts, storage.split(counts), strict=True):
+                    setattr(part, name, nn.Parameter(view, requires_grad=len(names) == 1))
         head: Any = dict(module.named_children()).get("lm_head")
         if head is not None:
             count = head.weight.shape[0]
             storage = rows(padded_rows(count), head.weight)
             storage[count:] = 0
             head.weight = nn.Parameter(storage[:count])
+        fp8 = isinstance(module, FP8Linear)
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device, dtype=dtype)))
+                kind = parameter.dtype if fp8 and name != "bias" else dtype
+                made = torch.empty(parameter.shape, device=device, dtype=kind)
+                setattr(module, name, nn.Parameter(made, requires_grad=not fp8))
+
+
+def _joint(parts: Sequence[nn.Module]) -> tuple[str, ...]:
+    """What of the modules of a group lies together: nothing where some are in e4m3 and some are not."""
+    fp8 = [isinstance(part, FP8Linear) for part in parts]
+    if not any(fp8):
+        return ("weight",)
+    return ("weight", "weight_scale") if all(fp8) else ()
+
+
+class Product(Protocol):
+    """A weight without bias, or several that read one input, and how they are multiplied on a GPU."""
+
+    def parts(self, x_RI: Tensor) -> Tensor:
+        """X @ weight.T as parts [J, R, N] whose sum is the product, for kernels that sum as they read."""
+        ...
+
+    def __call__(self, x_RI: Tensor) -> Tensor:
+        """X @ weight.T, [R, N]."""
+        ...
+
+    def gated(self, x_RI: Tensor) -> Tensor:
+        """silu(x @ gate.T) · (x @ up.T), [R, N/2], where the weights are gate's and up's."""
+        ...
 
 
 class Linear:
@@ -198,9 +259,96 @@ class Linear:
         return gate(self(x_RI))
 
 
-def fused_linear(parts: Sequence[Any]) -> Linear:
+class FP8Product:
+    """A weight in e4m3, and how it is multiplied on a GPU: by rows that are cast to e4m3.
+
+    Args:
+        weight: e4m3 [N, I].
+        scales: float32 [N, 1].
+        input_scale: float32 [], static; None for a scale of each row.
+    """
+
+    def __init__(self, weight: Tensor, scales: Tensor, input_scale: Tensor | None) -> None:
+        self._weight, self._scales, self.input_scale = weight, scales, input_scale
+
+    def parts(self, x_RI: Tensor) -> Tensor:
+        """See Product; there is one part."""
+        return self(x_RI).unsqueeze(0)
+
+    def __call__(self, x_RI: Tensor) -> Tensor:
+        """See Product."""
+        from alpamayo_dflash.kernels.fp8_fused import cast
+
+        return self._product(*cast(x_RI, self.input_scale), x_RI.dtype)
+
+    def gated(self, x_RI: Tensor) -> Tensor:
+        """See Product."""
+        from alpamayo_dflash.kernels.rows import gate
+
+        return gate(self(x_RI))
+
+    def parts_of_gated(self, both_RN: Tensor) -> Tensor:
+        """The product of silu(gate) · up, of gate's columns and then up's; cast as they are gated."""
+        from alpamayo_dflash.kernels.fp8_triton import cast_gated
+
+        return self._product(*cast_gated(both_RN), both_RN.dtype).unsqueeze(0)
+
+    def _product(self, values_RI: Tensor, scales_R1: Tensor, dtype: torch.dtype) -> Tensor:
+        from alpamayo_dflash.kernels.fp8_fused import product
+
+        return product(values_RI, scales_R1, self._weight, self._scales, dtype)
+
+
+class SeparateProducts:
+    """Products of one input that are multiplied one by one: some in e4m3, or with other input scales.
+
+    Args:
+        products: in the order of their columns.
+    """
+
+    def __init__(self, products: Sequence[Product]) -> None:
+        self._products = products
+
+    def parts(self, x_RI: Tensor) -> Tensor:
+        """See Product."""
+        return self(x_RI).unsqueeze(0)
+
+    def __call__(self, x_RI: Tensor) -> Tensor:
+        """See Product."""
+        return torch.cat([product(x_RI) for product in self._products], dim=-1)
+
+    def gated(self, x_RI: Tensor) -> Tensor:
+        """See Product."""
+        from alpamayo_dflash.kernels.rows import gate
+
+        return gate(self(x_RI))
+
+
+def fused_linear(parts: Sequence[Any]) -> Product:
     """The product of several linear modules that read one input."""
-    return Linear(*(part.weight.detach() for part in parts))
+    if not any(isinstance(part, FP8Linear) for part in parts):
+        return Linear(*(part.weight.detach() for part in parts))
+    if len(parts) == 1:
+        return _fp8_product(parts[0], parts[0].weight.detach(), parts[0].weight_scale.detach())
+    weight = scales = None
+    # Static scales are each module's own, and their equality would have to be read from the device.
+    if all(isinstance(part, FP8Linear) and part.input_scale is None for part in parts):
+        weight = joined([part.weight.detach() for part in parts])
+        scales = joined([part.weight_scale.detach() for part in parts])
+    if weight is None or scales is None:
+        return SeparateProducts([fused_linear((part,)) for part in parts])
+    return _fp8_product(parts[0], weight, scales)
+
+
+def _fp8_product(linear: FP8Linear, weight: Tensor, scales: Tensor) -> FP8Product:
+    return FP8Product(weight, scales, None if linear.input_scale is None else linear.input_scale.detach())
+
+
+def mlp_parts(gate_up: Product, down: Product, x_RI: Tensor) -> Tensor:
+    """An MLP's output as parts (`Product.parts`): down of silu(gate) · up."""
+    if isinstance(down, FP8Product) and down.input_scale is None and not isinstance(gate_up, Linear):
+        return down.parts_of_gated(gate_up(x_RI))
+    return down.parts(gate_up.gated(x_RI))
 
 
 class BiasedLinear:
@@ -232,6 +380,39 @@ class BiasedLinear:
         return torch._addmm_activation(self.bias, x_RI, self.weight.t(), use_gelu=True)
 
 
-def biased_linear(module: Any) -> BiasedLinear:
+class FP8BiasedLinear:
+    """A linear layer in e4m3 with a bias, and how many rows are multiplied.
+
+    Args:
+        linear: the layer, whose tensors are read where they lie.
+    """
+
+    def __init__(self, linear: FP8Linear) -> None:
+        assert linear.bias is not None
+        self.weight, self.bias = linear.weight.detach(), linear.bias.detach()
+        self._scales = linear.weight_scale.detach()
+        self._input_scale = None if linear.input_scale is None else linear.input_scale.detach()
+
+    def __call__(self, x_RI: Tensor) -> Tensor:
+        """X @ weight.T + bias, [R, N]."""
+        from alpamayo_dflash.kernels.fp8_fused import cast, product
+
+        rows, scales = cast(x_RI, self._input_scale)
+        return product(rows, scales, self.weight, self._scales, x_RI.dtype, self.bias)
+
+    def gelu_tanh(self, x_RI: Tensor, *, rounded: bool = True) -> Tensor:
+        """The product's GELU in its tanh form, [R, N]; the product is rounded before it in any case.
+
+        Args:
+            x_RI: the rows.
+            rounded: as `BiasedLinear.gelu_tanh` has it; the library has no such epilogue for scales a row.
+        """
+        del rounded
+        return functional.gelu(self(x_RI), approximate="tanh")
+
+
+def biased_linear(module: Any) -> BiasedLinear | FP8BiasedLinear:
     """The product of a linear module, or of a convolution whose steps are its size."""
+    if isinstance(module, FP8Linear):
+        return FP8BiasedLinear(module)
     return BiasedLinear(module.weight.detach().flatten(1), module.bias.detach())
