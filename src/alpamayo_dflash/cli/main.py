@@ -39,6 +39,7 @@ COMMANDS = {
     "tiny-train": Command("standins.config:TinyTrainConfig", "standins.run:run"),
     "measure-tiny": Command("standins.config:MeasureTinyConfig", "standins.run:measure"),
     "measure-world": Command("evaluate.config:MeasureWorldConfig", "evaluate.hardness:run"),
+    "convert": Command("convert.config:ConvertConfig", "convert.run:run"),
     "layers": Command("layers.config:LayersConfig", "layers.run:run"),
     "distill": Command("distill.config:DistillConfig", "cli.distill:run"),
     "train": Command("train.config:TrainConfig", "cli.real_acceptance:train"),

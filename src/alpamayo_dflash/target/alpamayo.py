@@ -30,6 +30,7 @@ from alpamayo_dflash.target.checkpoint import (
     prepare_formats,
     read_vlm_config,
     save_checkpoint,
+    save_config,
     target_identity,
     vlm_files,
 )
@@ -47,7 +48,7 @@ from alpamayo_dflash.target.images import PatchesOf, plain_patches
 from alpamayo_dflash.target.images_fused import DevicePatches, why_plain_images
 from alpamayo_dflash.target.motion import ActionSpace, encode_history
 from alpamayo_dflash.target.prompt import Prompt, build_prompt, fuse_history
-from alpamayo_dflash.target.quantised import describe
+from alpamayo_dflash.target.quantised import QUANTIZATION, describe, fp8_config, linears
 from alpamayo_dflash.target.qwen3 import AfterLayer, Attend, run_layers
 from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
@@ -132,24 +133,40 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         """
         device, format_ = check_device(device), TargetFormat(weights, expert_weights, vision_weights)
         folder = checkpoint_folder(name_or_folder, local_files_only=local_files_only)
-        config = AlpamayoConfig.from_file(folder / "config.json")
+        model = cls.on_meta(folder, local_files_only=local_files_only, vlm=vlm)
+        wanted = _dtype(dtype, model.config, device)
+        model._fill_buffers(device, rounded=wanted == torch.bfloat16)
+        prepare_formats(model, folder, model.config.raw, format_)
+        load_weights(model, folder, device=device, dtype=wanted)
+        return model
+
+    @classmethod
+    def on_meta(
+        cls, folder: Path, *, local_files_only: bool = False, vlm: str | Path | None = None
+    ) -> Alpamayo:
+        """The model of a checkpoint with its weights on the meta device, which takes no memory.
+
+        Args:
+            folder: the checkpoint.
+            local_files_only: never touch the network.
+            vlm: as in `from_pretrained`.
+
+        Raises:
+            ValueError: a config or the tokenizer is missing or does not fit; the message names it.
+        """
+        config = AlpamayoConfig.from_file(folder / CONFIG)
         files = vlm_files(config, folder, override=vlm, local_files_only=local_files_only)
         tokenizer = load_tokenizer(files.folder, config)
         vlm_config = read_vlm_config(files.folder, config)
         try:
             with torch.device("meta"):
-                model = cls(config, vlm_config, tokenizer, files)
+                return cls(config, vlm_config, tokenizer, files)
         except (*_BUILDING_ERRORS, StrictDataclassError) as error:
             reason = str(error).splitlines()[0] if str(error) else ""
             raise ValueError(
                 f"{folder / CONFIG} and {files.folder / CONFIG} ask for what cannot be built "
                 f"({type(error).__name__}: {reason})"
             ) from error
-        wanted = _dtype(dtype, config, device)
-        model._fill_buffers(device, rounded=wanted == torch.bfloat16)
-        prepare_formats(model, folder, config.raw, format_)
-        load_weights(model, folder, device=device, dtype=wanted)
-        return model
 
     @classmethod
     def from_config(
@@ -203,6 +220,18 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
             )
         wanted = self.dtype if dtype is None else _dtype(dtype, self.config, self.device)
         save_checkpoint(Path(folder), self.config.raw, self.state_dict(), self.vlm_files, wanted)
+
+    def save_config(self, folder: Path, format_: TargetFormat) -> None:
+        """Write config.json of this checkpoint with some parts in FP8, and the Qwen3-VL files where local.
+
+        Args:
+            folder: holds the weights.
+            format_: the parts that are in FP8 there.
+        """
+        fp8 = {name for part in format_.fp8 for name in linears(self, part)}
+        plain = (name for name, module in self.named_modules() if isinstance(module, nn.Linear))
+        quantised = {QUANTIZATION: fp8_config(name for name in plain if name not in fp8)}
+        save_config(folder, dict(self.config.raw) | quantised, self.vlm_files)
 
     def _fill_buffers(self, device: torch.device, *, rounded: bool) -> None:
         """Compute what the file may not hold; the file's tensors, where present, go over it."""

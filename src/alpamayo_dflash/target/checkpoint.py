@@ -296,6 +296,75 @@ def load_weights(model: nn.Module, folder: Path, *, device: torch.device, dtype:
                 check_stored(layers[name], name)
 
 
+def write_fp8(
+    model: nn.Module, folder: Path, out: Path, format_: TargetFormat, *, device: torch.device
+) -> dict[str, Any]:
+    """Write a checkpoint's tensors once more, those of some parts' products in FP8: a shard at a time.
+
+    The shards keep their names, and what is not converted keeps its type. config.json is not written.
+
+    Args:
+        model: of the checkpoint, on the meta device, without FP8 layers.
+        folder: the checkpoint.
+        out: where the shards go; is made if it does not exist.
+        format_: the parts that are converted.
+        device: where they are.
+
+    Returns:
+        how many `layers` were converted and `tensors` written; `weight_bytes`, `shards`,
+        `largest_shard_bytes`.
+
+    Raises:
+        ValueError: the checkpoint is broken, or holds weights in FP8; the message names what.
+    """
+    shards = _shards(folder)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if stored := _stored_in_fp8(shards):
+        raise ValueError(
+            f"{folder}: holds weights in {_FP8} already (the first is {min(stored)}); convert the official "
+            "files"
+        )
+    _check_tensors(expected, shards, folder)
+    layers = {f"{name}.weight" for part in format_.fp8 for name in linears(model, part)}
+    out.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    sizes: list[int] = []
+    for shard in dict.fromkeys(shards.values()):
+        tensors = _converted(shard, layers, device)
+        with atomic_file(out / shard.name) as temporary:
+            save_tensors(tensors, temporary)
+        weight_map |= dict.fromkeys(tensors, shard.name)
+        sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+    if len(sizes) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(out / _INDEX, index)
+    return {
+        "layers": len(layers),
+        "tensors": len(weight_map),
+        "weight_bytes": sum(sizes),
+        "shards": len(sizes),
+        "largest_shard_bytes": max(sizes),
+    }
+
+
+@torch.no_grad()
+def _converted(shard: Path, layers: set[str], device: torch.device) -> dict[str, Tensor]:
+    """A shard's tensors, weights of some layers as e4m3 and scales."""
+    tensors: dict[str, Tensor] = {}
+    with opened(shard) as file, torch.device("cpu"):
+        for name in file.keys():  # noqa: SIM118
+            values = file.get_tensor(name)
+            if name not in layers:
+                tensors[name] = values
+                continue
+            layer = FP8Linear(values.shape[1], len(values), device=device)
+            with naming(str(shard)):
+                fill(layer, name, values.to(device))
+            tensors[name] = layer.weight.data.cpu()
+            tensors[name.removesuffix("weight") + WEIGHT_SCALE] = layer.weight_scale.data.cpu()
+    return tensors
+
+
 class _Filling:
     """A model's tensors as they are filled, in pieces.
 
@@ -409,16 +478,21 @@ def save_checkpoint(
         dtype: of every tensor in the file.
     """
     name = str(dtype).removeprefix("torch.")
-    config = dict(raw) | {"dtype": name, "model_dtype": name, "vlm_name_or_path": vlm.hub_id or "vlm"}
+    config = dict(raw) | {"dtype": name, "model_dtype": name}
     config["expert_cfg"] = dict(config["expert_cfg"]) | {"dtype": name}
     folder.mkdir(parents=True, exist_ok=True)
-    if vlm.hub_id is None:
-        _copy_vlm(vlm.folder, folder / "vlm")
     # Cloned, because views of one storage cannot be written as they are.
     plain = {key: value.detach().to("cpu", dtype, copy=True).contiguous() for key, value in tensors.items()}
     with atomic_file(folder / _WEIGHTS) as temporary:
         save_tensors(plain, temporary)
-    write_json(folder / "config.json", config)
+    save_config(folder, config, vlm)
+
+
+def save_config(folder: Path, raw: Mapping[str, Any], vlm: VLMFiles) -> None:
+    """Write the Qwen3-VL files in `vlm/`, unless they are the hub's, and config.json, which names them."""
+    if vlm.hub_id is None:
+        _copy_vlm(vlm.folder, folder / "vlm")
+    write_json(folder / CONFIG, dict(raw) | {"vlm_name_or_path": vlm.hub_id or "vlm"})
 
 
 def _is_hub_id(name: str) -> bool:

@@ -37,9 +37,10 @@ class FP8Linear(nn.Module):
         super().__init__()
         self.weight = _frozen(torch.empty(outputs, inputs, dtype=fp8.E4M3, device=device))
         self.weight_scale = _frozen(torch.empty(outputs, 1, dtype=torch.float32, device=device))
-        scale = torch.empty((), dtype=torch.float32, device=device) if static else None
-        self.input_scale = None if scale is None else _frozen(scale)
-        self.bias = _frozen(torch.empty(outputs, device=device)) if biased else None
+        scale = _frozen(torch.empty((), dtype=torch.float32, device=device)) if static else None
+        bias = _frozen(torch.empty(outputs, device=device)) if biased else None
+        self.register_parameter("input_scale", scale)
+        self.register_parameter("bias", bias)
         self._wide: Tensor | None = None
 
     @classmethod
@@ -83,13 +84,11 @@ class FP8Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP8Linear:
         """Move to another device; the weight and its scales keep their types, whatever is asked for."""
-        kept = {name: self._parameters[name] for name in ("weight", "weight_scale", "input_scale")}
+        scales = [] if self.input_scale is None else ["input_scale"]
+        kept = {name: getattr(self, name).data for name in ("weight", "weight_scale", *scales)}
         super()._apply(fn, recurse)
-        for name, parameter in kept.items():
-            if parameter is not None:
-                moved = self._parameters[name]
-                assert moved is not None
-                setattr(self, name, _frozen(parameter.data.to(moved.device)))
+        for name, tensor in kept.items():
+            setattr(self, name, _frozen(tensor.to(getattr(self, name).device)))
         self._wide = None
         return self
 
