@@ -11,6 +11,8 @@ Shapes: R rows, N output columns, I inputs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,25 @@ MOST_INPUTS = 2**17
 """Up to so many inputs a product's sum is exact in float64."""
 
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class CastRows:
+    """Rows in e4m3.
+
+    Attributes:
+        values: e4m3 [R, I].
+        scales: float32 [R, 1].
+        dtype: of what was cast, and of the products that are made of it.
+    """
+
+    values: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        """How many rows."""
+        return len(self.values)
 
 
 def row_scales(x_RI: Tensor) -> Tensor:

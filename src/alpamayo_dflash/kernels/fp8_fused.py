@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.kernels import fp8, fp8_triton
+from alpamayo_dflash.kernels import fp8, fp8_product, fp8_triton
 
 MULTIPLE = 16
 """What the library takes: inputs and output columns in multiples of this."""
@@ -20,6 +20,15 @@ MULTIPLE = 16
 def cast(x_RI: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows in e4m3 and their scales [R, 1]; by each row's own scale where none is given."""
     return fp8_triton.cast_rows(x_RI) if input_scale is None else fp8.cast_by(x_RI, input_scale)
+
+
+def product_parts(x: fp8.CastRows, weight_NI: Tensor, weight_scales_N1: Tensor) -> Tensor:
+    """The scaled product X @ weight.T as parts [J, R, N] still to be summed; few rows by the kernel."""
+    columns, inner = weight_NI.shape
+    few = len(x) <= fp8_product.FEW_ROWS and fp8_triton.converts(x.values.device)
+    if few and fp8_product.fits(columns, inner):
+        return fp8_product.few_rows_product(x.values, x.scales, weight_NI, weight_scales_N1, x.dtype)
+    return product(x.values, x.scales, weight_NI, weight_scales_N1, x.dtype).unsqueeze(0)
 
 
 def product(

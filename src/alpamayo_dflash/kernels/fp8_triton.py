@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alpamayo_dflash.kernels.fp8 import E4M3
+from alpamayo_dflash.kernels.fp8 import E4M3, CastRows
+from alpamayo_dflash.kernels.rows import added_normed_row
 
 _LARGEST = tl.constexpr(448.0)
 _SMALLEST_SCALE = tl.constexpr(1.1754943508222875e-38)
@@ -84,6 +85,45 @@ def cast_gated_kernel(
     _store_cast(x, inside, values_ptr, scales_ptr, row, width, columns, NATIVE)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def add_norm_cast_kernel(
+    hidden_ptr,
+    parts_ptr,
+    weight_ptr,
+    sum_ptr,
+    values_ptr,
+    scales_ptr,
+    rows,
+    width,
+    eps,
+    RESIDUAL: tl.constexpr,
+    PARTS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum = hidden + parts, and its RMS norm in e4m3 with its scale; see `added_normed_row`."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    inside = c < width
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
+    normed = added_normed_row(
+        hidden_ptr,
+        parts_ptr,
+        weight_ptr,
+        sum_ptr,
+        row,
+        rows,
+        c,
+        inside,
+        width,
+        eps,
+        DTYPE=dtype,
+        RESIDUAL=RESIDUAL,
+        PARTS=PARTS,
+    )
+    _store_cast(normed.to(tl.float32), inside, values_ptr, scales_ptr, row, width, c, NATIVE)
+
+
 def converts(device: torch.device) -> bool:
     """Whether a device converts to e4m3 itself: GPUs from Ada Lovelace (8.9) on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
@@ -107,10 +147,51 @@ def cast_gated(x_RN: Tensor) -> tuple[Tensor, Tensor]:
     return _cast(cast_gated_kernel, x_RN, x_RN.shape[1] // 2)
 
 
+def add_norm_cast(
+    hidden_RC: Tensor, parts_JRC: Tensor | None, weight_C: Tensor, eps: float
+) -> tuple[Tensor, CastRows]:
+    """`kernels.rows.add_norm` whose norm is cast as `cast_rows` casts it.
+
+    Args:
+        hidden_RC: the residual.
+        parts_JRC: from `product`, or None.
+        weight_C: of the norm.
+        eps: of the norm.
+
+    Returns:
+        The sum [R, C] (hidden itself without parts) and the norm.
+    """
+    rows, width = hidden_RC.shape
+    values, scales = _storage(rows, width, hidden_RC.device)
+    total = hidden_RC if parts_JRC is None else torch.empty_like(hidden_RC)
+    if rows:
+        add_norm_cast_kernel[(rows,)](
+            hidden_RC,
+            hidden_RC if parts_JRC is None else parts_JRC,
+            weight_C,
+            total,
+            values.view(torch.uint8),
+            scales,
+            rows,
+            width,
+            eps,
+            RESIDUAL=True,
+            PARTS=0 if parts_JRC is None else len(parts_JRC),
+            NATIVE=converts(hidden_RC.device),
+            BLOCK_C=triton.next_power_of_2(width),
+            num_warps=8,
+        )
+    return total, CastRows(values, scales, weight_C.dtype)
+
+
+def _storage(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    values = torch.empty(rows, width, dtype=E4M3, device=device)
+    return values, torch.empty(rows, 1, dtype=torch.float32, device=device)
+
+
 def _cast(kernel: triton.runtime.JITFunction, x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     assert x.stride(1) == 1
-    values = torch.empty(len(x), width, dtype=E4M3, device=x.device)
-    scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    values, scales = _storage(len(x), width, x.device)
     if len(x):
         kernel[(len(x),)](
             x,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alpamayo_dflash.kernels.fp8 import CastRows
 from alpamayo_dflash.target.fp8 import FP8Linear
 
 # Siblings that read the same input.
@@ -208,18 +209,27 @@ def _joint(parts: Sequence[nn.Module]) -> tuple[str, ...]:
     return ("weight", "weight_scale") if all(fp8) else ()
 
 
+Rows = Tensor | CastRows
+"""What is multiplied: rows [R, I], or these as the norm in front cast them, where a product takes that."""
+
+
 class Product(Protocol):
     """A weight without bias, or several that read one input, and how they are multiplied on a GPU."""
 
-    def parts(self, x_RI: Tensor) -> Tensor:
+    @property
+    def by_row(self) -> bool:
+        """Whether `CastRows` are taken."""
+        ...
+
+    def parts(self, x: Any, /) -> Tensor:
         """X @ weight.T as parts [J, R, N] whose sum is the product, for kernels that sum as they read."""
         ...
 
-    def __call__(self, x_RI: Tensor) -> Tensor:
+    def __call__(self, x: Any, /) -> Tensor:
         """X @ weight.T, [R, N]."""
         ...
 
-    def gated(self, x_RI: Tensor) -> Tensor:
+    def gated(self, x: Any, /) -> Tensor:
         """silu(x @ gate.T) · (x @ up.T), [R, N/2], where the weights are gate's and up's."""
         ...
 
@@ -235,6 +245,11 @@ class Linear:
     def __init__(self, *weights: Tensor) -> None:
         one = joined(weights)
         self.weights = weights if one is None else (one,)
+
+    @property
+    def by_row(self) -> bool:
+        """See Product."""
+        return False
 
     def parts(self, x_RI: Tensor) -> Tensor:
         """X @ weight.T as parts [J, R, N] whose sum is the product, for kernels that sum as they read."""
@@ -269,34 +284,37 @@ class FP8Product:
     """
 
     def __init__(self, weight: Tensor, scales: Tensor, input_scale: Tensor | None) -> None:
-        self._weight, self._scales, self.input_scale = weight, scales, input_scale
+        self._weight, self._scales, self._input_scale = weight, scales, input_scale
 
-    def parts(self, x_RI: Tensor) -> Tensor:
-        """See Product; there is one part."""
-        return self(x_RI).unsqueeze(0)
+    @property
+    def by_row(self) -> bool:
+        """Whether rows are cast by their own scales, as the norm in front of them can do."""
+        return self._input_scale is None
 
-    def __call__(self, x_RI: Tensor) -> Tensor:
+    def parts(self, x: Rows) -> Tensor:
         """See Product."""
-        from alpamayo_dflash.kernels.fp8_fused import cast
+        from alpamayo_dflash.kernels.fp8_fused import product_parts
 
-        return self._product(*cast(x_RI, self.input_scale), x_RI.dtype)
+        return product_parts(self._cast(x), self._weight, self._scales)
 
-    def gated(self, x_RI: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
+        """See Product."""
+        parts = self.parts(x)
+        return parts[0] if len(parts) == 1 else parts.sum(0).to(x.dtype)
+
+    def gated(self, x: Rows) -> Tensor:
         """See Product."""
         from alpamayo_dflash.kernels.rows import gate
 
-        return gate(self(x_RI))
+        return gate(self(x))
 
-    def parts_of_gated(self, both_RN: Tensor) -> Tensor:
-        """The product of silu(gate) · up, of gate's columns and then up's; cast as they are gated."""
-        from alpamayo_dflash.kernels.fp8_triton import cast_gated
+    def _cast(self, x: Rows) -> CastRows:
+        from alpamayo_dflash.kernels.fp8_fused import cast
 
-        return self._product(*cast_gated(both_RN), both_RN.dtype).unsqueeze(0)
-
-    def _product(self, values_RI: Tensor, scales_R1: Tensor, dtype: torch.dtype) -> Tensor:
-        from alpamayo_dflash.kernels.fp8_fused import product
-
-        return product(values_RI, scales_R1, self._weight, self._scales, dtype)
+        if isinstance(x, CastRows):
+            assert self.by_row
+            return x
+        return CastRows(*cast(x, self._input_scale), x.dtype)
 
 
 class SeparateProducts:
@@ -308,6 +326,11 @@ class SeparateProducts:
 
     def __init__(self, products: Sequence[Product]) -> None:
         self._products = products
+
+    @property
+    def by_row(self) -> bool:
+        """See Product."""
+        return all(product.by_row for product in self._products)
 
     def parts(self, x_RI: Tensor) -> Tensor:
         """See Product."""
@@ -344,11 +367,42 @@ def _fp8_product(linear: FP8Linear, weight: Tensor, scales: Tensor) -> FP8Produc
     return FP8Product(weight, scales, None if linear.input_scale is None else linear.input_scale.detach())
 
 
-def mlp_parts(gate_up: Product, down: Product, x_RI: Tensor) -> Tensor:
+def mlp_parts(gate_up: Product, down: Product, x: Rows) -> Tensor:
     """An MLP's output as parts (`Product.parts`): down of silu(gate) · up."""
-    if isinstance(down, FP8Product) and down.input_scale is None and not isinstance(gate_up, Linear):
-        return down.parts_of_gated(gate_up(x_RI))
-    return down.parts(gate_up.gated(x_RI))
+    if not down.by_row or isinstance(gate_up, Linear):
+        return down.parts(gate_up.gated(x))
+    from alpamayo_dflash.kernels.fp8_triton import cast_gated
+
+    both_RN = gate_up(x)
+    return down.parts(CastRows(*cast_gated(both_RN), both_RN.dtype))
+
+
+def add_norm_for(
+    product: Product | None,
+    hidden_RC: Tensor,
+    parts_JRC: Tensor | None,
+    norm: tuple[Tensor, float],
+    normed_RC: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """`kernels.rows.add_norm`, whose norm is cast where the product that reads it takes it so.
+
+    Args:
+        product: what reads the norm; None for another.
+        hidden_RC: see `add_norm`.
+        parts_JRC: likewise.
+        norm: its weight [C] and eps.
+        normed_RC: where to write the norm, which is not cast then.
+
+    Returns:
+        the sum [R, C], and its norm as the product's rows.
+    """
+    from alpamayo_dflash.kernels.rows import add_norm
+
+    if product is None or not product.by_row or normed_RC is not None:
+        return add_norm(hidden_RC, parts_JRC, *norm, normed_RC)
+    from alpamayo_dflash.kernels.fp8_triton import add_norm_cast
+
+    return add_norm_cast(hidden_RC, parts_JRC, *norm)
 
 
 class BiasedLinear:
