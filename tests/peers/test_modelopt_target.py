@@ -83,7 +83,7 @@ def test_their_export_loads_and_gives_their_logits(exported, where):
     with torch.no_grad():
         got = target.vlm(**target.transformers_inputs(target.prompt(factory.window()))).logits
     # A value on the border of two of e4m3 may fall to either side.
-    assert (got - logits).norm() / logits.norm() < 0.02
+    assert (got - logits).norm() / logits.norm() < 0.005  # 1e-5 was seen; 0.1 with scales a row
     assert (got.argmax(-1) == logits.argmax(-1)).float().mean() > 0.98
 
 

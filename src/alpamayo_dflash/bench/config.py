@@ -15,6 +15,7 @@ from alpamayo_dflash.common.options import (
     whole_numbers,
 )
 from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.target.formats import TargetOptions
 
 CHUNK_WINDOWS = 4
 """Clips of a chunk of those that the benchmark of distillation writes."""
@@ -22,7 +23,7 @@ _LEAST_SIZE = 32
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(TargetOptions):
     """Measure the decoder's speed.
 
     Attributes:
@@ -96,6 +97,11 @@ class BenchConfig:
         if self.quick and not self.window:
             raise ValueError("quick goes with window; the decoder's own benchmark has no quick form")
         check_at_least(64, most_blocks=self.most_blocks)
+        if self.target_format.fp8 and (self.transformers or self.train):
+            raise ValueError(
+                f"weights in fp8 ({', '.join(self.target_format.fp8)}) with transformers or train, which are "
+                "timed on the checkpoint's own weights; give --no-transformers, and no train"
+            )
         if self.train and self.window:
             raise ValueError("train and window are two benchmarks; ask for one of them")
         if self.train and not self.target.startswith("random:"):
@@ -239,7 +245,7 @@ class BenchDistillConfig:
 
 
 @dataclass(frozen=True)
-class MeasureTargetConfig:
+class MeasureTargetConfig(TargetOptions):
     """Measure a target's loading and memory, and run one window of noise images to a trajectory.
 
     Attributes:

@@ -42,6 +42,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
         "coc_lengths": coc_means(raw),
         "profile": profile(bench),
         "lossless": None,
+        "target_weights": bench.target.weight_formats,
     }
 
     def write() -> None:

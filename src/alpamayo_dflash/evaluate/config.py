@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from alpamayo_dflash.clips.config import DEFAULT_T0_US, MOTION_GAP_MS, FrameRule
 from alpamayo_dflash.common.options import check_at_least, check_fraction, check_positive, check_whole
 from alpamayo_dflash.decode.config import DecodeConfig, Sampled, Sampling, SentenceEnd
+from alpamayo_dflash.target.formats import TargetOptions
 
 ARMS = ("transformers", "autoregressive", "dflash")
 """transformers' own `generate`; the project's autoregressive loop; the speculative loop with the draft."""
@@ -20,7 +21,7 @@ SAMPLED_TEMPERATURE = 0.6
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(Sampled):
+class EvaluateConfig(Sampled, TargetOptions):
     """Run the arms on the same clips: times, speed-ups, acceptance, losslessness and trajectory error.
 
     Attributes:
@@ -120,7 +121,7 @@ class EvaluateConfig(Sampled):
 
 
 @dataclass(frozen=True)
-class LosslessConfig(Sampled):
+class LosslessConfig(Sampled, TargetOptions):
     """Count the clips whose speculative output equals the autoregressive one, for trained and random drafts.
 
     Attributes:
@@ -162,7 +163,7 @@ class LosslessConfig(Sampled):
 
 
 @dataclass(frozen=True)
-class DistributionConfig(Sampled):
+class DistributionConfig(Sampled, TargetOptions):
     """Compare the frequencies of sampled tokens over many seeds with the target's own distribution.
 
     Attributes:
@@ -227,7 +228,7 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True)
-class MeasureWorldConfig(Sampled):
+class MeasureWorldConfig(Sampled, TargetOptions):
     """Measure how hard the world is, on the target's own sampled CoCs; fails outside the bounds.
 
     Attributes:

@@ -244,6 +244,12 @@ def describe(target: nn.Module) -> dict[str, str]:
     return {part: _described(target, linears(target, part)) for part in PARTS}
 
 
+def fp8_formats(target: nn.Module) -> dict[str, Any]:
+    """`describe` under its key, for settings that are compared; nothing where no part is in FP8."""
+    found = describe(target)
+    return {"target_weights": found} if any(each.startswith("fp8") for each in found.values()) else {}
+
+
 def _described(target: nn.Module, names: list[str]) -> str:
     modules: list[Any] = [target.get_submodule(name) for name in names]
     fp8 = [module for module in modules if isinstance(module, FP8Linear)]
