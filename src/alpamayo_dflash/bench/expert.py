@@ -91,18 +91,14 @@ def _time(
     raw["expert_ms"][f"fused_{samples}"] = event_ms(lambda: fast.replay(samples), repeats, device)
 
 
-def fused_steps(target: Alpamayo, tokens: int, samples: int) -> Callable[[], object]:
-    """What runs the fast form's steps, captured, after texts of so many tokens.
-
-    Raises:
-        ValueError: the fast form does not run here.
-    """
-    reason = why_plain_expert(target)
-    if reason is not None:
-        raise ValueError(f"the action expert runs in its plain form: {reason}")
-    fast = FusedExpert(target, _filled(target))
+def expert_steps(target: Alpamayo, tokens: int, samples: int) -> Callable[[], object]:
+    """What runs the steps after texts of so many tokens: captured, or the plain form where that runs."""
+    cache = _filled(target)
     paths, offsets = _texts(tokens, samples)
     noise, past = _start(target, samples)
+    if why_plain_expert(target) is not None:
+        return partial(target.denoise, noise, cache.prefix(paths, offsets, 0))
+    fast = FusedExpert(target, cache)
     fast(fast.start(noise, *past), SampleTexts(paths, [_PROMPT + offset for offset in offsets]))
     return partial(fast.replay, samples)
 

@@ -17,8 +17,8 @@ import torch
 
 from alpamayo_dflash.bench.clocks import ceilings, in_turns
 from alpamayo_dflash.bench.config import BenchConfig
-from alpamayo_dflash.bench.expert import fused_steps
-from alpamayo_dflash.bench.figures import SIX, format_figures, spread, timing_quartiles
+from alpamayo_dflash.bench.expert import expert_steps
+from alpamayo_dflash.bench.figures import SIX, format_figures, medians, spread, timing_quartiles
 from alpamayo_dflash.bench.setup import Bench, gpu
 from alpamayo_dflash.bench.vision import ready
 from alpamayo_dflash.bench.window import Windows
@@ -26,6 +26,7 @@ from alpamayo_dflash.common.artefacts import provenance, write_json
 from alpamayo_dflash.common.graphs import CapturedCall
 from alpamayo_dflash.common.machine import GpuMemory, current, gib
 from alpamayo_dflash.decode.round_device import per_sample_slots
+from alpamayo_dflash.target.formats import OPTIONS
 
 FP8: Final = "fp8"
 STORED: Final = "checkpoint"
@@ -45,8 +46,9 @@ def run(config: BenchConfig) -> dict[str, Any]:
     started = time.time()
     quantised = Bench(config)
     device = quantised.device
-    memory = needed(quantised)
-    stored = Bench(replace(config, weights=STORED, expert_weights=STORED, vision_weights=STORED))
+    memory = needed(quantised) if device.type == "cuda" else {}
+    as_stored: dict[str, Any] = dict.fromkeys(OPTIONS, STORED)
+    stored = Bench(replace(config, beside=False, window=True, **as_stored))
     benches = {FP8: quantised, STORED: stored}
     with torch.inference_mode(), current(device):
         raw: dict[str, Any] = ceilings(config.repeats, device, stored.target.dtype)
@@ -54,9 +56,12 @@ def run(config: BenchConfig) -> dict[str, Any]:
         for part, calls in _calls(benches, windows).items():
             raw[part] = in_turns(calls, config.repeats, device)
         raw |= whole(windows, config.texts)
+    timed = [part for part, times in raw.items() if isinstance(times, dict) and FP8 in times]
+    timed.remove("window_parts_ms")
     found: dict[str, Any] = {
         "figures": format_figures(raw) | memory,
         "spread": spread(raw, format_figures),
+        "beside": {part: each for part, each in medians(raw).items() if part in timed},
         "target_weights": {name: bench.target.weight_formats for name, bench in benches.items()},
         "lossless": None,
         "gpu": gpu(device),
@@ -103,12 +108,14 @@ def _calls(benches: dict[str, Bench], windows: dict[str, Windows]) -> Calls:
         for rows in _ROWS:
             found[f"verify_{rows}_ms"][name] = _rows_call(bench, rows)
         for samples in (1, SIX):
-            found[f"expert_{samples}_ms"][name] = fused_steps(bench.target, bench.config.text_tokens, samples)
+            found[f"expert_{samples}_ms"][name] = expert_steps(
+                bench.target, bench.config.text_tokens, samples
+            )
     return found
 
 
 def _rows_call(bench: Bench, rows: int) -> Callable[[], object]:
-    """A captured pass over a chain of so many rows, head included."""
+    """A pass over a chain of so many rows, head included; captured on a GPU."""
     device, verifier = bench.device, bench.decoder(None).verifier
     slots = per_sample_slots(rows, 0)
     verifier.begin(verifier.prefill(bench.prompt), slots)
@@ -116,7 +123,8 @@ def _rows_call(bench: Bench, rows: int) -> Callable[[], object]:
     tokens = torch.randint(0, 1000, (rows,), device=device)
     seen = torch.zeros(rows, slots, dtype=torch.uint8, device=device)
     seen[:, :rows] = torch.ones(rows, rows, device=device).tril().to(torch.uint8)
-    return CapturedCall(lambda: verifier.run(tokens, at, at, seen)).replay
+    call = partial(verifier.run, tokens, at, at, seen)
+    return CapturedCall(call).replay if device.type == "cuda" else call
 
 
 def whole(windows: dict[str, Windows], texts: int) -> dict[str, Any]:
