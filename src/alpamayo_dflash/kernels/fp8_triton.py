@@ -38,7 +38,7 @@ def e4m3_bits(x):
 
 
 @triton.jit
-def _store_cast(x, inside, values_ptr, scales_ptr, row, width, columns, NATIVE: tl.constexpr):
+def _store_cast(x, inside, codes_ptr, scales_ptr, row, width, columns, NATIVE: tl.constexpr):
     """Write a row in e4m3 (its bits) and its scale; x is float32, and 0 where it is not `inside`.
 
     Triton's largest of two leaves NaN out, so that is asked for by itself.
@@ -52,25 +52,25 @@ def _store_cast(x, inside, values_ptr, scales_ptr, row, width, columns, NATIVE: 
         code = values.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
         code = e4m3_bits(values)
-    tl.store(values_ptr + row * width + columns, code, mask=inside)
+    tl.store(codes_ptr + row * width + columns, code, mask=inside)
     tl.store(scales_ptr + row, scale)
 
 
 @triton.jit
 def cast_rows_kernel(
-    x_ptr, values_ptr, scales_ptr, width, x_stride, NATIVE: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, codes_ptr, scales_ptr, width, x_stride, NATIVE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """A row of x in e4m3 and its scale."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    _store_cast(x, inside, values_ptr, scales_ptr, row, width, columns, NATIVE)
+    _store_cast(x, inside, codes_ptr, scales_ptr, row, width, columns, NATIVE)
 
 
 @triton.jit
 def cast_gated_kernel(
-    x_ptr, values_ptr, scales_ptr, width, x_stride, NATIVE: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr, codes_ptr, scales_ptr, width, x_stride, NATIVE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """A row of silu(gate) · up in e4m3 and its scale; x holds gate's columns and then up's."""
     row = tl.program_id(0).to(tl.int64)
@@ -82,7 +82,7 @@ def cast_gated_kernel(
     # Rounded where separate operations would round.
     silu = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     x = (silu * up).to(dtype).to(tl.float32)
-    _store_cast(x, inside, values_ptr, scales_ptr, row, width, columns, NATIVE)
+    _store_cast(x, inside, codes_ptr, scales_ptr, row, width, columns, NATIVE)
 
 
 @triton.jit(do_not_specialize=["rows"])

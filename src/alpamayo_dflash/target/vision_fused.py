@@ -36,6 +36,7 @@ from alpamayo_dflash.target.weights import (
     BiasedLinear,
     FP8BiasedLinear,
     biased_linear,
+    plain_parameters,
     why_module,
     why_projection,
 )
@@ -321,7 +322,7 @@ def misfit_vision(visual: Any, dtype: torch.dtype) -> str | None:
         found = why_module(module, plain)
         if found is not None:
             return f"{name} is a {found}"
-        odd = [parameter.dtype for parameter in module.parameters() if parameter.dtype != dtype]
+        odd = [parameter.dtype for parameter in plain_parameters(module) if parameter.dtype != dtype]
         if odd:
             return f"{name} is {odd[0]}, the embedding {dtype}"
     return None

@@ -63,6 +63,12 @@ def not_plain(linear: Any, *, biased: bool = False) -> str | None:
     return None if weight.is_contiguous() else f"{name} whose weight does not lie row by row"
 
 
+def plain_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """A module's parameters but for those of layers in e4m3, whose types are their own."""
+    parts = (part for part in module.modules() if not isinstance(part, FP8Linear))
+    return [parameter for part in parts for parameter in part.parameters(recurse=False)]
+
+
 def why_projection(linear: Any, dtype: torch.dtype, *, biased: bool = False) -> str | None:
     """Why a projection must be called, being neither plain in this dtype nor in e4m3; None if it need not.
 
