@@ -78,7 +78,7 @@ def all_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def bench_tables(result: Mapping[str, Any]) -> list[Table]:
-    """A benchmark's timings beside their floors, and its figures; training and FP8 have tables of their own."""
+    """A benchmark's timings beside their floors, and its figures; training's and FP8's have their own table."""
     if "training" in result:
         return [training(result)]
     if "beside" in result:
