@@ -78,7 +78,7 @@ def all_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def bench_tables(result: Mapping[str, Any]) -> list[Table]:
-    """A benchmark's timings beside their floors, and its figures; training's and FP8's have their own table."""
+    """A benchmark's timings beside their floors, and its figures; of training and FP8 a table of their own."""
     if "training" in result:
         return [training(result)]
     if "beside" in result:
