@@ -78,7 +78,7 @@ def all_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def bench_tables(result: Mapping[str, Any]) -> list[Table]:
-    """A benchmark's timings beside their floors, and its figures; of training and FP8 a table of their own."""
+    """A benchmark's timings beside their floors, its figures; of training and FP8 a table of its own."""
     if "training" in result:
         return [training(result)]
     if "beside" in result:
