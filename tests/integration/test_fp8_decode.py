@@ -13,6 +13,7 @@ from alpamayo_dflash.cli.main import main
 from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from alpamayo_dflash.decode.rollouts import teacher_forced
 from alpamayo_dflash.evaluate.config import CompareWeightsConfig
 from alpamayo_dflash.evaluate.distance import _Clip, summary
 from alpamayo_dflash.target.formats import TargetFormat
@@ -95,6 +96,25 @@ def test_the_texts_are_the_frozen_ones(loop, frozen):
         assert result.token_ids == clip[name]["token_ids"]
         expected = torch.tensor(clip[name]["pred_xyz"][loop])
         torch.testing.assert_close(result.pred_xyz[:, 3::4], expected, atol=TO_M, rtol=0)
+
+
+def test_fp8_moves_the_words_less_than_bfloat16_does(frozen):
+    """Why no layer is left out: Kullback-Leibler divergences from float32 on the frozen texts' places."""
+    targets = {name: frozen_texts.tiny_target() for name in ("float32", "bfloat16", "fp8")}
+    targets["bfloat16"].to(torch.bfloat16)
+    make_fp8(targets["fp8"], TargetFormat(text="fp8"))
+    found = {name: [] for name in targets}
+    for window, clip in zip(frozen_texts.windows(frozen_texts.FP8_CLIPS), frozen, strict=True):
+        (tokens,) = clip["greedy"]["token_ids"]
+        for name, target in targets.items():
+            with torch.inference_mode():
+                forced = teacher_forced(target, target.prompt(window), tokens, layers=(0,), prompt_states=1)
+            found[name].append(forced.logits.float().log_softmax(-1))
+    logs = {name: torch.cat(each) for name, each in found.items()}
+    exact = logs["float32"]
+    apart = {name: (exact - each).nan_to_num(0.0) for name, each in logs.items()}  # masked in both
+    distance = {name: float((exact.exp() * each).sum(-1).mean()) for name, each in apart.items()}
+    assert 0 < distance["fp8"] < distance["bfloat16"]
 
 
 # The stages.
