@@ -13,6 +13,9 @@ from alpamayo_dflash.cli.main import main
 from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from alpamayo_dflash.decode.rollouts import teacher_forced
+from alpamayo_dflash.evaluate.config import CompareWeightsConfig
+from alpamayo_dflash.evaluate.distance import _Clip, summary
 from alpamayo_dflash.target.formats import TargetFormat
 from alpamayo_dflash.target.quantised import make_fp8
 
@@ -93,6 +96,25 @@ def test_the_texts_are_the_frozen_ones(loop, frozen):
         assert result.token_ids == clip[name]["token_ids"]
         expected = torch.tensor(clip[name]["pred_xyz"][loop])
         torch.testing.assert_close(result.pred_xyz[:, 3::4], expected, atol=TO_M, rtol=0)
+
+
+def test_fp8_moves_the_words_less_than_bfloat16_does(frozen):
+    """Why no layer is left out: Kullback-Leibler divergences from float32 on the frozen texts' places."""
+    targets = {name: frozen_texts.tiny_target() for name in ("float32", "bfloat16", "fp8")}
+    targets["bfloat16"].to(torch.bfloat16)
+    make_fp8(targets["fp8"], TargetFormat(text="fp8"))
+    found = {name: [] for name in targets}
+    for window, clip in zip(frozen_texts.windows(frozen_texts.FP8_CLIPS), frozen, strict=True):
+        (tokens,) = clip["greedy"]["token_ids"]
+        for name, target in targets.items():
+            with torch.inference_mode():
+                forced = teacher_forced(target, target.prompt(window), tokens, layers=(0,), prompt_states=1)
+            found[name].append(forced.logits.float().log_softmax(-1))
+    logs = {name: torch.cat(each) for name, each in found.items()}
+    exact = logs["float32"]
+    apart = {name: (exact - each).nan_to_num(0.0) for name, each in logs.items()}  # masked in both
+    distance = {name: float((exact.exp() * each).sum(-1).mean()) for name, each in apart.items()}
+    assert 0 < distance["fp8"] < distance["bfloat16"]
 
 
 # The stages.
@@ -201,3 +223,50 @@ def test_layers_and_measurements_name_the_format(work, tmp_path, capsys):
     given = ("--target", work / "target", "--device", "cpu", "--max-tokens", 4, "--out", tmp_path / "m.json")
     status, result, _ = run(capsys, "measure-target", *given, "--expert-weights", "fp8")
     assert status == 0 and result["target_weights"]["expert"] == "fp8"
+
+
+def test_compare_weights(work, tmp_path, capsys):
+    """Every arm on the same clips: the formats are named, and what they change is counted."""
+    given = ("--cache-dir", work / "world", "--alpamayo-model", work / "target", "--num-samples", 3)
+    given += ("--draft-models", work / "draft", "--max-tokens", 12, "--out", tmp_path / "w.json")
+    status, result, err = run(capsys, "compare-weights", *given, "--weights", "fp8", "--num-traj-samples", 2)
+    assert status == 0 and "acceptance length" in err
+    checkpoint, other, changed = result["arms"].values()
+    assert checkpoint["equal_greedy"] == checkpoint["equal_sampled"] == 1.0
+    assert other["equal_greedy"] == 1.0 and other["row_width"] == 16  # in float32 widths are equal
+    assert changed["target_weights"] == {"text": "fp8", "expert": "float32", "vision": "float32"}
+    assert (
+        changed["acceptance_length"].keys() == checkpoint["acceptance_length"].keys() == {str(work / "draft")}
+    )
+    assert result["clips"] == {"attempted": 3, "done": 3, "failed": 0}
+    assert len(result["differing"]) == round(3 * (1 - changed["equal_greedy"]))
+    assert changed["min_ade_m"] != checkpoint["min_ade_m"]
+    stored = read_json(tmp_path / "w.json")
+    parents = stored["provenance"]["parents"]
+    assert parents["target"] != parents["changed"] and stored["arms"] == result["arms"]
+    with pytest.raises(ValueError, match="nothing to compare"):
+        CompareWeightsConfig(work / "world")
+    with pytest.raises(ValueError, match="both 8"):
+        CompareWeightsConfig(work / "world", weights="fp8", other_row_width=8)
+
+
+def clip(greedy, sampled, named=None, error=None, accepted=(4, 2)):
+    return _Clip([greedy], sampled, named, error, {"d": accepted})
+
+
+def test_the_comparisons_counts():
+    reference = {
+        "a": clip([1], [[1], [2]], (True, True), 1.0),
+        "b": clip([2], [[3], [4]], (True, False), 2.0),
+    }
+    changed = {
+        "a": clip([1], [[1], [5]], (True, False), 1.5),
+        "b": clip([9], [[3], [4]], (False, False), 2.0, (2, 2)),
+    }
+    assert summary(changed, reference, ["a", "b"]) == {
+        "equal_greedy": 0.5,
+        "equal_sampled": 0.75,
+        "named": {"manoeuvre": 0.5, "cause": 0.0, "of": 2},
+        "min_ade_m": 1.75,
+        "acceptance_length": {"d": 1.5},
+    }

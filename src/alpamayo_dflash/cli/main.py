@@ -48,6 +48,9 @@ COMMANDS = {
     ),
     "lossless": Command("evaluate.config:LosslessConfig", "evaluate.lossless:run"),
     "distribution": Command("evaluate.config:DistributionConfig", "evaluate.distribution:run"),
+    "compare-weights": Command(
+        "evaluate.config:CompareWeightsConfig", "evaluate.distance:run", tables="evaluate.distance:tables"
+    ),
     "verify": Command("evaluate.config:VerifyConfig", "evaluate.verify:run"),
     "write-random-target": Command("standins.config:WriteRandomTargetConfig", "standins.untrained:write"),
     "measure-target": Command("bench.config:MeasureTargetConfig", "bench.memory:run"),

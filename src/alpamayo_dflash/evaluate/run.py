@@ -230,7 +230,7 @@ def _evaluate_clips(
 ) -> list[Failure]:
     """Do the clips that are not in the store yet; returns those that failed."""
     failures: list[Failure] = []
-    facts = scene_facts(arms.config)
+    facts = scene_facts(arms.config.cache_dir)
     todo = [clip_id for clip_id in clip_ids if clip_id not in store]
     if arms.config.verbose:
         console.print(LEGEND)
@@ -263,11 +263,11 @@ def _warm_up(arms: Arms, window: Window) -> None:
             arms.timed(arm, prompt)
 
 
-def scene_facts(config: EvaluateConfig) -> Mapping[str, Facts]:
+def scene_facts(cache_dir: Path) -> Mapping[str, Facts]:
     """The facts of a written world's scenes; empty for real clips."""
-    if not (find_snapshot(config.cache_dir) / SCENES_FILE).is_file():
+    if not (find_snapshot(cache_dir) / SCENES_FILE).is_file():
         return {}
-    return read_facts(config.cache_dir)
+    return read_facts(cache_dir)
 
 
 def evaluate_clip(
