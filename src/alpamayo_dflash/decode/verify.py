@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -323,9 +324,7 @@ class Verifier:
             of_pass = slots[start : start + width]
             index_3R, seen_RT = (uploaded(each, device) for each in self._inputs(of_pass, width, columns))
             with current(device):
-                made = self.forced.of(
-                    (width, columns), lambda index=index_3R, seen=seen_RT: _ForcedRows(self, index, seen)
-                )
+                made = self.forced.of((width, columns), partial(_ForcedRows, self, index_3R, seen_RT))
                 out_RV = made(index_3R, seen_RT)
             # A copy: the next replay writes to the same tensor.
             parts.append(out_RV[: len(of_pass), : self.target.vocab_size].to(torch.float32, copy=True))
