@@ -117,10 +117,7 @@ def _file_of(path: Path) -> Path:
 
 def _names(files: Sequence[Path]) -> list[str]:
     """The shortest names that tell the runs apart: a folder's, with as many folders above it as it takes."""
-    parts = [
-        file.parent.parts if file.name in (SUMMARY, EVALUATION) else file.with_suffix("").parts
-        for file in files
-    ]
+    parts = [file.parent.parts if file.name in (SUMMARY, EVALUATION) else file.with_suffix("").parts for file in files]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-count:]) for each in parts]
         if len(set(names)) == len(names):

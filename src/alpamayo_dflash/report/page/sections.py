@@ -117,9 +117,7 @@ def _lossless(run: Run, number: int) -> Iterable[Finding]:
                     f" Of all texts that differ {counts['near_ties']} part at a near-tie, "
                     f"{counts.get('not_near_ties', 0)} elsewhere."
                 )
-            table = _clip_table(
-                run, number, f"Not equal: {text}", lambda row, name=name: not row["identity"][name]
-            )
+            table = _clip_table(run, number, f"Not equal: {text}", lambda row, name=name: not row["identity"][name])
             yield Finding("bad", f"{counts[key]} of {counts['of']} {text}.{ties}", table)
 
 
@@ -127,9 +125,7 @@ def _greedy_lossless(counts: Mapping[str, Any]) -> Iterable[Finding]:
     names = ("greedy_identical", "sampled_identical", "autoregressive_equals_transformers")
     least = min(counts[name] for name in names)
     if least < counts["of"]:
-        yield Finding(
-            "bad", f"of the greedy evaluation only {least} of {counts['of']} clips are equal in all arms."
-        )
+        yield Finding("bad", f"of the greedy evaluation only {least} of {counts['of']} clips are equal in all arms.")
 
 
 def _clip_table(run: Run, number: int, title: str, chosen: Any) -> DataTable | None:
@@ -139,8 +135,7 @@ def _clip_table(run: Run, number: int, title: str, chosen: Any) -> DataTable | N
         return None
     columns = (Column("clip", "clip"), Column("coc", "CoC"), Column("near", "texts at near-ties", "count"))
     objects = [
-        {"clip": row["clip_id"], "coc": first_coc(row), "near": row["identity"].get("near_ties")}
-        for row in rows
+        {"clip": row["clip_id"], "coc": first_coc(row), "near": row["identity"].get("near_ties")} for row in rows
     ]
     return of_objects(title, columns, objects, links=[clip_link(number, row["clip_id"]) for row in rows])
 
@@ -182,9 +177,7 @@ def _traced(run: Run, number: int) -> Iterable[Finding]:
     assert run.evaluation is not None
     traced = run.evaluation.get("trace")
     if not traced:
-        yield Finding(
-            "note", "nothing was traced, so clips have no rounds' scores and no frames (evaluate --trace)."
-        )
+        yield Finding("note", "nothing was traced, so clips have no rounds' scores and no frames (evaluate --trace).")
         return
     if traced["unequal"]:
         unequal = [row for row in run.rows if "trace" in row and not row["trace"]["equal"]]
