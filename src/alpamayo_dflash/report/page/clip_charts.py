@@ -12,7 +12,7 @@ import altair as alt
 
 LANE_PX = 64
 """Height of a lane of a round's tree; a step of it is `STEP_PX` wide."""
-STEP_PX = 96
+STEP_PX = 104
 PART_ORDER = ("prefill", "decode", "round", "draft", "verify", "sampling", "cache", "action")
 _STATES = {"anchor": "square", "accepted": "circle", "rejected": "cross", "own": "diamond"}
 _KINDS = {"history": [2, 3], "what the vehicle did": [8, 4], "sample": [1, 0]}
@@ -26,7 +26,7 @@ def clip_specs() -> dict[str, Any]:
 
 
 def _tree() -> dict[str, Any]:
-    """Data `edges` (x, y, x2, y2, colour, taken) and `nodes` (x, y, piece, odds, state, colour)."""
+    """Data `edges` (x, y, x2, y2, colour, taken) and `nodes` (x, y, piece, odds, state, ink, colour)."""
     depth, lane = alt.param("depth", value=1), alt.param("lane", value=0)
     x = alt.X("x:Q", axis=None, scale=alt.Scale(domain=[-0.5, alt.expr("depth + 0.5")], nice=False))
     y = alt.Y("y:Q", axis=None, scale=alt.Scale(domain=[alt.expr("lane + 0.5"), -0.5], nice=False))
@@ -50,8 +50,11 @@ def _tree() -> dict[str, Any]:
     )
     marks = nodes.mark_point(size=170, filled=True, opacity=1)
     marks = marks.encode(x=x, y=y, shape=shape, color=_VALUE_COLOUR)
-    words = nodes.mark_text(dy=-16, fontSize=12, limit=STEP_PX - 6).encode(x=x, y=y, text="piece:N")
-    odds = nodes.mark_text(dy=19, fontSize=11, limit=STEP_PX - 6).encode(x=x, y=y, text="odds:N")
+    ink = alt.Color("ink:N", scale=None, legend=None)
+    words = nodes.mark_text(dy=-16, fontSize=12, limit=STEP_PX - 6)
+    words = words.encode(x=x, y=y, text="piece:N", color=ink)
+    odds = nodes.mark_text(dy=19, fontSize=11, limit=STEP_PX - 6)
+    odds = odds.encode(x=x, y=y, text="odds:N", color=ink)
     tree = alt.layer(edges, marks, words, odds, description="The tree of the round")
     return tree.add_params(depth, lane).to_dict()
 
