@@ -6,8 +6,7 @@ import json
 import unicodedata
 from typing import Any
 
-_SURROGATES = map(chr, range(0xD800, 0xE000))  # alone they cannot be written as UTF-8
-_ESCAPES = str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in (*"<>&\u2028\u2029", *_SURROGATES)})
+_ESCAPES = str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in "<>&"})
 _PICTURES = 0x2400  # ␀, the first of Unicode's pictures of control characters
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
@@ -15,12 +14,13 @@ _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 def island(value: Any) -> str:
     r"""A value as the text of a `<script type="application/json">`.
 
-    What could end the element, or begin another, stands as `\u003c` and so on, which JSON reads as the sign.
+    What could end the element, or begin another, stands as `\u003c` and so on, which JSON reads as the sign;
+    so does every sign outside ASCII, lone surrogates among them.
 
     Raises:
         ValueError: a number in it is not finite.
     """
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
 
 
 def visible(text: str) -> str:
