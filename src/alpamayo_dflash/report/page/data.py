@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, urlencode
 
 from alpamayo_dflash.report.tables import Table
 
-Kind = Literal["text", "count", "number", "share"]
-Value = str | float | int | bool | None
+Kind = Literal["text", "count", "number", "times", "share"]
+
+
+class Measured(NamedTuple):
+    """A number and the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, value: float, interval: Sequence[float] | None) -> Measured | float:
+        """A number with its interval; the number alone where there is none."""
+        return value if interval is None else cls(value, interval[0], interval[1])
+
+
+Value = str | float | int | bool | Measured | None
 
 
 @dataclass(frozen=True)
@@ -20,7 +35,8 @@ class Column:
     Attributes:
         key: its name in a row's object.
         label: its heading, with the unit.
-        kind: how its values are written: text, whole numbers, numbers with `digits`, shares in percent.
+        kind: how its values are written: text, whole numbers, numbers with `digits`, such with a ×, shares in
+            percent.
         digits: after the point, of numbers.
     """
 
@@ -35,11 +51,20 @@ class Column:
             return "–"
         if isinstance(value, bool):
             return "yes" if value else "no"
+        if isinstance(value, Measured):
+            low, high = self._number(value.low), self._number(value.high)
+            return f"{self._number(value.value)}{self._unit()} [{low}, {high}]"
         if self.kind == "text" or isinstance(value, str):
             return str(value)
+        return self._number(value) + self._unit()
+
+    def _number(self, value: float) -> str:
         if self.kind == "share":
-            return f"{100 * value:.1f} %"
+            return f"{100 * value:.1f}"
         return f"{value:,.0f}" if self.kind == "count" else f"{value:,.{self.digits}f}"
+
+    def _unit(self) -> str:
+        return {"share": " %", "times": " ×"}.get(self.kind, "")
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,7 @@ class DataTable:
         rows: values, as many as there are columns.
         note: how the numbers came about, in a sentence or two; "" where the headings say it all.
         links: where each row leads to on the page; () for nowhere.
+        sortable: whether its rows may stand in any order.
     """
 
     title: str
@@ -59,6 +85,7 @@ class DataTable:
     rows: tuple[tuple[Value, ...], ...]
     note: str = ""
     links: tuple[str, ...] = ()
+    sortable: bool = True
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -74,7 +101,7 @@ class DataTable:
         """Each row's cells: text, value to sort by, and the column's kind."""
         return [
             [
-                (column.shown(value), value, column.kind)
+                (column.shown(value), value.value if isinstance(value, Measured) else value, column.kind)
                 for column, value in zip(self.columns, row, strict=True)
             ]
             for row in self.rows
@@ -92,14 +119,12 @@ class Figure:
 
     Attributes:
         name: of its files and of its element on the page.
-        section: of the page that it stands in.
         spec: the Vega-Lite specification, without its values: its data are the table's rows, named "rows".
         table: what it draws.
         description: what can be seen, for those who do not see it.
     """
 
     name: str
-    section: str
     spec: Mapping[str, Any]
     table: DataTable
     description: str

@@ -56,7 +56,7 @@ class Run:
         evaluation: the evaluation's JSON object, or the demo's summary; None for a benchmark.
         rows: its clips' rows.
         traces: the folder that holds a folder a clip, where the evaluation traced; None where it did not.
-        greedy: the greedy evaluation of a demo with its rows, where that is there.
+        greedy: the greedy evaluation of a demo; where its folder is gone what the summary keeps of it.
         layers: the scores of both steps that chose the taps, with the choice.
         training: the losses and the evaluations over training.
         bench: the results of `bench --window`; None for an evaluation.
@@ -79,8 +79,16 @@ class Run:
         if self.evaluation is not None:
             found.append(Series(self.name, self.evaluation, self.rows))
         if self.greedy is not None:
-            found.append(Series(f"{self.name}, greedy", self.greedy, self.greedy["clip_rows"]))
+            found.append(Series(f"{self.name}, greedy", self.greedy, self.greedy.get("clip_rows", [])))
         object.__setattr__(self, "series", tuple(found))
+
+    @property
+    def failures(self) -> Sequence[Mapping[str, Any]]:
+        """The clips that failed, each with its `clip_id` and `error`."""
+        found: Sequence[Mapping[str, Any]] = (
+            () if self.evaluation is None else self.evaluation["clips"]["failures"]
+        )
+        return found
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -117,7 +125,10 @@ def _file_of(path: Path) -> Path:
 
 def _names(files: Sequence[Path]) -> list[str]:
     """The shortest names that tell the runs apart: a folder's, with as many folders above it as it takes."""
-    parts = [file.parent.parts if file.name in (SUMMARY, EVALUATION) else file.with_suffix("").parts for file in files]
+    parts = [
+        file.parent.parts if file.name in (SUMMARY, EVALUATION) else file.with_suffix("").parts
+        for file in files
+    ]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-count:]) for each in parts]
         if len(set(names)) == len(names):
@@ -141,14 +152,10 @@ def _read(file: Path, name: str) -> Run:
         evaluation=result,
         rows=result.get("clip_rows", []),
         traces=traces if traces.is_dir() else None,
-        greedy=_with_rows(read_evaluation(greedy)) if has_greedy else None,
+        greedy=read_evaluation(greedy) if has_greedy else result.get("greedy"),
         layers=_read_layers(demo / "layers" / "layers.json") if is_demo else None,
         training=_read_training(demo / "train" / "train.json", result) if is_demo else result.get("training"),
     )
-
-
-def _with_rows(result: dict[str, Any]) -> dict[str, Any]:
-    return {"clip_rows": []} | result
 
 
 def _read_layers(file: Path) -> Mapping[str, Any] | None:

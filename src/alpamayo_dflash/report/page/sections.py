@@ -70,11 +70,10 @@ def trouble(runs: Sequence[Run]) -> Section:
 def _findings(run: Run, number: int) -> Iterable[Finding]:
     assert run.evaluation is not None
     yield from _lossless(run, number)
-    if run.greedy is not None:
+    yield from _failed(run.evaluation, "", number)
+    if run.greedy is not None and "clips" in run.greedy:
         yield from _greedy_lossless(run.greedy["lossless"])
-    yield from _failed(run.evaluation, "")
-    if run.greedy is not None:
-        yield from _failed(run.greedy, "of the greedy evaluation ")
+        yield from _failed(run.greedy, "of the greedy evaluation ", None)
     yield from _audited(run.evaluation)
     yield from _draft_failures(run.evaluation)
     yield from _traced(run, number)
@@ -117,7 +116,9 @@ def _lossless(run: Run, number: int) -> Iterable[Finding]:
                     f" Of all texts that differ {counts['near_ties']} part at a near-tie, "
                     f"{counts.get('not_near_ties', 0)} elsewhere."
                 )
-            table = _clip_table(run, number, f"Not equal: {text}", lambda row, name=name: not row["identity"][name])
+            table = _clip_table(
+                run, number, f"Not equal: {text}", lambda row, name=name: not row["identity"][name]
+            )
             yield Finding("bad", f"{counts[key]} of {counts['of']} {text}.{ties}", table)
 
 
@@ -125,7 +126,9 @@ def _greedy_lossless(counts: Mapping[str, Any]) -> Iterable[Finding]:
     names = ("greedy_identical", "sampled_identical", "autoregressive_equals_transformers")
     least = min(counts[name] for name in names)
     if least < counts["of"]:
-        yield Finding("bad", f"of the greedy evaluation only {least} of {counts['of']} clips are equal in all arms.")
+        yield Finding(
+            "bad", f"of the greedy evaluation only {least} of {counts['of']} clips are equal in all arms."
+        )
 
 
 def _clip_table(run: Run, number: int, title: str, chosen: Any) -> DataTable | None:
@@ -135,16 +138,19 @@ def _clip_table(run: Run, number: int, title: str, chosen: Any) -> DataTable | N
         return None
     columns = (Column("clip", "clip"), Column("coc", "CoC"), Column("near", "texts at near-ties", "count"))
     objects = [
-        {"clip": row["clip_id"], "coc": first_coc(row), "near": row["identity"].get("near_ties")} for row in rows
+        {"clip": row["clip_id"], "coc": first_coc(row), "near": row["identity"].get("near_ties")}
+        for row in rows
     ]
     return of_objects(title, columns, objects, links=[clip_link(number, row["clip_id"]) for row in rows])
 
 
-def _failed(result: Mapping[str, Any], where: str) -> Iterable[Finding]:
+def _failed(result: Mapping[str, Any], where: str, number: int | None) -> Iterable[Finding]:
     clips = result["clips"]
     if clips["failed"] or clips["failures"]:
         objects = [{"clip": each["clip_id"], "reason": each["error"]} for each in clips["failures"]]
-        table = of_objects("Failed clips", (Column("clip", "clip"), Column("reason", "reason")), objects)
+        links = [] if number is None else [clip_link(number, each["clip_id"]) for each in clips["failures"]]
+        columns = (Column("clip", "clip"), Column("reason", "reason"))
+        table = of_objects("Failed clips", columns, objects, links=links)
         yield Finding("bad", f"{where}{clips['failed']} of {clips['attempted']} clips failed.", table)
     elif not where:
         yield Finding("good", f"none of {clips['attempted']} clips failed.")
@@ -177,7 +183,9 @@ def _traced(run: Run, number: int) -> Iterable[Finding]:
     assert run.evaluation is not None
     traced = run.evaluation.get("trace")
     if not traced:
-        yield Finding("note", "nothing was traced, so clips have no rounds' scores and no frames (evaluate --trace).")
+        yield Finding(
+            "note", "nothing was traced, so clips have no rounds' scores and no frames (evaluate --trace)."
+        )
         return
     if traced["unequal"]:
         unequal = [row for row in run.rows if "trace" in row and not row["trace"]["equal"]]
@@ -230,9 +238,9 @@ def clip_list(runs: Sequence[Run]) -> tuple[DataTable, list[dict[str, Value]]]:
             objects.append(_clip(row))
             links.append(clip_link(number, row["clip_id"]))
             meta.append({"run": number, "clip": row["clip_id"]})
-        for each in (run.evaluation or {"clips": {"failures": []}})["clips"]["failures"]:
+        for each in run.failures:
             objects.append({"clip": each["clip_id"], "coc": each["error"], "state": "failed"})
-            links.append("")
+            links.append(clip_link(number, each["clip_id"]))
             meta.append({"run": number, "clip": each["clip_id"]})
     columns: Sequence[Column] = _CLIP_COLUMNS
     if len(runs) > 1:

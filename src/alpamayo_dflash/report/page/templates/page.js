@@ -17,7 +17,8 @@ window.page = (() => {
     if (typeof value === "string" || column.kind === "text") return String(value);
     if (column.kind === "share") return `${(100 * value).toFixed(1)} %`;
     const digits = column.kind === "count" ? 0 : column.digits;
-    return value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+    const number = value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+    return column.kind === "times" ? `${number} ×` : number;
   }
 
   // Theme: the reader's own at first, then what the switch says.
@@ -30,7 +31,7 @@ window.page = (() => {
   setTheme(preferred.matches ? "dark" : "light");
   function changeTheme(name) {
     setTheme(name);
-    for (const each of document.querySelectorAll(".chart")) if (each.view) again(each);
+    for (const each of document.querySelectorAll(".chart")) if (each.view && !("own" in each.dataset)) again(each);
     window.dispatchEvent(new Event("themechange"));
   }
   themeButton.addEventListener("click", () => changeTheme(root.dataset.theme === "dark" ? "light" : "dark"));
@@ -44,6 +45,7 @@ window.page = (() => {
     options.tooltip = { theme: root.dataset.theme };
     const made = await window.vegaEmbed(place, spec, options);
     place.view = made.view;
+    made.view.addEventListener("click", (_, item) => follow(item));
     place.finish = made.finalize;
     return made.view;
   }
@@ -70,11 +72,7 @@ window.page = (() => {
 
   async function draw(place) {
     const figure = data.figures[place.dataset.chart];
-    const view = await embed(place, { ...figure.spec, datasets: { rows: objects(figure) } });
-    if (figure.links.length) {
-      place.addEventListener("click", () => {});
-      view.addEventListener("click", (_, item) => follow(item));
-    }
+    return embed(place, { ...figure.spec, datasets: { rows: objects(figure) } });
   }
 
   function follow(item) {
