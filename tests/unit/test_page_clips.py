@@ -1,4 +1,4 @@
-"""What the browser is given of a clip: trees, probabilities, notes, frames, and no character of others unseen."""
+"""What the browser is given of a clip: trees, probabilities, notes, frames, texts that are seen whole."""
 
 import copy
 import hashlib
@@ -42,7 +42,7 @@ def places(*each):
 
 
 def traced(row):
-    """A trace of a round with a tree: 6 and 7 proposed after the anchor, 8 after 6; 6 taken, 9 the target's."""
+    """A trace of a round with a tree: 6 and 7 proposed after the anchor, 8 after 6; 6 taken, 9 emitted."""
     trace = clip_trace()
     trace |= {"clip_id": row["clip_id"], "coc": list(row["coc"]), "temperature": 0.5}
     target = places(

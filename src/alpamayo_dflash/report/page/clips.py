@@ -84,8 +84,8 @@ def clips_context(runs: Sequence[Run], out: Path) -> dict[str, Any]:
 
     Returns:
         `clips_index`, for each run its clips with the numbers of their view and pictures; `clips_views`;
-        `clips_pictures`, of each clip the sources of its pictures by name; `clips_charts`, the specifications;
-        `clips_letters` and `clips_looks` of the sources of tokens.
+        `clips_pictures`, of each clip the sources of its pictures by name; `clips_charts`, the
+        specifications; `clips_letters` and `clips_looks` of the sources of tokens.
     """
     views: list[ClipView] = []
     index: list[dict[str, Any]] = []

@@ -69,11 +69,8 @@
 
   function go(change, replace = false) {
     const hash = hashOf({ ...state, ...change });
-    if (!replace) {
-      window.location.hash = hash;
-      return;
-    }
-    window.history.replaceState(null, "", hash);
+    if (replace) window.history.replaceState(null, "", hash);
+    else window.history.pushState(null, "", hash);
     follow();
   }
 
