@@ -14,13 +14,21 @@ LAID_OVER := transformers|huggingface-hub|tokenizers|requests|urllib3|charset-no
 # Another trainer of drafts, beside this package and in an environment of its own.
 SPECULATORS := .venv-speculators
 
-.PHONY: demo test golden faults kills fuzz compat compat-quick speculators lint types check clean
+.PHONY: demo test page-bench screenshots golden faults kills fuzz compat compat-quick speculators lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The page of a thousand clips in Chromium (Debian's package), made of the demo's run.
+page-bench: $(STAMP)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/browser/page_bench.py $(DEMO_OUT) --out docs/results/page_tiny.json
+
+# Pictures of the demo's page for the documentation.
+screenshots: $(STAMP)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/browser/screenshots.py $(DEMO_OUT) --out docs/images
 
 # The parity tests alone; ALPAMAYO_GOLDEN names the fixtures' folder (default: ../shared/golden).
 golden: $(STAMP)

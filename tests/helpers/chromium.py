@@ -93,6 +93,7 @@ def axe_violations(found: Opened) -> list[dict[str, Any]]:
     """What axe-core calls serious or critical in what is shown: id and the elements' text."""
     import axe_playwright_python
 
+    found.page.wait_for_timeout(100)  # what has just been drawn is in the tree
     script = Path(axe_playwright_python.__file__).parent / "axe.min.js"
     found.page.evaluate(script.read_text(encoding="utf-8"))
     result = found.page.evaluate("axe.run(document, {resultTypes: ['violations']})")

@@ -369,7 +369,8 @@
   }
 
   // Frames.
-  const caption = (frame) => `${frame.camera}, ${frame.time_s === 0 ? "now" : `${frame.time_s.toFixed(1)} s`.replace("-", "−")}`;
+  const moment = (frame) => (frame.time_s === 0 ? "now" : `${frame.time_s.toFixed(1)} s`.replace("-", "−"));
+  const caption = (frame) => `${frame.camera}, ${moment(frame)}`;
 
   function showFrames() {
     part("frames-section").hidden = clip.frames.length === 0;
@@ -378,7 +379,7 @@
       const head = frame.camera === camera ? [] : [element("h4", { textContent: frame.camera })];
       camera = frame.camera;
       const image = element("img", { alt: caption(frame), src: pictures[frame.picture], decoding: "async" });
-      const button = element("button", { type: "button" }, image);
+      const button = element("button", { type: "button" }, image, element("span", { textContent: moment(frame), ariaHidden: "true" }));
       button.addEventListener("click", () => showFrame(number));
       return [...head, button];
     });
