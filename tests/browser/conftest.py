@@ -1,16 +1,16 @@
-"""One browser for all tests of a process; without Chromium they are skipped, but not in CI."""
+"""One browser for all tests of a process; without it they are skipped, but not in CI."""
 
 import pytest
-from chromium import NAMES, REQUIRED, chromium, chromium_path, is_required
+from chromium import REQUIRED, chromium, is_required, missing
 
 
 @pytest.fixture(scope="session")
 def browser():
     """A headless Chromium."""
-    if chromium_path() is None:
-        message = f"no Chromium on PATH ({', '.join(NAMES)}); `apt-get install chromium` brings one"
-        if is_required():
-            pytest.fail(f"{message}, and {REQUIRED}=required asks for it")
-        pytest.skip(message)
+    lacking = missing()
+    if lacking and is_required():
+        pytest.fail(f"{lacking}, and {REQUIRED}=required asks for it")
+    if lacking:
+        pytest.skip(lacking)
     with chromium() as found:
         yield found

@@ -52,6 +52,8 @@ from alpamayo_dflash.report import run as report_run
 from alpamayo_dflash.report.clip_trace import frame_bytes, probability, read_clip_trace
 from alpamayo_dflash.report.config import WatchConfig
 from alpamayo_dflash.report.evaluation import read_evaluation
+from alpamayo_dflash.report.page.clips import clip_view
+from alpamayo_dflash.report.page.islands import island
 from alpamayo_dflash.report.stage_view import view_of
 from alpamayo_dflash.report.watch import Watcher
 from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
@@ -255,6 +257,7 @@ def test_a_clips_trace(tmp_path):
                     assert 0 <= probability(places, index, logit, trace["temperature"]) <= 1
         for frame in trace["frames"]:
             frame_bytes(tmp_path, frame)
+        island(clip_view({**clip_row(0), "coc": trace["coc"], "clip_id": trace["clip_id"]}, trace))
 
     fuzz("report: clip.json", 60, tmp_path, file, read)
 

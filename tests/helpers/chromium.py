@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,29 @@ def chromium_path() -> str | None:
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
+def missing() -> str:
+    """What the browser's tests lack, and how it comes; "" where nothing is missing."""
+    if chromium_path() is None:
+        return f"no Chromium on PATH ({', '.join(NAMES)}); `apt-get install chromium` brings one"
+    for library in ("playwright", "axe_playwright_python"):
+        if find_spec(library) is None:
+            return f"{library} is not installed; the extra `dev` brings it"
+    return ""
+
+
 @contextlib.contextmanager
 def chromium() -> Iterator[Any]:
     """A headless browser.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: it, or what drives it, is missing.
     """
+    if lacking := missing():
+        raise RuntimeError(lacking)
     from playwright.sync_api import sync_playwright
 
-    path = chromium_path()
-    if path is None:
-        raise RuntimeError(f"no Chromium; `apt-get install chromium` brings one ({', '.join(NAMES)})")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
+        browser = playwright.chromium.launch(executable_path=chromium_path())
         try:
             yield browser
         finally:

@@ -173,7 +173,7 @@ def _check(trace: dict[str, Any]) -> None:
     samples = len(trace["coc"])
     for name in ("first_tokens", "rounds", "predicted_xy"):
         _same(len(trace[name]), samples, f"{name} has {{}} samples; coc has {{}}")
-    check_range(0, _MOST, temperature=trace["temperature"])
+    check_range(0, _MOST, temperature=trace["temperature"], top_p=trace["top_p"], step_s=trace["step_s"])
     _same(_check_places(trace["first"], "first"), samples, "first has {} places; coc has {} samples")
     _check_pieces(trace, [trace["first_tokens"], *trace["first"]["ids"]], "first")
     for each in (round_ for sample in trace["rounds"] for round_ in sample):
@@ -184,6 +184,7 @@ def _check(trace: dict[str, Any]) -> None:
         check_range(0, _MOST, start_ms=bar["start_ms"], end_ms=bar["end_ms"])
     for frame in trace["frames"]:
         file_name(frame["file"], "frames.file")
+        check_range(0, _MOST, **{"frames.index": frame["index"]})
     paths = (trace["history_xy"], trace["future_xy"] or [], *trace["predicted_xy"])
     for point in (point for path in paths for point in path):
         check_range(-_MOST, _MOST, x=point[0], y=point[1])
