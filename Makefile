@@ -80,7 +80,7 @@ $(COMPAT)/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(COMPAT)
 	sed 's/^torch==.*/torch==$(COMPAT_TORCH)/' constraints-oldest.txt > $(COMPAT)/constraints.txt
 	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -c $(COMPAT)/constraints.txt \
-		torch pytest pytest-xdist hypothesis 'setuptools>=77' -e .
+		torch pytest pytest-xdist hypothesis 'setuptools>=77' -e '.[report]'
 	touch $@
 
 # torchvision and torchaudio, which it brings, do not load beside a torch with no GPU, and break Qwen3's import.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 RESAMPLES = 10_000
 PERCENTILES = (2.5, 97.5)
 _SHOWN_RESAMPLES = 2_000
-"""Of an interval that is only looked at: its ends then move by a few percent of its width from seed to seed."""
+"""Of an interval that is only looked at; its ends then move by some percent of its width with the seed."""
 
 Interval = tuple[float, float]
 

@@ -5,8 +5,8 @@ A specification names its data "rows" and no colour: the colours of light and da
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from alpamayo_dflash.report.page import measures
 from alpamayo_dflash.report.page.data import DataTable, Figure
@@ -14,18 +14,34 @@ from alpamayo_dflash.report.page.palette import OTHER_LOOK, SOURCE_LOOKS
 from alpamayo_dflash.report.page.runs import Run, Series
 from alpamayo_dflash.report.tables import ARM_NAMES
 
+Ground = Literal["light", "dark", "both"]
 _ROW = 22  # pixels of a bar
 _HEIGHT = 260
+_FEW = 5  # tokens at a place, of which a share says little
 # The colours' order: blue, vermilion, green, orange, purple, grey.
 _SOURCES = ("draft", "target", "end rule", "last window", "phrase tree")
 _ARMS = (ARM_NAMES["dflash"], ARM_NAMES["autoregressive"], ARM_NAMES["transformers"])
+_WINDOW_ARMS = (
+    *(name for arm, name in measures.WINDOW_ARMS.items() if arm != "floor"),
+    "",
+    "floor",
+)  # the last is grey
 _PARTS = ("prefill", "decode", "action", "preprocess", "vision", "prompt")
-_INK = {False: ("#1a1d21", "#555c66", "#c9ced6"), True: ("#e9ecef", "#a9b2bd", "#3d454f")}
+# Ink, muted ink, lines and paper, as in page.css.
+_INK: Mapping[Ground, tuple[str, str, str, str]] = {
+    "light": ("#1a1d21", "#555c66", "#c9ced6", "#ffffff"),
+    "dark": ("#e9ecef", "#a9b2bd", "#3d454f", "#14171b"),
+    "both": ("#767676", "#767676", "#9a9a9a", "#ffffff"),
+}
 
 
-def theme(*, dark: bool) -> dict[str, Any]:
-    """Vega's config: ink and the colours that the colour-blind can tell apart, on a transparent ground."""
-    ink, muted, line = _INK[dark]
+def theme(ground: Ground) -> dict[str, Any]:
+    """Vega's config: ink and the colours that the colour-blind can tell apart, on a transparent ground.
+
+    Args:
+        ground: of what the chart will stand on; "both" is grey ink that can be read on either.
+    """
+    (ink, muted, line, paper), dark = _INK[ground], ground == "dark"
     looks = [*(SOURCE_LOOKS[name] for name in _SOURCES), OTHER_LOOK]
     colours = [look.dark if dark else look.light for look in looks]
     font = "system-ui, 'DejaVu Sans', sans-serif"
@@ -42,12 +58,20 @@ def theme(*, dark: bool) -> dict[str, Any]:
         },
         "legend": {
             **{"labelColor": ink, "titleColor": ink, "orient": "top", "title": None, "labelFontSize": 12},
-            **{"columns": 3, "labelLimit": 220, "symbolStrokeWidth": 2},
+            **{
+                "columns": 3,
+                "labelLimit": 320,
+                "symbolStrokeWidth": 2,
+                "symbolOpacity": 1,
+                "symbolBaseFillColor": ink,
+                "symbolBaseStrokeColor": ink,
+            },
         },
         "title": {"color": ink},
         "view": {"stroke": None},
         "range": {"category": colours},
         "mark": {"color": colours[0]},
+        "style": {"strong": {"color": ink, "stroke": paper, "strokeWidth": 1}},
         "rule": {"color": ink},
         "text": {"color": ink},
         "line": {"strokeWidth": 2},
@@ -211,8 +235,17 @@ def _base() -> Any:
     return altair.Chart(altair.NamedData("rows"))
 
 
-def _colour(field: str, *, known: Sequence[str] = (), table: DataTable | None = None) -> Any:
-    """Colour by a field; of known values each keeps its colour, whichever others are there."""
+def _colour(
+    field: str, *, known: Sequence[str] = (), table: DataTable | None = None, labels: str | None = None
+) -> Any:
+    """Colour by a field.
+
+    Args:
+        field: what is told apart.
+        known: values that keep their colours, in order, whichever of them are there.
+        table: the rows; needed with `known`.
+        labels: an expression of the legend's labels.
+    """
     import altair
 
     if table is None:
@@ -220,7 +253,9 @@ def _colour(field: str, *, known: Sequence[str] = (), table: DataTable | None = 
     there = list(dict.fromkeys(str(each[field]) for each in table.objects()))
     domain = [*known, *(name for name in there if name not in known)]
     shown = [name for name in domain if name in there]
-    return altair.Color(f"{field}:N", scale=altair.Scale(domain=domain), title=None).legend(values=shown)
+    return altair.Color(f"{field}:N", scale=altair.Scale(domain=domain), title=None).legend(
+        values=shown, labelExpr=labels or "datum.label"
+    )
 
 
 def _series_colour(table: DataTable) -> Any:
@@ -336,10 +371,9 @@ def _speedups(several: bool) -> Callable[[DataTable], Any]:
             color=_series_colour(table),
             tooltip=["clip:N", "series:N", "against:N", _ms("times")],
         )
-        median = base.mark_point(filled=True, size=110, shape="diamond", opacity=1).encode(
+        median = base.mark_point(filled=True, size=110, shape="diamond", opacity=1, style="strong").encode(
             x="median(times):Q",
             y=y,
-            color=altair.value("#D55E00"),
             tooltip=[altair.Tooltip("median(times):Q", format=".2f")],
         )
         even = base.mark_rule(strokeDash=[4, 4]).encode(x=altair.datum(1))
@@ -351,6 +385,9 @@ def _speedups(several: bool) -> Callable[[DataTable], Any]:
 def _window(table: DataTable) -> Any:
     import altair
 
+    wholes = {row["arm"]: row["ms"] for row in table.objects() if row["part"] == "whole"}
+    known = ",".join(f"'{arm}':'{arm}: {ms:.0f} ms in all'" for arm, ms in wholes.items())
+    labels = f"{{{known}}}[datum.label] || datum.label"
     return (
         _base()
         .transform_filter("datum.part !== 'whole'")
@@ -359,7 +396,7 @@ def _window(table: DataTable) -> Any:
             x=altair.X("ms:Q", title="ms"),
             y=altair.Y("part:N", sort=None, title=None),
             yOffset=altair.YOffset("arm:N", sort=None),
-            color=_colour("arm"),
+            color=_colour("arm", known=_WINDOW_ARMS, table=table, labels=labels),
             tooltip=["arm:N", "part:N", _ms("ms"), _ms("floor"), _ms("over")],
         )
         .properties(height=_bars(table, "part", "arm", 12))
@@ -376,7 +413,7 @@ def _floors(table: DataTable) -> Any:
         y=y,
         tooltip=["what:N", "arm:N", _ms("measured_ms"), _ms("floor_ms"), "bound:N", _ms("over_floor")],
     )
-    floor = base.mark_tick(thickness=3, size=18, color="#D55E00").encode(x="floor_ms:Q", y=y)
+    floor = base.mark_tick(thickness=3, size=18, style="strong").encode(x="floor_ms:Q", y=y)
     return (bars + floor).properties(height=_ROW * len(table.rows))
 
 
@@ -441,21 +478,24 @@ def _sentence_places(table: DataTable) -> Any:
     import altair
 
     base = _base()
+    axis = altair.Axis(format="%")
     x = altair.X("place:Q", title="place in the sentence", scale=altair.Scale(nice=False))
-    share = altair.Y(
-        "share:Q", title="accepted proposals", axis=altair.Axis(format="%"), scale=altair.Scale(domain=[0, 1])
-    )
-    band = base.mark_area(opacity=0.2).encode(x=x, y="low:Q", y2="high:Q", color=_series_colour(table))
-    line = base.mark_line(point={"size": 25}).encode(
+    share = altair.Y("share:Q", title="accepted proposals", axis=axis, scale=altair.Scale(domain=[0, 1]))
+    colour = _series_colour(table)
+    many = base.transform_filter(f"datum.tokens >= {_FEW}")
+    band = many.mark_area(opacity=0.2).encode(x=x, y="low:Q", y2="high:Q", color=colour)
+    line = many.mark_line().encode(x=x, y=share, color=colour)
+    points = base.mark_point(filled=True, opacity=0.8).encode(
         x=x,
         y=share,
-        color=_series_colour(table),
+        color=colour,
+        size=altair.Size("tokens:Q", legend=None, scale=altair.Scale(range=[8, 90])),
         tooltip=[
             *("series:N", "place:Q", "tokens:Q", "given:Q"),
             *(altair.Tooltip(f"{name}:Q", format=".1%") for name in ("share", "low", "high")),
         ],
     )
-    return altair.layer(band, line).properties(height=_HEIGHT)
+    return altair.layer(band, line, points).properties(height=_HEIGHT)
 
 
 def _manoeuvres(table: DataTable) -> Any:

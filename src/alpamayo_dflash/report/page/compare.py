@@ -1,10 +1,11 @@
-"""Two runs or more: the same clips matched by id, differences with intervals, and the clips that are missing."""
+"""Runs beside each other: clips matched by id, differences with intervals, and the clips that are missing."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from alpamayo_dflash.common.bootstrap import Interval, median_interval, ratio_difference_interval
@@ -49,15 +50,8 @@ def differences(pairs: Sequence[tuple[Row, Row]]) -> list[Difference]:
         _pooled("acceptance length, tokens a pass", pairs, "tokens_after_first", "passes"),
         _pooled("acceptance rate of drafted tokens", pairs, "accepted", "drafted"),
         *(
-            _paired(
-                f"{name} of DFlash, ms", pairs, lambda row, key=key: row["arms"].get("dflash", {}).get(key)
-            )
-            for key, name in (
-                ("prefill_ms", "prefill"),
-                ("decode_ms", "decode"),
-                ("action_ms", "action"),
-                ("total_ms", "total"),
-            )
+            _paired(f"{name} of DFlash, ms", pairs, partial(_time, key=f"{name}_ms"))
+            for name in ("prefill", "decode", "action", "total")
         ),
         _paired("decode, times faster than autoregressive", pairs, _speedup),
         _paired("minADE, m", pairs, lambda row: (row.get("trajectory") or {}).get("min_ade_m")),
@@ -96,6 +90,11 @@ def _paired(
         statistics.median(apart),
         median_interval(apart),
     )
+
+
+def _time(row: Row, key: str) -> float | None:
+    found: float | None = row["arms"].get("dflash", {}).get(key)
+    return found
 
 
 def _speedup(row: Row) -> float | None:
@@ -195,9 +194,11 @@ def unlike(first: Run, others: Sequence[Run]) -> list[str]:
         if first.evaluation is None or run.evaluation is None:
             continue
         one, other = (each.evaluation.get("settings") or {} for each in (first, run) if each.evaluation)
-        for name in _ASKED:
-            if one.get(name) != other.get(name):
-                found.append(f"{run.name} has {name} {other.get(name)}, {first.name} has {one.get(name)}.")
+        found += [
+            f"{run.name} has {name} {other.get(name)}, {first.name} has {one.get(name)}."
+            for name in _ASKED
+            if one.get(name) != other.get(name)
+        ]
         here, there = (
             (each.evaluation.get("provenance") or {}).get("device")
             for each in (first, run)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 from urllib.parse import quote, urlencode
 
+from alpamayo_dflash.report.page.islands import visible
 from alpamayo_dflash.report.tables import Table
 
 Kind = Literal["text", "count", "number", "times", "share"]
+
+
+_AROUND = 60
+"""Pixels above and below a chart's bars and marks: legend, axis and title."""
 
 
 class Measured(NamedTuple):
@@ -69,7 +74,7 @@ class Column:
 
 @dataclass(frozen=True)
 class DataTable:
-    """Rows of values.
+    """Rows of values. Characters without a form of their own are made visible.
 
     Attributes:
         title: what it shows.
@@ -87,6 +92,16 @@ class DataTable:
     links: tuple[str, ...] = ()
     sortable: bool = True
 
+    def __post_init__(self) -> None:
+        """Make every character of its texts visible: they are texts of models, and names of files."""
+        assert not self.links or len(self.links) == len(self.rows), "a link a row"
+        columns = tuple(replace(column, label=visible(column.label)) for column in self.columns)
+        rows = tuple(
+            tuple(visible(value) if isinstance(value, str) else value for value in row) for row in self.rows
+        )
+        for name, value in (("title", visible(self.title)), ("columns", columns), ("rows", rows)):
+            object.__setattr__(self, name, value)
+
     @property
     def keys(self) -> tuple[str, ...]:
         """The columns' keys."""
@@ -94,7 +109,6 @@ class DataTable:
 
     def objects(self) -> list[dict[str, Value]]:
         """Each row as an object by key, as charts take them."""
-        assert not self.links or len(self.links) == len(self.rows), "a link a row"
         return [dict(zip(self.keys, row, strict=True)) for row in self.rows]
 
     def cells(self) -> list[list[tuple[str, Value, str]]]:
@@ -129,9 +143,10 @@ class Figure:
     table: DataTable
     description: str
 
-    def whole_spec(self) -> dict[str, Any]:
-        """The specification with its values."""
-        return {**self.spec, "datasets": {"rows": self.table.objects()}}
+    @property
+    def height(self) -> int:
+        """About how many pixels the chart takes, so that its place can be kept free."""
+        return int(self.spec["height"]) + _AROUND
 
 
 def of_objects(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,17 +46,14 @@ def _numbers(values: Iterable[Any]) -> list[float]:
 
 
 def _arms(series: Series) -> list[str]:
-    """The arms that its rows have, in the order in which they are shown."""
-    return [
-        arm
-        for arm in ("dflash", "autoregressive", "transformers")
-        if series.rows and arm in series.rows[0]["arms"]
-    ]
+    """Its arms, in the order in which they are shown."""
+    there = series.rows[0]["arms"] if series.rows else series.result["arms"]
+    return [arm for arm in ("dflash", "autoregressive", "transformers") if arm in there]
 
 
 def times(series: Sequence[Series]) -> DataTable:
     """Median ms of each part of a clip's time, by arm."""
-    split = all(
+    split = any(each.rows for each in series) and all(
         is_number(row["arms"][arm].get(f"{part}_ms"))
         for each in series
         for arm in _arms(each)
@@ -68,15 +66,12 @@ def times(series: Sequence[Series]) -> DataTable:
         for arm in _arms(each):
             for part in parts:
                 found = _numbers(row["arms"][arm].get(f"{part}_ms") for row in each.rows)
-                if found:
+                kept = each.result["arms"].get(arm, {}).get(f"{part}_ms")  # of results without rows
+                ms = statistics.median(found) if found else kept
+                if ms is not None:
+                    ends = _ends(median_interval(found))
                     objects.append(
-                        {
-                            "series": each.name,
-                            "arm": ARM_NAMES[arm],
-                            "part": part,
-                            "ms": statistics.median(found),
-                            **_ends(median_interval(found)),
-                        }
+                        {"series": each.name, "arm": ARM_NAMES[arm], "part": part, "ms": ms, **ends}
                     )
     columns = (_SERIES, Column("arm", "arm"), Column("part", "part"), Column("ms", "ms", "number", 1))
     note = f"Medians over clips of each part, so that their sum is not the median of the whole. {_BOOTSTRAP}"
@@ -96,6 +91,9 @@ def decode_parts(series: Sequence[Series]) -> DataTable:
                 mean = {"ms": statistics.fmean(found), "share": over(sum(found), whole)}
                 interval = _ends(ratio_interval(found, [1.0] * len(found)))
                 objects.append({"series": each.name, "part": name, **mean, **interval})
+        if not each.rows:
+            kept = each.result.get("decode_parts") or {}
+            objects += [{"series": each.name, "part": name, **part} for name, part in kept.items()]
     columns = (
         _SERIES,
         Column("part", "part"),
@@ -253,9 +251,9 @@ def by_sentence_place(series: Sequence[Series]) -> DataTable:
     for each in series:
         clips = [sentence_places(row) for row in recorded(each.rows)]
         for place in sorted({place for clip in clips for place in clip}):
-            counts = [clip.get(place, {}) for clip in clips]
+            counts = [clip.get(place, Counter()) for clip in clips]
             tokens = [float(sum(count.values())) for count in counts]
-            given = [some - count.get(TARGET, 0) for some, count in zip(tokens, counts, strict=True)]
+            given = [some - count[TARGET] for some, count in zip(tokens, counts, strict=True)]
             objects.append(
                 {
                     "series": each.name,
@@ -276,7 +274,7 @@ def by_sentence_place(series: Sequence[Series]) -> DataTable:
     )
     note = (
         "Of the tokens at each place those that had been proposed; the others are the target's own. "
-        f"Late places have few texts. {_BOOTSTRAP}"
+        f"Larger marks stand for more tokens. {_BOOTSTRAP}"
     )
     return of_objects("Acceptance by place in the sentence", columns, objects, note)
 
@@ -293,8 +291,8 @@ def by_manoeuvre(series: Sequence[Series]) -> DataTable:
             passes = [float(count["passes"]) for count in found]
             length = over(sum(tokens), sum(passes))
             ends = _ends(ratio_interval(tokens, passes))
-            counts: dict[str, Value] = {"clips": len(found), "passes": int(sum(passes))}
-            objects.append({"series": each.name, "manoeuvre": name, **counts, "length": length, **ends})
+            counted: dict[str, Value] = {"clips": len(found), "passes": int(sum(passes))}
+            objects.append({"series": each.name, "manoeuvre": name, **counted, "length": length, **ends})
     columns = (
         _SERIES,
         Column("manoeuvre", "manoeuvre"),
@@ -311,7 +309,7 @@ def by_source(series: Sequence[Series]) -> DataTable:
     """Who gave the tokens after the first."""
     objects: _Objects = []
     for each in series:
-        counts = sources(each.rows)
+        counts = sources(each.rows) or Counter(each.result.get("sources") or {})
         whole = sum(counts.values())
         for name, count in counts.most_common():
             objects.append(
@@ -463,7 +461,7 @@ def _layers(title: str, value: Column, objects: Sequence[dict[str, Value]]) -> D
     return of_objects(title, columns, objects, "Filled, with a line: the layers that the draft taps.")
 
 
-_BENCH_ARMS = {
+WINDOW_ARMS = {
     "ours_1": "this project",
     "autoregressive_1": "this project, one token a pass",
     "compiled_1": "transformers, compiled",
@@ -476,7 +474,7 @@ def window_parts(name: str, bench: Mapping[str, Any]) -> DataTable:
     """A window's parts by arm, beside the floor."""
     parts = bench["parts"]
     objects: _Objects = []
-    for arm, label in _BENCH_ARMS.items():
+    for arm, label in WINDOW_ARMS.items():
         for part in (*WINDOW_PARTS, "whole"):
             ms = parts.get(arm, {}).get(part)
             if ms is not None:

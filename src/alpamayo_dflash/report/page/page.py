@@ -17,11 +17,12 @@ from alpamayo_dflash.report.page.charts import (
     training_figures,
 )
 from alpamayo_dflash.report.page.compare import difference_table, missing, text_counts, unlike
-from alpamayo_dflash.report.page.data import DataTable, Figure, Value
+from alpamayo_dflash.report.page.data import DataTable, Figure
 from alpamayo_dflash.report.page.islands import visible
 from alpamayo_dflash.report.page.runs import Run
 from alpamayo_dflash.report.page.sections import Finding, Section, clip_list, trouble
 from alpamayo_dflash.report.page.summary import arms, bench_figures, origins, summary, world
+from alpamayo_dflash.report.page.tallies import recorded
 from alpamayo_dflash.report.page.write import write_page
 
 
@@ -39,7 +40,9 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
     found += [
         Section("time", "Time", tables=tuple(bench_figures(runs)), figures=tuple(time_figures(runs))),
         Section("acceptance", "Acceptance", figures=tuple(acceptance_figures(runs))),
-        Section("sources", "Where tokens come from", figures=tuple(source_figures(runs))),
+        Section(
+            "sources", "Where tokens come from", texts=unrecorded(runs), figures=tuple(source_figures(runs))
+        ),
         Section("errors", "Trajectories", figures=tuple(error_figures(runs))),
         Section("training", "Training", figures=tuple(training_figures(runs))),
         Section("layers", "Layers", figures=tuple(layer_figures(runs))),
@@ -47,6 +50,16 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
         Section("origin", "Origin", tables=(origins(runs),)),
     ]
     return [section for section in found if not section.is_empty]
+
+
+def unrecorded(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Which evaluations do not say where their tokens come from."""
+    return tuple(
+        f"Of {each.name} it was not recorded where tokens come from."
+        for run in runs
+        for each in run.series[:1]
+        if not recorded(each.rows) and not each.result.get("sources")
+    )
 
 
 def comparison(runs: Sequence[Run]) -> Section:
@@ -71,7 +84,7 @@ def write(runs: Sequence[Run], sections: Sequence[Section], out: Path) -> None:
     clips, meta = clip_list(runs)
     data = {
         "runs": [visible(run.name) for run in runs],
-        "themes": {"light": theme(dark=False), "dark": theme(dark=True)},
+        "themes": {"light": theme("light"), "dark": theme("dark")},
         "figures": {name: _figure(figure) for name, figure in figures.items()},
         "clips": _table(clips) | {"meta": meta},
     }
@@ -84,17 +97,8 @@ def _figure(figure: Figure) -> dict[str, Any]:
 
 
 def _table(table: DataTable) -> dict[str, Any]:
-    """A table for the browser, every character of its texts visible."""
-    return {
-        "title": visible(table.title),
-        "columns": [
-            {"key": each.key, "label": visible(each.label), "kind": each.kind, "digits": each.digits}
-            for each in table.columns
-        ],
-        "rows": [[_seen(value) for value in row] for row in table.rows],
-        "links": table.links,
-    }
-
-
-def _seen(value: Value) -> Value:
-    return visible(value) if isinstance(value, str) else value
+    """A table for the browser."""
+    columns = [
+        {name: getattr(each, name) for name in ("key", "label", "kind", "digits")} for each in table.columns
+    ]
+    return {"title": table.title, "columns": columns, "rows": table.rows, "links": table.links}

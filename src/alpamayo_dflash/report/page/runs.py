@@ -60,6 +60,7 @@ class Run:
         layers: the scores of both steps that chose the taps, with the choice.
         training: the losses and the evaluations over training.
         bench: the results of `bench --window`; None for an evaluation.
+        alone: whether the page shows no other run; its charts then need not say its name.
     """
 
     name: str
@@ -71,15 +72,18 @@ class Run:
     layers: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
     bench: Mapping[str, Any] | None = None
+    alone: bool = False
     series: tuple[Series, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         """Name what charts show."""
         found = []
         if self.evaluation is not None:
-            found.append(Series(self.name, self.evaluation, self.rows))
+            beside = self.alone and self.greedy is not None
+            found.append(Series("sampled" if beside else self.name, self.evaluation, self.rows))
         if self.greedy is not None:
-            found.append(Series(f"{self.name}, greedy", self.greedy, self.greedy.get("clip_rows", [])))
+            name = "greedy" if self.alone else f"{self.name}, greedy"
+            found.append(Series(name, self.greedy, self.greedy.get("clip_rows", [])))
         object.__setattr__(self, "series", tuple(found))
 
     @property
@@ -108,7 +112,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     for file, other in itertools.combinations(resolved, 2):
         if file == other:
             raise ValueError(f"{file} is given twice; name each run once")
-    return [_read(file, name) for file, name in zip(files, _names(resolved), strict=True)]
+    names = _names(resolved)
+    return [_read(file, name, alone=len(files) == 1) for file, name in zip(files, names, strict=True)]
 
 
 def _file_of(path: Path) -> Path:
@@ -119,7 +124,7 @@ def _file_of(path: Path) -> Path:
         if file.is_file():
             return file
     raise ValueError(
-        f"{path}: holds neither {SUMMARY} nor {EVALUATION}; a run is the folder of a finished demo or evaluation"
+        f"{path}: holds neither {SUMMARY} nor {EVALUATION}; a run is a finished demo's or evaluation's folder"
     )
 
 
@@ -136,10 +141,10 @@ def _names(files: Sequence[Path]) -> list[str]:
     return [str(file) for file in files]
 
 
-def _read(file: Path, name: str) -> Run:
+def _read(file: Path, name: str, *, alone: bool) -> Run:
     content = read_json(file)
     if "parts" in content:
-        return Run(name, file, bench=read_window(file))
+        return Run(name, file, bench=read_window(file), alone=alone)
     result, folder = read_evaluation(file), file.parent
     demo = folder if file.name == SUMMARY else folder.parent
     is_demo = file.name == SUMMARY or (demo / "layers").is_dir()
@@ -155,6 +160,7 @@ def _read(file: Path, name: str) -> Run:
         greedy=read_evaluation(greedy) if has_greedy else result.get("greedy"),
         layers=_read_layers(demo / "layers" / "layers.json") if is_demo else None,
         training=_read_training(demo / "train" / "train.json", result) if is_demo else result.get("training"),
+        alone=alone,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the page says, section by section: first what went wrong, then the summary, the clips and the charts."""
+"""What the page says before its charts: what went wrong, in plain sight, and the list of clips."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def _lossless(run: Run, number: int) -> Iterable[Finding]:
     if all(counts[key] == counts["of"] for key, _, _ in kinds):
         yield Finding(
             "good",
-            f"all of {counts['of']} clips equal: greedy and sampled texts are the autoregressive loop's, token "
-            "for token, and its greedy texts are transformers' own.",
+            f"all of {counts['of']} clips equal: greedy and sampled texts are the autoregressive loop's, "
+            "token for token, and its greedy texts are transformers' own.",
         )
         return
     for key, name, text in kinds:
@@ -219,7 +219,7 @@ _CLIP_COLUMNS = (
     Column("clip", "clip"),
     Column("coc", "CoC"),
     Column("manoeuvre", "manoeuvre"),
-    Column("state", "equal"),
+    Column("state", "state"),
     Column("tokens", "tokens", "count"),
     Column("passes", "passes", "count"),
     Column("acceptance", "tokens a pass", "number", 2),

@@ -1,4 +1,4 @@
-"""The page's summary: medians and pooled ratios with intervals over clips, and where the numbers come from."""
+"""The page's summary: medians and pooled ratios with intervals over clips, and where they come from."""
 
 from __future__ import annotations
 

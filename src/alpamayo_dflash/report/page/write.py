@@ -44,30 +44,27 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters.update(island=_island, visible=visible)
+    found.filters.update(island=island, visible=visible)
     return found
 
 
 @functools.cache
-def vega_program() -> Any:
-    """Vega, Vega-Lite and vega-embed as one script; it defines `vegaEmbed` and `vega`."""
-    import vl_convert
-    from markupsafe import Markup
+def vega_program() -> str:
+    """Vega, Vega-Lite and vega-embed as one script; it defines `vegaEmbed` and `vega`.
 
-    program = vl_convert.javascript_bundle()
+    It stands in the page as it is: it is the library's own, and holds no text of a run.
+
+    Raises:
+        ValueError: it holds what would end the page's script.
+    """
+    import vl_convert
+
+    program: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed; window.vega = vega;")
     if "</script" in program.lower() or "<!--" in program:
         raise ValueError("the charts' program has '</script' or '<!--' in it, and cannot stand in a page")
-    return Markup(program)  # nosec B704: the library's own script, not text of a run  # noqa: S704
+    return program
 
 
-def _island(value: Any) -> Any:
-    from markupsafe import Markup
-
-    return Markup(island(value))  # nosec B704: `island` escapes every sign of markup  # noqa: S704
-
-
-def _part(name: str) -> Any:
+def _part(name: str) -> str:
     """A style or a script of the package, as it is."""
-    from markupsafe import Markup
-
-    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))  # nosec B704  # noqa: S704
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
