@@ -87,7 +87,8 @@ def picture(content: bytes) -> bytes:
         ValueError: even with 256 colours it is larger.
     """
     image = Image.open(io.BytesIO(content)).convert("RGB")
-    for each in (image, image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)):
+    few = image.quantize(256, kmeans=2, dither=Image.Dither.NONE)
+    for each in (image, few):
         stream = io.BytesIO()
         each.save(stream, "PNG", optimize=True)
         if stream.tell() <= MOST_BYTES:

@@ -282,7 +282,7 @@ def test_the_specifications_take_their_values_by_name():
     row = clip_row(0)
     view = clip_view(row, traced(row))
     nodes = [
-        node | {"ink": "#000", "colour": "#123456", "odds": "1"}
+        node | {"ink": "#000", "colour": "#123456", "p": "1 %", "rank": "rank 1"}
         for node in view["samples"][0]["rounds"][0]["nodes"]
     ]
     edges = [{"x": 0, "y": 0, "x2": 1, "y2": 0, "taken": True, "colour": "#654321"}]

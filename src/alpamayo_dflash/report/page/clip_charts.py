@@ -10,9 +10,10 @@ from typing import Any
 
 import altair as alt
 
-LANE_PX = 64
-"""Height of a lane of a round's tree; a step of it is `STEP_PX` wide."""
-STEP_PX = 104
+LANE_PX = 78
+"""Height of a lane of a round's tree."""
+STEP_PX = (68, 104)
+"""How wide a step from token to token is, at least and at most; the room decides."""
 PART_ORDER = ("prefill", "decode", "round", "draft", "verify", "sampling", "cache", "action")
 _STATES = {"anchor": "square", "accepted": "circle", "rejected": "cross", "own": "diamond"}
 _KINDS = {"history": [2, 3], "what the vehicle did": [8, 4], "sample": [1, 0]}
@@ -26,8 +27,10 @@ def clip_specs() -> dict[str, Any]:
 
 
 def _tree() -> dict[str, Any]:
-    """Data `edges` (x, y, x2, y2, colour, taken) and `nodes` (x, y, piece, odds, state, ink, colour)."""
-    depth, lane = alt.param("depth", value=1), alt.param("lane", value=0)
+    """Data `edges` (x, y, x2, y2, colour, taken) and `nodes` (x, y, piece, p, rank, state, ink, colour)."""
+    sizes = [
+        alt.param(name, value=value) for name, value in (("depth", 1), ("lane", 0), ("step", STEP_PX[1]))
+    ]
     x = alt.X("x:Q", axis=None, scale=alt.Scale(domain=[-0.5, alt.expr("depth + 0.5")], nice=False))
     y = alt.Y("y:Q", axis=None, scale=alt.Scale(domain=[alt.expr("lane + 0.5"), -0.5], nice=False))
     edges = (
@@ -51,12 +54,15 @@ def _tree() -> dict[str, Any]:
     marks = nodes.mark_point(size=170, filled=True, opacity=1)
     marks = marks.encode(x=x, y=y, shape=shape, color=_VALUE_COLOUR)
     ink = alt.Color("ink:N", scale=None, legend=None)
-    words = nodes.mark_text(dy=-16, fontSize=12, limit=STEP_PX - 6)
-    words = words.encode(x=x, y=y, text="piece:N", color=ink)
-    odds = nodes.mark_text(dy=19, fontSize=11, limit=STEP_PX - 6)
-    odds = odds.encode(x=x, y=y, text="odds:N", color=ink)
-    tree = alt.layer(edges, marks, words, odds, description="The tree of the round")
-    return tree.add_params(depth, lane).to_dict()
+    places = {"piece": (-16, 12), "p": (18, 11), "rank": (30, 10)}
+    texts = [
+        nodes.mark_text(dy=dy, fontSize=size, limit=alt.expr("step - 4")).encode(
+            x=x, y=y, text=f"{name}:N", color=ink
+        )
+        for name, (dy, size) in places.items()
+    ]
+    tree = alt.layer(edges, marks, *texts, description="The tree of the round")
+    return tree.add_params(*sizes).to_dict()
 
 
 def _paths() -> dict[str, Any]:

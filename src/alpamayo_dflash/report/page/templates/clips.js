@@ -237,7 +237,7 @@
     if (places === undefined) return [];
     const heads = ["token", "drawn", "at T 1"].map((text, column) => element("th", { scope: "col", textContent: text, className: column ? "" : "text" }));
     const lines = places.map(([piece, p, p1], number) => {
-      const word = element("td", { className: "text piece-cell" }, number === place ? "▸ " : "", element("bdi", { textContent: blanks(piece) }));
+      const word = element("td", { className: "text piece-cell" }, number === place ? "▸\u00a0" : "", element("bdi", { textContent: blanks(piece) }));
       return element("tr", { className: number === place ? "is-it" : "" }, word, element("td", { textContent: percent(p) }), element("td", { textContent: percent(p1) }));
     });
     return [element("table", {}, element("caption", { textContent: title }), element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...lines))];
@@ -283,17 +283,18 @@
     const looks = Object.fromEntries([...part("legend").children].map((item) => [item.dataset.look, getComputedStyle(item).getPropertyValue("--look").trim()]));
     const nodes = each.nodes.map((node, number) => ({
       node: number, x: node.x, y: node.y, piece: blanks(node.piece), state: node.state, ink, colour: looks[letter(node.source)],
-      odds: node.state === "anchor" ? "anchor" : `${percent(node.p, 0)} · ${node.draft_rank === undefined ? "no rank" : `rank ${rank(node.draft_rank)}`}`,
+      p: node.state === "anchor" ? "anchor" : percent(node.p, 0), rank: node.draft_rank === undefined ? "" : `rank ${rank(node.draft_rank)}`,
     }));
     const edges = each.nodes.slice(1).map((node) => ({
       x: each.nodes[node.parent].x, y: each.nodes[node.parent].y, x2: node.x, y2: node.y, taken: node.state !== "rejected", colour: looks[letter(node.source)],
     }));
     const depth = Math.max(...each.nodes.map((node) => node.x)), lane = Math.max(...each.nodes.map((node) => node.y));
-    const { step: wide, lane: high } = charts.sizes;
+    const { step: [least, most], lane: high } = charts.sizes;
+    const step = Math.max(least, Math.min(most, view.querySelector(".tree").clientWidth / (depth + 1) - 2));
     const taken = each.nodes.filter((node) => node.state === "accepted").length;
     const offered = each.nodes.filter((node) => node.state === "accepted" || node.state === "rejected").length;
     const label = `Round ${state.round + 1}: ${taken} of ${offered} proposed tokens accepted, ${each.emitted.length} emitted`;
-    draw("tree", { nodes, edges }, { signals: { depth, lane }, width: wide * (depth + 1), height: high * (lane + 1), label });
+    draw("tree", { nodes, edges }, { signals: { depth, lane, step }, width: step * (depth + 1), height: high * (lane + 1), label });
     fillTable("tree");
   }
 
@@ -433,14 +434,14 @@
   let waiting = null;
   window.addEventListener("resize", () => {
     clearTimeout(waiting);
-    waiting = setTimeout(() => { if (clip) { drawTiming(); drawPaths(); } }, 150);
+    waiting = setTimeout(() => { if (clip) redraw(); }, 150);
   });
-  window.addEventListener("themechange", () => {
-    if (!clip) return;
+  function redraw() {
     if (sample().first !== undefined) drawTree();
     drawTiming();
     drawPaths();
-  });
+  }
+  window.addEventListener("themechange", () => { if (clip) redraw(); });
   window.addEventListener("hashchange", follow);
   follow();
 })();
