@@ -200,6 +200,12 @@ def test_mouse(browser, stored, rows):
         assert current(found)[2] == len(row["rounds"][0]) - 2
         page.locator(".rounds button").first.click()
         assert current(found)[2] == 0
+        drawn(found, "tree")
+        pieces = page.evaluate(
+            "document.querySelector('[data-chart=clip-tree]').view.data('nodes').map((n) => n.piece)"
+        )
+        page.locator("[data-chart=clip-tree] .mark-symbol path").nth(2).hover()
+        assert panel.locator(".piece").text_content() == pieces[2]
         page.locator("#clip-view details[data-clip-table=tree] summary").click()
         assert page.locator("[data-clip-table=tree] tbody tr").count() == nodes_of(row["rounds"][0][0])
         page.locator(".frames button").nth(3).click()

@@ -62,7 +62,7 @@
     for (const dialog of [frameDialog, keysDialog]) if (dialog.open) dialog.close();
     window.scrollTo(0, list.scroll);
     const links = [...overview.querySelectorAll("a[href]")];
-    links.find((link) => link.getAttribute("href") === `#run=${state.run}&clip=${encodeURIComponent(state.clip)}`)?.focus({ preventScroll: true });
+    links.find((link) => link.getAttribute("href") === `#run=${state.run}&clip=${encodeURIComponent(state.clip)}`)?.focus({ preventScroll: list.scroll > 0 });
     state = null;
     clip = null;
   }
