@@ -335,7 +335,8 @@ def test_the_layers_that_are_tapped_are_marked(tmp_path: Path) -> None:
     figure = charts.layer_figures(runs)[1]
     assert [each["layer"] for each in figure.table.objects() if each["chosen"]] == [1, 2]
     drawing = drawn([figure], "light")
-    assert len(re.findall(r'aria-roledescription="rule mark"', drawing)) == 2
+    lines = re.search(r'<g class="mark-rule role-mark layer_0_marks"[^>]*>(.*?)</g>', drawing)
+    assert lines is not None and lines[1].count("<line") == 2
 
 
 def test_simulated_and_real_acceptance_are_drawn(tmp_path: Path) -> None:

@@ -376,7 +376,7 @@ def _speedups(several: bool) -> Callable[[DataTable], Any]:
             y=y,
             tooltip=[altair.Tooltip("median(times):Q", format=".2f")],
         )
-        even = base.mark_rule(strokeDash=[4, 4]).encode(x=altair.datum(1))
+        even = base.mark_rule(strokeDash=[4, 4], aria=False).encode(x=altair.datum(1))
         return altair.layer(even, ticks, median).properties(height=_bars(table, "against", "series", 46))
 
     return chart
@@ -567,7 +567,7 @@ def _errors(table: DataTable) -> Any:
         _base()
         .transform_aggregate(most="max(error)")
         .transform_calculate(zero="0")
-        .mark_rule(strokeDash=[4, 4])
+        .mark_rule(strokeDash=[4, 4], aria=False)
         .encode(x="zero:Q", y="zero:Q", x2="most:Q", y2="most:Q")
     )
     return altair.layer(even, points).properties(height=_HEIGHT)
@@ -631,7 +631,7 @@ def _layers(title: str) -> Callable[[DataTable], Any]:
         line = base.mark_line(point={"filled": False, "size": 30}).encode(tooltip=tooltip)
         chosen = base.transform_filter("datum.chosen")
         taps = chosen.mark_point(filled=True, size=130, opacity=1).encode(tooltip=tooltip)
-        rules = _base().transform_filter("datum.chosen").mark_rule(strokeDash=[4, 4]).encode(x=x)
+        rules = _base().transform_filter("datum.chosen").mark_rule(strokeDash=[4, 4], aria=False).encode(x=x)
         return altair.layer(rules, line, taps).properties(height=_HEIGHT)
 
     return chart
@@ -654,5 +654,5 @@ def _differences(table: DataTable) -> Any:
         ],
     )
     rules = base.mark_rule(strokeWidth=2).encode(x="relative_low:Q", x2="relative_high:Q")
-    none = altair.Chart().mark_rule(strokeDash=[4, 4]).encode(x=altair.datum(0))
+    none = altair.Chart().mark_rule(strokeDash=[4, 4], aria=False).encode(x=altair.datum(0))
     return altair.layer(none, rules, points).properties(height=_bars(table, "measure", "run"))

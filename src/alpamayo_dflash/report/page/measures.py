@@ -273,7 +273,8 @@ def by_sentence_place(series: Sequence[Series]) -> DataTable:
         *_share_columns(),
     )
     note = (
-        "Of the tokens at each place those that had been proposed; the others are the target's own. "
+        "Of the tokens at each place those that had been proposed; the others are the target's own, "
+        "among them the one that follows a round taken whole. "
         f"Larger marks stand for more tokens. {_BOOTSTRAP}"
     )
     return of_objects("Acceptance by place in the sentence", columns, objects, note)

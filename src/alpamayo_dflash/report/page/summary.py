@@ -163,7 +163,11 @@ def bench_figures(runs: Sequence[Run]) -> list[DataTable]:
             for name, value in figures.items()
             if is_number(value)
         ]
-        columns = (Column("figure", "figure"), Column("value", "value", "number", 3), Column("replayed", ""))
+        columns = (
+            Column("figure", "figure"),
+            Column("value", "value", "number", 3),
+            Column("replayed", "how"),
+        )
         if objects:
             note = "In brackets: 95 %, bootstrap over timings."
             tables.append(of_objects(f"Figures of {run.name}", columns, objects, note))
@@ -213,7 +217,7 @@ _DIFFERENT = (
 
 def origins(runs: Sequence[Run]) -> DataTable:
     """Where the numbers come from, a column a run."""
-    columns = (Column("what", ""), *(Column(f"r{number}", run.name) for number, run in enumerate(runs)))
+    columns = (Column("what", "what"), *(Column(f"r{number}", run.name) for number, run in enumerate(runs)))
     found = [_origin(run) for run in runs]
     names = dict.fromkeys(name for each in found for name in each)
     rows = tuple((name, *(each.get(name, "–") for each in found)) for name in names)

@@ -38,7 +38,10 @@ window.page = (() => {
   preferred.addEventListener("change", (event) => changeTheme(event.matches ? "dark" : "light"));
 
   // Charts. Expressions are interpreted, so that the page needs no right to evaluate text.
+  // Their program comes last in the file: the list of clips does not wait for it.
+  const ready = new Promise((resolve) => document.addEventListener("DOMContentLoaded", resolve, { once: true }));
   async function embed(place, spec) {
+    await ready;
     place.spec = spec;
     place.classList.add("chart");
     const options = { actions: false, renderer: "svg", ast: true, mode: "vega-lite", config: data.themes[root.dataset.theme] };
@@ -117,7 +120,7 @@ window.page = (() => {
       const table = emptyTable();
       const box = element("div", { className: "scroll", tabIndex: 0 }, table);
       box.setAttribute("role", "region");
-      box.setAttribute("aria-label", figure.title);
+      box.setAttribute("aria-label", `${figure.title}, table`);
       fill(table, figure);
       details.append(box);
     }, { once: true });
