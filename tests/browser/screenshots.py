@@ -8,9 +8,10 @@ Each is a PNG of at most `MOST_BYTES`; where 24-bit colour takes more it has 256
 import argparse
 import io
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from chromium import Opened, chromium, opened
 from PIL import Image
@@ -96,27 +97,33 @@ def picture(content: bytes) -> bytes:
     raise ValueError(f"a picture takes {stream.tell()} bytes; at most {MOST_BYTES} are wanted")
 
 
-def main() -> None:
-    """Make the page of a run, and its pictures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    runs = read_runs([given.run])
-    sections = page.sections_of(runs)
-    charts = [each.id for each in sections if each.figures]
-    shots = (*SHOTS, *(Shot(f"page_{name}", section(name)) for name in charts))
-    with tempfile.TemporaryDirectory() as folder, chromium() as browser:
+def take(browser: Any, runs: Sequence[Run], shots: Sequence[Shot], out: Path) -> None:
+    """Make the page of some runs, and its pictures."""
+    with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "report.html")
-        page.write(runs, sections, file)
+        page.write(runs, page.sections_of(runs), file)
         for shot in shots:
             with opened(browser, file, width=shot.width, dark=shot.dark) as found:
                 found.page.set_viewport_size({"width": shot.width, "height": shot.height})
                 shot.show(found, runs[0])
                 found.page.wait_for_timeout(300)
                 content = picture(found.page.screenshot())
-            (given.out / f"{shot.name}.png").write_bytes(content)
+            (out / f"{shot.name}.png").write_bytes(content)
             print(f"{shot.name}.png {len(content)} bytes")
+
+
+def main() -> None:
+    """The demo's page, and that of its sampled evaluation beside its greedy one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    runs = read_runs([given.run])
+    charts = [each.id for each in page.sections_of(runs) if each.figures]
+    both = read_runs([given.run / name for name in ("evaluation", "evaluation-greedy")])
+    with chromium() as browser:
+        take(browser, runs, [*SHOTS, *(Shot(f"page_{name}", section(name)) for name in charts)], given.out)
+        take(browser, both, [Shot("page_compared", section("compare"))], given.out)
 
 
 if __name__ == "__main__":
