@@ -243,6 +243,28 @@ def test_an_evaluation_for_a_report_with_plots(tmp_path):
     fuzz("report with plots: evaluation.json", 1, tmp_path, file, partial(report_run.run, config))
 
 
+def test_what_lies_beside_a_demos_evaluation(tmp_path):
+    write_json(tmp_path / "summary.json", evaluation())
+    scores = {"cosine": [0.1, 1.0], "early_exit_ce": {"0": 2.0, "1": 0.1}, "target_layers": [1], "tokens": 3}
+    entry = {"step": 1, "acceptance_length": 1.5, "real_acceptance_length": 1.4}
+    training = {"evaluations": [entry], "losses": [{"step": 1, "ce": 2.0}], "best_step": 1}
+
+    def read():
+        runs = read_runs([tmp_path])
+        for of in (
+            measures.losses,
+            measures.training_acceptance,
+            measures.layer_cosines,
+            measures.layer_losses,
+        ):
+            json.dumps(of(runs).objects(), allow_nan=False)
+
+    for file, content in (("layers/layers.json", scores), ("train/train.json", training)):
+        write_json(tmp_path / file, content)
+        fuzz(f"report: {file}", 60, tmp_path, tmp_path / file, read)
+        write_json(tmp_path / file, content)
+
+
 def test_an_evaluation_for_an_audit(tmp_path):
     file = tmp_path / "evaluation.json"
     write_json(file, evaluation())

@@ -59,8 +59,8 @@ def theme(ground: Ground) -> dict[str, Any]:
         "legend": {
             **{"labelColor": ink, "titleColor": ink, "orient": "top", "title": None, "labelFontSize": 12},
             **{
-                "columns": 3,
-                "labelLimit": 320,
+                "columns": 2,
+                "labelLimit": 140,
                 "symbolStrokeWidth": 2,
                 "symbolOpacity": 1,
                 "symbolBaseFillColor": ink,
@@ -252,10 +252,10 @@ def _colour(
         return altair.Color(f"{field}:N", sort=None, title=None)
     there = list(dict.fromkeys(str(each[field]) for each in table.objects()))
     domain = [*known, *(name for name in there if name not in known)]
-    shown = [name for name in domain if name in there]
-    return altair.Color(f"{field}:N", scale=altair.Scale(domain=domain), title=None).legend(
-        values=shown, labelExpr=labels or "datum.label"
-    )
+    legend: dict[str, Any] = {"values": [name for name in domain if name in there]}
+    if labels is not None:
+        legend |= {"labelExpr": labels, "labelLimit": 320, "columns": 1}  # long ones
+    return altair.Color(f"{field}:N", scale=altair.Scale(domain=domain), title=None).legend(**legend)
 
 
 def _series_colour(table: DataTable) -> Any:
