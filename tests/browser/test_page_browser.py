@@ -71,8 +71,11 @@ def link(clip, run=0, sample=0, round_=0):
 
 def drawn(found, name):
     """A graphic's data by name, once it is there."""
-    found.settle(f"() => document.querySelector('[data-chart=\"clip-{name}\"]')?.view")
-    found.page.wait_for_timeout(50)
+    found.settle(
+        "(name) => { const place = document.querySelector(`[data-chart=clip-${name}]`);"
+        " return place.view && place.done === place.wanted; }",
+        name,
+    )
     names = {"tree": ["nodes", "edges"], "paths": ["paths"], "timing": ["bars"]}[name]
     script = """([name, names]) => {
         const view = document.querySelector(`[data-chart="clip-${name}"]`).view;
@@ -162,7 +165,7 @@ def test_keyboard(browser, stored, rows):
         keys.press("?")
         assert page.locator("#clip-keys").is_visible()
         keys.press("Escape")
-        assert page.locator("#clip-keys").is_hidden()
+        found.settle("() => !document.getElementById('clip-keys').open")
         assert page.locator("#clip-view").is_visible()
         keys.press("Escape")
         found.settle("() => document.getElementById('clip-view').hidden")
@@ -207,12 +210,16 @@ def test_mouse(browser, stored, rows):
         page.locator("[data-chart=clip-tree] .mark-symbol path").nth(2).hover()
         assert panel.locator(".piece").text_content() == pieces[2]
         page.locator("#clip-view details[data-clip-table=tree] summary").click()
-        assert page.locator("[data-clip-table=tree] tbody tr").count() == nodes_of(row["rounds"][0][0])
+        found.settle(
+            "(n) => document.querySelectorAll('[data-clip-table=tree] tbody tr').length === n",
+            nodes_of(row["rounds"][0][0]),
+        )
         page.locator(".frames button").nth(3).click()
         assert "(4 of 16)" in page.locator("#clip-frame-title").text_content()
         page.keyboard.press("ArrowRight")
         assert "(5 of 16)" in page.locator("#clip-frame-title").text_content()
         page.get_by_role("button", name="Close").click()
+        found.settle("() => !document.getElementById('clip-frame').open")
         before = current(found)[0]
         page.get_by_role("button", name="Next clip").click()
         assert current(found)[0] != before

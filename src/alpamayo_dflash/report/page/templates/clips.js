@@ -266,6 +266,7 @@
       place.view.width(width);
       if (height) place.view.height(height);
       await place.view.runAsync();
+      place.done = mine;
     })();
     await place.drawing;
   }
