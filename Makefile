@@ -14,13 +14,21 @@ LAID_OVER := transformers|huggingface-hub|tokenizers|requests|urllib3|charset-no
 # Another trainer of drafts, beside this package and in an environment of its own.
 SPECULATORS := .venv-speculators
 
-.PHONY: demo test golden faults kills fuzz compat compat-quick speculators lint types check clean
+.PHONY: demo test page-bench screenshots golden faults kills fuzz compat compat-quick speculators lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The page of a thousand clips in Chromium (Debian's package), made of the demo's run.
+page-bench: $(STAMP)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/browser/page_bench.py $(DEMO_OUT) --out docs/results/page_tiny.json
+
+# Pictures of the demo's page for the documentation.
+screenshots: $(STAMP)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/browser/screenshots.py $(DEMO_OUT) --out docs/images
 
 # The parity tests alone; ALPAMAYO_GOLDEN names the fixtures' folder (default: ../shared/golden).
 golden: $(STAMP)
@@ -72,7 +80,7 @@ $(COMPAT)/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(COMPAT)
 	sed 's/^torch==.*/torch==$(COMPAT_TORCH)/' constraints-oldest.txt > $(COMPAT)/constraints.txt
 	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -c $(COMPAT)/constraints.txt \
-		torch pytest pytest-xdist hypothesis 'setuptools>=77' -e .
+		torch pytest pytest-xdist hypothesis 'setuptools>=77' -e '.[report]'
 	touch $@
 
 # torchvision and torchaudio, which it brings, do not load beside a torch with no GPU, and break Qwen3's import.

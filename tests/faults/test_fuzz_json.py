@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 from fuzzing import fuzz_file, fuzzed, json_files, tried
@@ -50,8 +49,15 @@ from alpamayo_dflash.layers.aggregate import aggregate
 from alpamayo_dflash.layers.choice import read_choice
 from alpamayo_dflash.report import run as report_run
 from alpamayo_dflash.report.clip_trace import frame_bytes, probability, read_clip_trace
-from alpamayo_dflash.report.config import WatchConfig
+from alpamayo_dflash.report.config import ReportConfig, WatchConfig
 from alpamayo_dflash.report.evaluation import read_evaluation
+from alpamayo_dflash.report.page import measures
+from alpamayo_dflash.report.page.clips import clip_view
+from alpamayo_dflash.report.page.islands import island
+from alpamayo_dflash.report.page.page import write
+from alpamayo_dflash.report.page.runs import read_runs
+from alpamayo_dflash.report.page.sections import Section, trouble
+from alpamayo_dflash.report.page.summary import arms, origins, summary, world
 from alpamayo_dflash.report.stage_view import view_of
 from alpamayo_dflash.report.watch import Watcher
 from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
@@ -205,25 +211,58 @@ def test_a_list_of_clips(tmp_path):
     fuzz("clips: list in JSON", 100, tmp_path, file, partial(read_clip_list, file))
 
 
-def test_an_evaluation_for_a_report(tmp_path, monkeypatch):
-    # Plots take a third of a second; what they draw is checked before.
-    monkeypatch.setattr(report_run, "all_plots", lambda *_: [])
+def test_an_evaluation_for_a_report(tmp_path):
     file = tmp_path / "evaluation.json"
     write_json(file, evaluation())
-    config = SimpleNamespace(evaluation=file, out=None)
-    fuzz("report: evaluation.json", 150, tmp_path, file, partial(report_run.run, config))
+
+    def reported():
+        """All but the charts' specifications, which take half a second and depend on no value."""
+        runs = read_runs([file])
+        sections = [trouble(runs), Section("summary", "", tables=(summary(runs[0].series),))]
+        tables = (*(of(runs) for of in BY_RUN), *(of(runs[0].series) for of in BY_SERIES))
+        write(runs, [*sections, Section("tables", "", tables=(*tables, origins(runs), *world(runs)))], page)
+
+    page = tmp_path / "report.html"
+    fuzz("report: evaluation.json", 60, tmp_path, file, reported)
+
+
+BY_RUN = (
+    *(measures.decode_by_tokens, measures.speedups, measures.clip_lengths, measures.errors),
+    *(measures.losses, measures.training_acceptance),
+)
+BY_SERIES = (
+    *(measures.times, measures.decode_parts, measures.round_lengths, measures.by_block_place),
+    *(measures.by_sentence_place, measures.by_manoeuvre, measures.by_source, arms),
+)
 
 
 def test_an_evaluation_for_a_report_with_plots(tmp_path):
     file = tmp_path / "evaluation.json"
     write_json(file, evaluation())
-    fuzz(
-        "report with plots: evaluation.json",
-        1,
-        tmp_path,
-        file,
-        partial(report_run.run, SimpleNamespace(evaluation=file, out=None)),
-    )
+    config = ReportConfig((file,), out=tmp_path / "report")
+    fuzz("report with plots: evaluation.json", 1, tmp_path, file, partial(report_run.run, config))
+
+
+def test_what_lies_beside_a_demos_evaluation(tmp_path):
+    write_json(tmp_path / "summary.json", evaluation())
+    scores = {"cosine": [0.1, 1.0], "early_exit_ce": {"0": 2.0, "1": 0.1}, "target_layers": [1], "tokens": 3}
+    entry = {"step": 1, "acceptance_length": 1.5, "real_acceptance_length": 1.4}
+    training = {"evaluations": [entry], "losses": [{"step": 1, "ce": 2.0}], "best_step": 1}
+
+    def read():
+        runs = read_runs([tmp_path])
+        for of in (
+            measures.losses,
+            measures.training_acceptance,
+            measures.layer_cosines,
+            measures.layer_losses,
+        ):
+            json.dumps(of(runs).objects(), allow_nan=False)
+
+    for file, content in (("layers/layers.json", scores), ("train/train.json", training)):
+        write_json(tmp_path / file, content)
+        fuzz(f"report: {file}", 60, tmp_path, tmp_path / file, read)
+        write_json(tmp_path / file, content)
 
 
 def test_an_evaluation_for_an_audit(tmp_path):
@@ -255,6 +294,7 @@ def test_a_clips_trace(tmp_path):
                     assert 0 <= probability(places, index, logit, trace["temperature"]) <= 1
         for frame in trace["frames"]:
             frame_bytes(tmp_path, frame)
+        island(clip_view({**clip_row(0), "coc": trace["coc"], "clip_id": trace["clip_id"]}, trace))
 
     fuzz("report: clip.json", 60, tmp_path, file, read)
 

@@ -131,3 +131,22 @@ def test_the_stage_writes_the_same_set_twice(tmp_path):
         assert data.manifest["provenance"]["0"]["weights"] == "fused"
     assert hashes[0] == hashes[1]
     assert len(hashes[0]) == 8
+
+
+def test_captured_passes_over_texts_give_what_uncaptured_ones_give(target, windows):
+    """Up to rounding of other numbers of rows; and the same bits for the same texts."""
+    rollouts = Rollouts(target, taps=TAPS, context_len=CONTEXT, max_tokens=TOKENS)
+    texts = [[list(range(start, start + 9 + 3 * index)) for start in (3, 50, 99)] for index in range(4)]
+    first = []
+    for _ in range(2):
+        for window, responses in zip(windows, texts, strict=False):
+            rollouts.read(window)
+            scored = rollouts.score(responses)
+            verifier = rollouts._verifier
+            plain = verifier.force(rollouts._prefilled, responses)
+            for index, found in enumerate(scored):
+                torch.testing.assert_close(found.logits, plain.logits(index)[:-1], rtol=0.05, atol=0.1)
+            first.append([found.logits for found in scored])
+        assert 1 <= len(verifier.forced) <= 4
+    for one, other in zip(first[:4], first[4:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -306,13 +306,15 @@ def test_fp8(run_page: Callable[[str], Page]) -> None:
     assert page.names["target"].weight_formats["vision"] == "fp8"
 
 
-@pytest.mark.parametrize("name", ["architecture.md", "performance.md", "reliability.md", "training.md"])
+@pytest.mark.parametrize(
+    "name", ["architecture.md", "page.md", "performance.md", "reliability.md", "training.md"]
+)
 def test_the_other_pages(run_page: Callable[[str], Page], name: str) -> None:
     assert not run_page(name).ran
 
 
 def test_every_page_is_run() -> None:
-    other = {"architecture.md", "performance.md", "reliability.md", "training.md"}
+    other = {"architecture.md", "page.md", "performance.md", "reliability.md", "training.md"}
     run = {"README.md", "alpamayo.md", "commands.md", "fp8.md", *other}
     assert {path.name for path in PAGES} == run
     assert {*(page for page, _ in EXCLUDED), *SUBSTITUTIONS} <= run

@@ -109,6 +109,17 @@ def test_in_bfloat16_an_evaluation_tells_near_ties_from_errors(trained, command)
     assert (lossless["near_ties"], lossless["not_near_ties"]) == (different, 0)
 
 
+def test_the_shipped_page_is_small_fast_and_quiet():
+    shipped = read_json(RESULTS / "page_tiny.json")
+    figures = shipped["figures"]
+    assert shipped["clips"] == 1000
+    assert figures["open_s"] < 3
+    assert figures["bytes"] < 30e6
+    assert figures["console_errors"] == figures["requests"] == figures["axe_serious"] == 0
+    assert figures["trace_ms_per_clip"] > 0
+    assert figures["trace_bytes_per_clip"] > 0
+
+
 def test_the_shipped_lossless_result_is_whole():
     shipped = read_json(RESULTS / "lossless_tiny.json")
     assert shipped["passed"]

@@ -10,7 +10,7 @@ from alpamayo_dflash.common.artefacts import write_json
 from alpamayo_dflash.layers.aggregate import aggregate, pool, score_files, scores_path
 from alpamayo_dflash.layers.config import LayersConfig
 from alpamayo_dflash.layers.score import Scores, score_response
-from alpamayo_dflash.report.plots import plot_scores
+from alpamayo_dflash.report.page.plots import plot_scores
 
 LAYERS, HIDDEN, VOCABULARY = 4, 6, 11
 

@@ -194,15 +194,17 @@ def run(config: DemoConfig) -> dict[str, Any]:
         training clips), and the seconds of each stage.
 
     Raises:
-        ValueError: the shipped target or its figures are missing.
+        ValueError: the shipped target or its figures are missing, or a library of the report's page.
     """
     import torch
     from rich.console import Console
 
     from alpamayo_dflash.evaluate.run import RESULT
     from alpamayo_dflash.report.evaluation import read_evaluation
+    from alpamayo_dflash.report.page.libraries import check_libraries
     from alpamayo_dflash.standins.config import world_figures_path
 
+    check_libraries()
     started = time.time()
     torch.set_num_threads(config.threads)
     console = Console(file=sys.stderr)
@@ -277,9 +279,10 @@ def _summary(plan: Stages, figures: dict[str, float]) -> dict[str, Any]:
 
 def _report(config: DemoConfig, summary: dict[str, Any]) -> dict[str, Any]:
     """Write the report and return what the command prints."""
+    from alpamayo_dflash.report.page.runs import read_runs
     from alpamayo_dflash.report.run import write_report
 
-    written = write_report(summary, config.out / "report")
+    written = write_report(read_runs([config.out]), config.out / "report")
     hidden = ("clip_rows", "head", "provenance")
     plain = {name: value for name, value in summary.items() if name not in hidden}
     return plain | {"summary": str(config.out / "summary.json"), "report": written["report"]}

@@ -105,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if tables is not None:
             _show(_load(tables)(result))
+        if "report" in result:
+            print(f"alpamayo-dflash {name}: the page is {result['report']}", file=sys.stderr)
         print(json.dumps(to_plain(result), allow_nan=False), flush=True)
     except BrokenPipeError:
         # Whoever read has gone; Python would write the rest once more on its way out.

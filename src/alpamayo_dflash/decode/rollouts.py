@@ -125,7 +125,7 @@ class Rollouts:
         cache = self._verifier.cache
         known = min(cache.recorded_context, cache.prompt_length)
         with current(self.target.device):
-            return _score(self._verifier, self._prefilled, responses, known)
+            return _score(self._verifier, self._prefilled, responses, known, graph=True)
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,14 @@ def teacher_forced_all(
 
 
 def _score(
-    verifier: Verifier, prefilled: Prefilled, responses: Sequence[Sequence[int]], prompt_states: int
+    verifier: Verifier,
+    prefilled: Prefilled,
+    responses: Sequence[Sequence[int]],
+    prompt_states: int,
+    *,
+    graph: bool = False,
 ) -> list[TeacherForced]:
-    forced = verifier.force(prefilled, responses)
+    forced = verifier.force(prefilled, responses, graph=graph)
     states_TF, context = verifier.cache.recorded, verifier.cache.recorded_context
     layers, device = len(verifier.recorded), verifier.target.device
     with torch.no_grad():

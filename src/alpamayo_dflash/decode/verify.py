@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.common.machine import Stopwatch, current, device_index
+from alpamayo_dflash.common.graphs import CapturedCall, Recent
+from alpamayo_dflash.common.machine import Stopwatch, current, device_index, uploaded
 from alpamayo_dflash.decode.cache import ROOT, Cache
-from alpamayo_dflash.decode.forward import text_model
+from alpamayo_dflash.decode.forward import FusedModel, text_model
 from alpamayo_dflash.decode.prompt_pass import PromptPass
 from alpamayo_dflash.decode.tree import Tree
 from alpamayo_dflash.decode.vision import VisionReader
@@ -28,6 +30,10 @@ from alpamayo_dflash.target.prompt import Prompt, check_history
 from alpamayo_dflash.target.qwen3 import AfterLayer
 from alpamayo_dflash.target.vision import VisionFeatures
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
+
+_FORCED_KEPT = 4
+"""Graphs of `force` that are kept for their numbers of rows to come again."""
+_ROWS_MULTIPLE, _MANY_ROWS, _MANY_MULTIPLE = 16, 128, 64
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,8 @@ class Verifier:
         self._model = text_model(target, self.cache)
         self.vision = VisionReader(target, reuse_bytes=vision_reuse_bytes)
         self._read = PromptPass(target, self.cache, self._model, self.taps, recorded=self.recorded)
+        self.forced: Recent[tuple[int, int], _ForcedRows] = Recent(_FORCED_KEPT)
+        self._forced_generation = 0
         self._reading = object()
         self._begun = False
 
@@ -238,6 +246,7 @@ class Verifier:
         step: int | None = None,
         width: int | None = None,
         rejected: int = 0,
+        graph: bool = False,
     ) -> ForcedTexts:
         """Run given texts after a prompt, and record; equal beginnings are computed once.
 
@@ -247,17 +256,26 @@ class Verifier:
             step: how many rows run together; left out, all.
             width: as in `rows`.
             rejected: so many rows of rejected proposals lie in the tail before the texts'.
+            graph: replay captured passes, for which rows are padded to `bucket_of_rows` or the verifier's
+                `row_width`; where nothing can be captured (on a CPU, in the plain form) it changes nothing.
+                Not with `step`, `width` or `rejected`, which ask for passes of another shape.
 
         Raises:
             ValueError: another prompt has been read since.
         """
-        self.begin(prefilled, rejected + max(1, sum(map(len, texts))))
+        assert not graph or (step, width, rejected) == (None, None, 0)
+        graph, count = graph and self._can_capture, rejected + max(1, sum(map(len, texts)))
+        self.begin(prefilled, bucket_of_rows(count) if graph else count)
         if rejected:
             self.rows(Tree(self.cache.tail).add_chain([0] * rejected, ROOT), logits=False, width=width)
         tree = Tree(self.cache.tail)
         paths = [tree.add_chain(text, ROOT) for text in texts]
         slots, step = tree.slots, step or max(1, len(tree.slots))
-        parts = [self.rows(slots[i : i + step], width=width, record=True) for i in range(0, len(slots), step)]
+        if graph and slots:
+            parts = self._replayed(slots)
+        else:
+            steps = range(0, len(slots), step)
+            parts = [self.rows(slots[i : i + step], width=width, record=True) for i in steps]
         logits_RV = torch.cat(parts) if parts else prefilled.logits_V[None][:0]
         return ForcedTexts(paths, prefilled.logits_V, logits_RV, {slot: i for i, slot in enumerate(slots)})
 
@@ -290,11 +308,45 @@ class Verifier:
         normed = self._model.rows(tokens_R, slots_R, rotary, seen_RT, taps)
         return self._model.logits(normed) if logits else None
 
+    @property
+    def _can_capture(self) -> bool:
+        return self.target.device.type == "cuda" and isinstance(self._model, FusedModel)
+
+    def _replayed(self, slots: Sequence[int]) -> list[Tensor]:
+        """What `rows` gives of each pass, recorded, by graphs; the host waits for nothing."""
+        if self._forced_generation != self.cache.generation:
+            self.forced.clear()
+            self._forced_generation = self.cache.generation
+        width = self.row_width or bucket_of_rows(len(slots))
+        columns = bucket_of_rows(self.cache.tail.high_water)
+        device, parts = self.target.device, []
+        for start in range(0, len(slots), width):
+            of_pass = slots[start : start + width]
+            index_3R, seen_RT = (uploaded(each, device) for each in self._inputs(of_pass, width, columns))
+            with current(device):
+                made = self.forced.of((width, columns), partial(_ForcedRows, self, index_3R, seen_RT))
+                out_RV = made(index_3R, seen_RT)
+            # A copy: the next replay writes to the same tensor.
+            parts.append(out_RV[: len(of_pass), : self.target.vocab_size].to(torch.float32, copy=True))
+        return parts
+
     def _pass(self, slots: Sequence[int], width: int, logits: bool, record: bool) -> Tensor:
         target, tail = self.target, self.cache.tail
+        columns = tail.capacity if self.row_width else tail.high_water
+        index, seen = (each.to(target.device) for each in self._inputs(slots, width, columns))
+        out = self.run(index[0], index[1], index[2], seen, logits=logits, record=record)
+        if out is None:
+            return torch.zeros(0, target.vocab_size, dtype=torch.float32, device=target.device)
+        return out[: len(slots), : target.vocab_size].float()
+
+    def _inputs(self, slots: Sequence[int], width: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Of a pass on the host: tokens, positions and slots, int64 [3, R], and what is seen, [R, T].
+
+        Padding rows see the prompt alone and write to the slot after the tail.
+        """
+        tail = self.cache.tail
         assert self._begun, "begin() comes before rows()"
         padding = width - len(slots)
-        # Padding rows see the prompt alone and write to the slot after the tail.
         index = torch.tensor(
             [
                 [tail.tokens[slot] for slot in slots] + [0] * padding,
@@ -302,14 +354,10 @@ class Verifier:
                 [*slots, *([tail.capacity] * padding)],
             ],
             device="cpu",
-        ).to(target.device)
-        columns = tail.capacity if self.row_width else tail.high_water
+        )
         seen = torch.zeros(width, columns, dtype=torch.uint8, device="cpu")
         seen[: len(slots)] = torch.from_numpy(tail.visible(slots, columns))
-        out = self.run(index[0], index[1], index[2], seen.to(target.device), logits=logits, record=record)
-        if out is None:
-            return torch.zeros(0, target.vocab_size, dtype=torch.float32, device=target.device)
-        return out[: len(slots), : target.vocab_size].float()
+        return index, seen
 
     def _write(self, slots_R: Tensor, *, record: bool) -> AfterLayer:
         """A hook that writes the tapped layers' outputs to the cache, and those that are recorded."""
@@ -326,3 +374,37 @@ class Verifier:
             return hidden
 
         return after_layer
+
+
+def bucket_of_rows(count: int) -> int:
+    """The rows of the captured pass that so many run in."""
+    multiple = _ROWS_MULTIPLE if count <= _MANY_ROWS else _MANY_MULTIPLE
+    return -(-count // multiple) * multiple
+
+
+class _ForcedRows:
+    """The tensors of a recorded pass with logits, and the graph over them.
+
+    Args:
+        verifier: runs it.
+        index_3R: the first pass's own: making the graph runs it.
+        seen_RT: likewise.
+    """
+
+    def __init__(self, verifier: Verifier, index_3R: Tensor, seen_RT: Tensor) -> None:
+        self._index, self._seen = index_3R.clone(), seen_RT.clone()
+        self._out: Tensor | None = None
+
+        def launch() -> None:
+            tokens_R, positions_R, slots_R = self._index
+            self._out = verifier.run(tokens_R, positions_R, slots_R, self._seen, record=True)
+
+        self._captured = CapturedCall(launch)
+
+    def __call__(self, index_3R: Tensor, seen_RT: Tensor) -> Tensor:
+        """Run the pass: [R, V or more], overwritten by the next."""
+        self._index.copy_(index_3R)
+        self._seen.copy_(seen_RT)
+        self._captured.replay()
+        assert self._out is not None
+        return self._out

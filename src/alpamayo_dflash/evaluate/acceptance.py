@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from alpamayo_dflash.common.bootstrap import PERCENTILES, drawn_clips
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.target.prompt import Prompt
 
-RESAMPLES = 10_000
 COMPARED = ("prototype", "dflash")
 """Recipes that a study's others are compared with."""
 PEERS = {
@@ -113,9 +113,9 @@ def length_ratio(one: ClipCounts, other: ClipCounts, *, seed: int = 0) -> tuple[
     """
     if len(one.tokens) != len(other.tokens):
         raise ValueError(f"{len(one.tokens)} clips beside {len(other.tokens)}; they must be the same clips")
-    drawn = np.random.default_rng(seed).integers(len(one.tokens), size=(RESAMPLES, len(one.tokens)))
+    drawn = drawn_clips(len(one.tokens), seed)
     ratios = _lengths(one, drawn) / _lengths(other, drawn)
-    low, high = np.percentile(ratios, (2.5, 97.5))
+    low, high = np.percentile(ratios, PERCENTILES)
     return one.length / other.length, float(low), float(high)
 
 

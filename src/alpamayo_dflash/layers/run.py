@@ -27,7 +27,8 @@ from alpamayo_dflash.layers.aggregate import aggregate, read_scores, scores_path
 from alpamayo_dflash.layers.choice import CHOICE_FILE
 from alpamayo_dflash.layers.config import LayersConfig
 from alpamayo_dflash.layers.score import Scores, score_response
-from alpamayo_dflash.report.plots import plot_scores
+from alpamayo_dflash.report.page.libraries import check_libraries
+from alpamayo_dflash.report.page.plots import plot_scores
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 from alpamayo_dflash.target.quantised import fp8_formats
 
@@ -42,8 +43,10 @@ def run(config: LayersConfig) -> dict[str, Any]:
         already; after aggregation `target_layers` with the reasons and the files written.
 
     Raises:
-        ValueError: bad input; the message names it.
+        ValueError: bad input, or a library of the plot is missing; the message names it.
     """
+    if config.plot:
+        check_libraries()
     if config.aggregate:
         return _aggregated(config, config.world_size)
     rank, world_size = share_of(config.rank, config.world_size)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -173,7 +173,7 @@ def _check(trace: dict[str, Any]) -> None:
     samples = len(trace["coc"])
     for name in ("first_tokens", "rounds", "predicted_xy"):
         _same(len(trace[name]), samples, f"{name} has {{}} samples; coc has {{}}")
-    check_range(0, _MOST, temperature=trace["temperature"])
+    check_range(0, _MOST, temperature=trace["temperature"], top_p=trace["top_p"], step_s=trace["step_s"])
     _same(_check_places(trace["first"], "first"), samples, "first has {} places; coc has {} samples")
     _check_pieces(trace, [trace["first_tokens"], *trace["first"]["ids"]], "first")
     for each in (round_ for sample in trace["rounds"] for round_ in sample):
@@ -184,17 +184,32 @@ def _check(trace: dict[str, Any]) -> None:
         check_range(0, _MOST, start_ms=bar["start_ms"], end_ms=bar["end_ms"])
     for frame in trace["frames"]:
         file_name(frame["file"], "frames.file")
+        check_range(0, _MOST, **{"frames.index": frame["index"]})
     paths = (trace["history_xy"], trace["future_xy"] or [], *trace["predicted_xy"])
     for point in (point for path in paths for point in path):
         check_range(-_MOST, _MOST, x=point[0], y=point[1])
 
 
-def _check_round(each: dict[str, Any]) -> None:
+def check_round_row(each: Mapping[str, Any]) -> None:
+    """A round's counts and indices agree with each other.
+
+    Raises:
+        ValueError: they do not; the message names the key.
+    """
     proposed, emitted = len(each["proposed"]), len(each["emitted"])
     for name in ("parents", "sources"):
         _same(len(each[name]), proposed, f"rounds: {name} has {{}} tokens; proposed has {{}}")
-    for name in ("origins", "at"):
-        _same(len(each[name]), emitted, f"rounds: {name} has {{}} tokens; emitted has {{}}")
+    _same(len(each["origins"]), emitted, "rounds: origins has {} tokens; emitted has {}")
+    for node, parent in enumerate(each["parents"]):
+        check_range(-1, node - 1, **{"rounds: parents": parent})
+    for index in each["taken"]:
+        check_range(0, proposed - 1, **{"rounds: taken": index})
+
+
+def _check_round(each: dict[str, Any]) -> None:
+    check_round_row(each)
+    proposed, emitted = len(each["proposed"]), len(each["emitted"])
+    _same(len(each["at"]), emitted, "rounds: at has {} tokens; emitted has {}")
     places = _check_places(each["target"], "rounds: target")
     _check_places(each["draft"], "rounds: draft")
     if places <= proposed:
@@ -202,11 +217,8 @@ def _check_round(each: dict[str, Any]) -> None:
             f"rounds: target has {places} places; it must have one after the anchor and after each of "
             f"{proposed} proposed tokens"
         )
-    for node, parent in enumerate(each["parents"]):
-        check_range(-1, node - 1, **{"rounds: parents": parent})
-    for name, count in (("taken", proposed), ("at", places)):
-        for index in each[name]:
-            check_range(0, count - 1, **{f"rounds: {name}": index})
+    for index in each["at"]:
+        check_range(0, places - 1, **{"rounds: at": index})
 
 
 def _check_places(places: dict[str, Any], where: str) -> int:

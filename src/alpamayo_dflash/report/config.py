@@ -12,15 +12,30 @@ from alpamayo_dflash.common.options import check_above_zero, check_at_least, che
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Make tables, plots and a self-contained page from an evaluation's JSON; of a window's, table and bars.
+    """Make one self-contained page of a run, or of several side by side, with tables and plots beside it.
 
     Attributes:
-        evaluation: evaluation.json of `evaluate`, summary.json of `demo`, or the results of `bench --window`.
-        out: folder of report.html, report.md and the plots; the JSON file's own folder where left out.
+        runs: of each run the folder of a demo or an evaluation, or a summary.json, an evaluation.json or the
+            results of `bench --window`; others are compared with the first.
+        evaluation: one more run, before the others; the older way to name one.
+        out: folder of report.html, report.md, plots; where left out `report` in the first run's folder.
+        plots: also draw every chart as PNG and SVG, for light and for dark pages.
     """
 
-    evaluation: Path
+    runs: Positional[tuple[Path, ...]] = ()
+    evaluation: Path | None = None
     out: Path | None = None
+    plots: bool = True
+
+    def __post_init__(self) -> None:
+        """Check that there is a run."""
+        if not self.paths:
+            raise ValueError("no run is given; name a demo's or an evaluation's folder, or its JSON file")
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The runs, in order."""
+        return (*(() if self.evaluation is None else (self.evaluation,)), *self.runs)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from alpamayo_dflash.common.artefacts import read_json
-from alpamayo_dflash.common.fields import checked, naming
+from alpamayo_dflash.common.fields import checked, is_number, naming
 from alpamayo_dflash.common.options import check_range
+from alpamayo_dflash.report.clip_trace import RoundRow, check_round_row
 from alpamayo_dflash.report.tables import ARM_NAMES, WINDOW_PARTS, WORLD_FIGURES
 
 _MOST = 1e15
@@ -101,11 +102,44 @@ class _Training(TypedDict):
 class _Times(TypedDict):
     tokens: int
     decode_ms: float
+    preprocess_ms: NotRequired[float | None]
+    vision_ms: NotRequired[float | None]
+    prompt_ms: NotRequired[float | None]
+    prefill_ms: NotRequired[float]
+    action_ms: NotRequired[float]
+    total_ms: NotRequired[float]
 
 
 class _Acceptance(TypedDict):
     tokens_after_first: int
     passes: int
+    drafted: NotRequired[int]
+    accepted: NotRequired[int]
+    draft_failures: NotRequired[int]
+
+
+class _Identity(TypedDict):
+    greedy: bool
+    sampled: bool
+    autoregressive_equals_transformers: bool
+    near_ties: NotRequired[int]
+    not_near_ties: NotRequired[int]
+
+
+class _Errors(TypedDict):
+    min_ade_m: float
+    constant_velocity_ade_m: float
+
+
+class _NamedRow(TypedDict):
+    manoeuvre: bool
+    cause: bool
+
+
+class _TraceRow(TypedDict):
+    bytes: int
+    ms: float
+    equal: bool
 
 
 class _Row(TypedDict):
@@ -113,6 +147,17 @@ class _Row(TypedDict):
     coc: list[str]
     arms: dict[str, _Times]
     acceptance: _Acceptance
+    identity: NotRequired[_Identity]
+    trajectory: NotRequired[_Errors]
+    named: NotRequired[_NamedRow]
+    parts_ms: NotRequired[dict[str, float]]
+    rounds: NotRequired[list[list[RoundRow]]]
+    trace: NotRequired[_TraceRow]
+
+
+class _Settings(TypedDict):
+    lossless_mode: NotRequired[bool]
+    sentence_end: NotRequired[str]
 
 
 class _Origin(TypedDict):
@@ -140,6 +185,8 @@ class Evaluation(TypedDict):
     arms: dict[str, _Arm]
     speedup: dict[str, Any] | None
     clip_rows: NotRequired[list[_Row]]
+    settings: NotRequired[_Settings | None]
+    draft_failures: NotRequired[int | None]
     trajectory: NotRequired[_Trajectory | None]
     coc_names: NotRequired[_Named | None]
     decode_parts: NotRequired[dict[str, _Part] | None]
@@ -162,12 +209,28 @@ class _Card(TypedDict):
     ours_1: dict[str, float]
 
 
+class _FloorRow(TypedDict):
+    what: str
+    arm: str
+    measured_ms: float
+    floor_ms: float
+    bound: str
+    over_floor: float
+
+
+class _Floors(TypedDict):
+    rows: list[_FloorRow]
+
+
 class WindowResults(TypedDict):
     """What is read of the results of `bench --window`."""
 
     parts: dict[str, dict[str, float]]
     gpu: NotRequired[_Gpu | None]
     cards: NotRequired[dict[str, _Card] | None]
+    floors: NotRequired[_Floors | None]
+    replayed: NotRequired[list[str] | None]
+    provenance: NotRequired[_Origin | None]
 
 
 def read_window(path: Path) -> dict[str, Any]:
@@ -220,6 +283,8 @@ def _check(result: dict[str, Any]) -> None:
         lacking = [name for name in WORLD_FIGURES if name not in (result.get(key) or {})]
         if lacking and result.get(key):
             raise ValueError(f"{key} lacks {', '.join(lacking)}")
+    for row in rows:
+        _check_row(row)
     for each in (result.get("audit") or {}).get("differences", []):
         if each["kind"] == "token" and not {"stored", "own"} <= each.keys():
             raise ValueError("audit.differences: one of kind 'token' lacks stored or own")
@@ -228,6 +293,26 @@ def _check(result: dict[str, Any]) -> None:
             if name != "quartiles":
                 checked(value, float | None, f"speedup.{name}")
     _check_sizes(result, "")
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    """A clip's numbers can be shown, and its rounds agree with themselves."""
+    where = f"clip {row['clip_id']!r:.80}"
+    counted = ("tokens_after_first", "passes", "drafted", "accepted", "draft_failures")
+    for name in counted:
+        check_range(0, _MOST, **{f"{where}: {name}": row["acceptance"].get(name)})
+    for arm, times in row["arms"].items():
+        for name, value in times.items():
+            if is_number(value):
+                check_range(0, _MOST, **{f"{where}: {arm}.{name}": value})
+    for group in ("trajectory", "parts_ms"):
+        for name, value in row.get(group, {}).items():
+            if is_number(value):
+                check_range(0, _MOST, **{f"{where}: {group}.{name[:80]}": value})
+    with naming(where):
+        for each in (round_ for sample in row.get("rounds", []) for round_ in sample):
+            check_round_row(each)
+            check_range(0, _MOST, position=each["position"])
 
 
 def _check_sizes(value: Any, place: str) -> None:

@@ -1,97 +1,94 @@
-"""The stage: tables, plots and a page from an evaluation's or a window's JSON object, and nothing else."""
+"""The stage: the page of a run or of several, its tables as Markdown and its charts as pictures."""
 
 from __future__ import annotations
 
-import base64
-import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alpamayo_dflash.common.artefacts import read_json, write_text
+from alpamayo_dflash.common.artefacts import write_text
 from alpamayo_dflash.report.config import ReportConfig
-from alpamayo_dflash.report.evaluation import read_evaluation, read_window
-from alpamayo_dflash.report.plots import all_plots, plot_window
-from alpamayo_dflash.report.tables import Table, all_tables, sources, window
+from alpamayo_dflash.report.page.libraries import check_libraries
+from alpamayo_dflash.report.page.runs import Run, read_runs
+from alpamayo_dflash.report.page.sections import Section
+from alpamayo_dflash.report.tables import Table, window
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 0.5rem 0 1.5rem; }
-th, td { padding: 0.2rem 0.8rem; border-bottom: 1px solid #ccc; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; }
-code { overflow-wrap: anywhere; }
-"""
+_SHOWN = "-light.png"
+"""Of a chart's four pictures the one that Markdown shows."""
 
 
 def run(config: ReportConfig) -> dict[str, Any]:
-    """Write report.html (self-contained), report.md and the plots; of a window window.md and window.png.
+    """Write report.html (self-contained), report.md and the plots.
 
     Raises:
-        ValueError: the file is missing or is neither's JSON object.
+        ValueError: a run is missing or damaged, or a library of the page is missing.
     """
-    folder = config.out or config.evaluation.parent
-    if "parts" in read_json(config.evaluation):
-        return write_window(read_window(config.evaluation), folder)
-    return write_report(read_evaluation(config.evaluation), folder)
+    check_libraries()
+    runs = read_runs(config.paths)
+    folder = config.out or runs[0].path.parent / "report"
+    return write_report(runs, folder, plots=config.plots)
 
 
-def write_window(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the table and the bars of a window's JSON object into a folder; returns the paths."""
-    table, bars, text = window(result), folder / "window.png", folder / "window.md"
+def write_report(runs: Sequence[Run], folder: Path, *, plots: bool = True) -> dict[str, Any]:
+    """Write the page of runs, its Markdown and its plots into a folder; of a window window.md and window.png.
+
+    Returns:
+        `report`, `markdown` and the folder `plots`, null where none were asked for; how many `runs` and
+        `clips` are on the page; of a window the paths `window` and `window_plot`.
+    """
+    from alpamayo_dflash.report.page.page import sections_of, write
+    from alpamayo_dflash.report.page.plots import write_plots
+
+    sections, page, text = sections_of(runs), folder / "report.html", folder / "report.md"
+    figures = [figure for section in sections for figure in section.figures]
+    pictures = write_plots(figures, folder / "plots") if plots else []
+    write(runs, sections, page)
+    write_text(text, _markdown(sections, [path for path in pictures if path.name.endswith(_SHOWN)], folder))
+    benches = [each for each in runs if each.bench is not None]
+    windows = write_window(benches[0], folder) if benches and plots else {}
+    return {
+        "report": str(page),
+        "markdown": str(text),
+        "plots": str(folder / "plots") if plots else None,
+        "runs": len(runs),
+        "clips": sum(len(each.rows) for each in runs),
+        **windows,
+    }
+
+
+def write_window(bench: Run, folder: Path) -> dict[str, Any]:
+    """Write the table of a window's parts beside other cards', and its bars; returns the paths."""
+    from alpamayo_dflash.report.page.charts import time_figures
+    from alpamayo_dflash.report.page.plots import drawn, write_png
+
+    assert bench.bench is not None, "the results of bench --window"
+    table, bars, text = window(bench.bench), folder / "window.png", folder / "window.md"
     assert table is not None, "there are parts"
-    plot_window(result, bars)
+    write_png(drawn(time_figures([bench])[:1], "both"), bars)
     write_text(text, f"# {table.title}\n\n{table.markdown()}\n![{table.title}]({bars.name})\n")
-    return {"markdown": str(text), "plots": [str(bars)]}
+    return {"window": str(text), "window_plot": str(bars)}
 
 
-def write_report(result: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the report of an evaluation's JSON object into a folder; returns the paths."""
-    tables = [*all_tables(result), sources(result)]
-    plots = all_plots(result, folder / "plots")
-    page, text = folder / "report.html", folder / "report.md"
-    write_text(page, _page(result, tables, plots))
-    write_text(text, _markdown(tables, plots, folder))
-    return {"report": str(page), "markdown": str(text), "plots": [str(path) for path in plots]}
+def _markdown(sections: Sequence[Section], pictures: Sequence[Path], folder: Path) -> str:
+    """What the page says, as Markdown: its findings, its tables and its plots."""
+    parts = []
+    for section in sections:
+        parts.append(f"## {section.title}\n")
+        parts += [f"- {each.word} {_line(each.text)}" for each in section.findings]
+        parts += [""] if section.findings else []
+        tables = [*(each.table for each in section.findings if each.table), *section.tables]
+        parts += [_table(table.as_text()) for table in tables]
+        names = {figure.name for figure in section.figures}
+        for path in pictures:
+            if path.name.removesuffix(_SHOWN) in names:
+                parts.append(f"![{path.stem}]({path.relative_to(folder).as_posix()})\n")
+    return "\n".join(["# Report\n", *parts])
 
 
-def _markdown(tables: Sequence[Table], plots: Sequence[Path], folder: Path) -> str:
-    sections = [f"## {table.title}\n\n{table.markdown()}" for table in tables]
-    images = [f"![{path.stem}]({path.relative_to(folder).as_posix()})\n" for path in plots]
-    return "\n".join(["# Evaluation\n", *sections, *images])
+def _table(table: Table) -> str:
+    return f"### {_line(table.title)}\n\n{table.markdown()}"
 
 
-def _page(result: Mapping[str, Any], tables: Sequence[Table], plots: Sequence[Path]) -> str:
-    images = "\n".join(_inline(path) for path in plots)
-    body = "".join(table.html() for table in tables)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Evaluation</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>Evaluation</h1>\n{body}\n{images}\n"
-        f"{_examples(result)}\n{_origin(result)}\n</body>\n</html>\n"
-    )
-
-
-def _inline(plot: Path) -> str:
-    """A plot as HTML that holds the picture itself."""
-    data = base64.b64encode(plot.read_bytes()).decode()
-    return f'<p><img alt="{plot.stem}" src="data:image/png;base64,{data}"></p>'
-
-
-def _examples(result: Mapping[str, Any]) -> str:
-    """The first clips' CoCs."""
-    rows = result.get("clip_rows", [])[:10]
-    items = "\n".join(f"<li>{html.escape(row['coc'][0])}</li>" for row in rows if row["coc"])
-    return f"<h2>First CoCs</h2>\n<ul>\n{items}\n</ul>" if items else ""
-
-
-def _origin(result: Mapping[str, Any]) -> str:
-    """Where the numbers come from, from the artefact's provenance."""
-    origin = result.get("provenance")
-    if not origin:
-        return ""
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
-    return (
-        f"<h2>Where it comes from</h2>\n<p>{html.escape(origin['device'])}; {html.escape(versions)}; "
-        f"revision {html.escape(str(origin['revision']))}; {html.escape(origin['created'])}.<br>"
-        f"<code>{html.escape(origin['command'])}</code></p>"
-    )
+def _line(text: str) -> str:
+    """Text of others as a line of Markdown that begins nothing of its own."""
+    return text.replace("<", "&lt;").replace("\n", " ")

@@ -1,8 +1,7 @@
-"""The report's tables: made once from the JSON object, shown by rich, in Markdown or in HTML."""
+"""The report's tables: made once from the JSON object, shown by rich or in Markdown."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,19 +43,10 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
-        """The table in Markdown, title not included."""
+        """The table in Markdown, title not included; signs that mean something there stand as text."""
         rule = "|---|" + "---:|" * (len(self.header) - 1)
-        lines = ["| " + " | ".join(cells) + " |" for cells in (self.header, *self.rows)]
+        lines = ["| " + " | ".join(map(_plain, cells)) + " |" for cells in (self.header, *self.rows)]
         return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
-
-    def html(self) -> str:
-        """The table in HTML, title included."""
-
-        def line(tag: str, cells: tuple[str, ...]) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-        body = "\n".join(line("td", cells) for cells in self.rows)
-        return f"<h2>{html.escape(self.title)}</h2>\n<table>\n{line('th', self.header)}\n{body}\n</table>\n"
 
     def rich(self) -> RichTable:
         """The table for a console."""
@@ -296,17 +286,6 @@ def world(result: Mapping[str, Any]) -> Table | None:
     return Table("The synthetic world", ("figure", "shipped", "this run", "bounds"), tuple(rows))
 
 
-def sources(result: Mapping[str, Any]) -> Table:
-    """Who proposed the tokens after the first; older evaluations have not recorded it."""
-    found: Mapping[str, int] = result.get("sources") or {}
-    whole = sum(found.values())
-    rows = tuple(
-        (name, _number(count, 0), _share(count / whole if whole else None)) for name, count in found.items()
-    )
-    header = ("source", "tokens", "share")
-    return Table("Where tokens come from", header, rows or (("not recorded", "–", "–"),))
-
-
 def failures(result: Mapping[str, Any]) -> Table | None:
     """The clips that failed and why; None if there are none."""
     found = result["clips"]["failures"]
@@ -328,6 +307,10 @@ def audit(result: Mapping[str, Any]) -> Table | None:
     ]
     rows += [(each["clip_id"], "–", "–", f"not decoded again: {each['error']}") for each in found["failures"]]
     return Table("The audit failed", ("clip", "sample", "position", "what is wrong"), tuple(rows))
+
+
+def _plain(cell: str) -> str:
+    return cell.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
 
 
 def _wrong(difference: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from alpamayo_dflash.common.manoeuvres import manoeuvre_of
 from alpamayo_dflash.common.options import check_positive, generator_seed
 from alpamayo_dflash.world.facts import (
     EVENT_SHARES,
@@ -182,32 +183,6 @@ def vocabulary_texts(n: int, seed: int) -> list[str]:
     return [coc(facts[int(rng.integers(len(facts)))], rng, soften=0.6) for facts in choices]
 
 
-# The manoeuvre stands at the start of a text; the first pattern that matches there names it.
-_MANOEUVRES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), manoeuvre)
-    for pattern, manoeuvre in (
-        (r"(stop|slow|slow down|decelerate|brake|wait) (to|and) yield\b", "yield"),
-        (r"yield\b", "yield"),
-        (r"(come|slow|slow down|brake) to (a )?(stop|halt)\b", "stop"),
-        (r"slow down and (come to a )?stop\b", "stop"),
-        (r"(stop|halt|stay stopped|remain stopped)\b", "stop"),
-        (r"slow down to (follow|take) the (left|right)\b", "adapt speed"),
-        (r"(slow|decelerate|brake|reduce speed)\b", "slow down"),
-        (r"(adapt|adjust) speed\b.{0,30}\b(distance|gap|headway)\b", "keep distance"),
-        (r"(adapt|adjust) speed\b", "adapt speed"),
-        (r"(keep|maintain|hold) (a )?(safe )?(following )?(distance|gap|headway)\b", "keep distance"),
-        (r"follow the\b", "keep distance"),
-        (r"(keep|maintain|hold) speed\b", "keep speed"),
-        (r"(keep|maintain|hold) (our |the )?lane\b", "keep lane"),
-        (r"continue (straight|driving)\b", "keep lane"),
-        (r"(accelerate|speed up)\b", "accelerate"),
-    )
-)
-_SIDED_MANOEUVRES: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"nudge (?:to the )?(left|right)\b"), "nudge"),
-    (re.compile(r"(?:change lanes?|lane change|move) (?:to the )?(left|right)\b"), "change lane"),
-)
-
 _VEHICLE = "(?:vehicle|" + "|".join(VEHICLES) + ")"
 # The cause is the first thing named that can be one; ties go to the earlier pattern.
 _CAUSES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -247,17 +222,7 @@ def read(text: str) -> tuple[str, str]:
     Returns:
         Manoeuvre and cause; "" for one that is not recognised.
     """
-    lowered = " ".join(text.lower().split())
-    return _read_manoeuvre(lowered), _read_cause(lowered)
-
-
-def _read_manoeuvre(text: str) -> str:
-    """The manoeuvre that a lower-case text starts with."""
-    for pattern, name in _SIDED_MANOEUVRES:
-        match = pattern.match(text)
-        if match:
-            return f"{name} {match[1]}"
-    return next((name for pattern, name in _MANOEUVRES if pattern.match(text)), "")
+    return manoeuvre_of(text), _read_cause(" ".join(text.lower().split()))
 
 
 def _read_cause(text: str) -> str:
