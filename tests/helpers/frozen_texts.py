@@ -2,7 +2,8 @@
 
 Losslessness compares two loops of one revision, so a slip in both would go unseen. The file was made once, by
 the revision that it names. To make it again, which only a new tiny target or another noise justifies:
-`python tests/helpers/frozen_texts.py tests/data/texts_tiny.json REVISION`.
+`python tests/helpers/frozen_texts.py tests/data/texts_tiny.json REVISION`; for those of the FP8 target, of
+fewer clips: `python tests/helpers/frozen_texts.py tests/data/texts_tiny_fp8.json REVISION fp8`.
 """
 
 import json
@@ -17,7 +18,8 @@ from alpamayo_dflash.standins.validate import held_out
 from alpamayo_dflash.target.alpamayo import Alpamayo
 
 FILE = Path(__file__).parents[1] / "data" / "texts_tiny.json"
-CLIPS = 40
+FP8_FILE = FILE.with_name("texts_tiny_fp8.json")
+CLIPS, FP8_CLIPS = 40, 3
 WORLD_SEED = 9
 REQUESTS = {
     "greedy": {"temperature": 0.0, "num_traj_samples": 1, "seed": 0},
@@ -25,14 +27,15 @@ REQUESTS = {
 }
 
 
-def tiny_target():
-    """The shipped target in float32 on the CPU."""
-    return Alpamayo.from_pretrained("tiny", dtype="float32", device="cpu")
+def tiny_target(weights="checkpoint"):
+    """The shipped target in float32 on the CPU, its parts in one format."""
+    parts = dict.fromkeys(("weights", "expert_weights", "vision_weights"), weights)
+    return Alpamayo.from_pretrained("tiny", dtype="float32", device="cpu", **parts)
 
 
-def windows():
+def windows(count=CLIPS):
     """The held-out clips."""
-    return [window for window, _ in held_out(CLIPS, seed=WORLD_SEED)]
+    return [window for window, _ in held_out(count, seed=WORLD_SEED)]
 
 
 def generate(decoder, window, **options):
@@ -60,14 +63,15 @@ def clip_of(window, decoders):
     return clip
 
 
-def main(path, revision):
+def main(path, revision, weights="checkpoint"):
     """Write the file."""
     torch.set_num_threads(1)
-    target = tiny_target()
+    target = tiny_target(weights)
     decoders = {
         loop: SpeculativeDecoder(target, config=DecodeConfig(loop=loop)) for loop in ("host", "device")
     }
-    clips = [clip_of(window, decoders) for window in windows()]
+    count = CLIPS if weights == "checkpoint" else FP8_CLIPS
+    clips = [clip_of(window, decoders) for window in windows(count)]
     whole = {"revision": revision, "world_seed": WORLD_SEED, "requests": REQUESTS, "clips": clips}
     Path(path).write_text(json.dumps(whole, separators=(",", ":")) + "\n")
 

@@ -57,6 +57,7 @@ EXCLUDED = {
     ("commands.md", "alpamayo-dflash bench-distill"): "test_bench_distill.py, on clips that are there",
     ("commands.md", "alpamayo-dflash bench --target"): "runs in alpamayo.md",
     ("commands.md", "alpamayo-dflash bench --train"): "test_bench_train.py",
+    ("commands.md", "alpamayo-dflash compare-weights"): "runs in fp8.md",
     ("commands.md", "alpamayo-dflash study"): "takes hours; a small one is in test_study.py",
     ("commands.md", "alpamayo-dflash demo"): "runs in README.md, as make demo",
 }
@@ -83,6 +84,7 @@ SUBSTITUTIONS = {
         "--size r1-10b": "--size small",
         "bench --out": f"bench {_SMALL_BENCH} --out",
     },
+    "fp8.md": {"--num-chunks 4 --clips-per-chunk 50": "--num-chunks 1 --clips-per-chunk 1 --workers 1"},
     "commands.md": {
         "--out DIR": "--out random",
         "--target DIR": "--target random",
@@ -294,7 +296,14 @@ def test_the_guide(run_page: Callable[[str], Page]) -> None:
 
 def test_the_commands(run_page: Callable[[str], Page]) -> None:
     page = run_page("commands.md")
-    assert page.ran == {"write-random-target": 1, "measure-target": 1, "bench": 1}
+    assert page.ran == {"write-random-target": 1, "measure-target": 1, "bench": 1, "convert": 1}
+
+
+def test_fp8(run_page: Callable[[str], Page]) -> None:
+    page = run_page("fp8.md")
+    chain = ("convert", "world", "compare-weights", "python")
+    assert page.ran == dict.fromkeys(chain, 1)
+    assert page.names["target"].weight_formats["vision"] == "fp8"
 
 
 @pytest.mark.parametrize(
@@ -306,7 +315,7 @@ def test_the_other_pages(run_page: Callable[[str], Page], name: str) -> None:
 
 def test_every_page_is_run() -> None:
     other = {"architecture.md", "page.md", "performance.md", "reliability.md", "training.md"}
-    run = {"README.md", "alpamayo.md", "commands.md", *other}
+    run = {"README.md", "alpamayo.md", "commands.md", "fp8.md", *other}
     assert {path.name for path in PAGES} == run
     assert {*(page for page, _ in EXCLUDED), *SUBSTITUTIONS} <= run
     assert all(reason for reason in EXCLUDED.values())

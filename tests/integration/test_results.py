@@ -9,6 +9,7 @@ from alpamayo_dflash.bench.cards import cards_of, read_cards
 from alpamayo_dflash.bench.figures import (
     distill_figures,
     figures,
+    format_figures,
     medians,
     spread,
     train_figures,
@@ -322,6 +323,17 @@ def test_the_training_benchs_figures_follow_from_its_times(path):
     shipped = read_json(path)
     assert shipped["figures"] == train_figures(shipped["raw"])
     assert shipped["spread"] == spread(shipped["raw"], train_figures)
+
+
+def test_the_ratios_of_fp8_follow_from_their_times():
+    shipped = read_json(RESULTS / "fp8_h200.json")
+    ratios = format_figures(shipped["raw"])
+    assert shipped["figures"] == ratios | {
+        name: value for name, value in shipped["figures"].items() if name.startswith("needed_gib")
+    }
+    assert shipped["spread"] == spread(shipped["raw"], format_figures)
+    assert shipped["lossless"]["equal"] == shipped["lossless"]["texts"] == 400
+    assert ratios["window_over_bf16"] < 1 and ratios["prompt_over_bf16"] <= 0.68
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*window_*.json")), ids=lambda path: path.stem)

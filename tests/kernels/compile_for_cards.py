@@ -10,12 +10,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alpamayo_dflash.kernels import attention, product, resize, waypoints
+from alpamayo_dflash.kernels import attention, fp8_triton, product, resize, waypoints
 
 HEADS, KV_HEADS, DIM = 32, 8, 128  # R1's
 EXPERT_HEADS = 16
 POINTERS = {"length_ptr": "*i64", "mask_ptr": "*u8", "top_ptr": "*fp32", "mass_ptr": "*fp32"}
 POINTERS |= {"texts_ptr": "*i32", "slots_ptr": "*i32"}
+POINTERS |= {"codes_ptr": "*u8", "scales_ptr": "*fp32"}
 POINTERS |= {"images_ptr": "*u8", "first_ptr": "*i32", "weights_ptr": "*i32", "resized_ptr": "*u8"}
 
 
@@ -84,6 +85,11 @@ def compile_for(capability, available):
         )
         print(capability, f"way-points' attention, {folded} folded rows, {fitted}", taken, sep="\t")
     compile_images_for(capability)
+    # Older cards' Triton has no conversion to e4m3: these would not compile with it.
+    constants = {"NATIVE": capability >= 89, "BLOCK": 4096}
+    for kernel in (fp8_triton.cast_rows_kernel, fp8_triton.cast_gated_kernel):
+        taken = shared(kernel, constants, warps=8, stages=3, capability=capability)
+        print(capability, kernel.fn.__name__, taken, sep="\t")
 
 
 def compile_images_for(capability):

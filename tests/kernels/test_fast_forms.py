@@ -14,8 +14,10 @@ from alpamayo_dflash.decode.forward import FusedModel
 from alpamayo_dflash.decode.observer import Recorder
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.draft.model import DFlashDraft
+from alpamayo_dflash.target.formats import TargetFormat
+from alpamayo_dflash.target.quantised import make_fp8
 from alpamayo_dflash.target.qwen3_fused import FusedDecoder
-from alpamayo_dflash.target.weights import share_storage
+from alpamayo_dflash.target.weights import FP8Product, share_storage
 
 attention = pytest.importorskip("alpamayo_dflash.kernels.attention")
 
@@ -121,6 +123,22 @@ def test_the_fused_model_writes_what_the_plain_one_writes(monkeypatch, tmp_path,
         torch.testing.assert_close(
             a.taps[: a.context_len + 1], b.taps[: a.context_len + 1], rtol=1e-4, atol=1e-4
         )
+
+
+def test_the_fused_model_in_fp8_writes_what_the_plain_one_writes(monkeypatch, tmp_path):
+    from random_target import random_prompt, random_target
+
+    target = random_target(tmp_path, push=1.5, sharpness=4.0)
+    make_fp8(target, TargetFormat(text="fp8"))
+    layers = FusedDecoder(target.text_layers, target.vlm.model.language_model.norm).layers
+    assert all(isinstance(layer.qkv, FP8Product) for layer in layers)
+    prompt, config = random_prompt(target, seed=3), DecodeConfig(loop="device")
+    options = {"max_new_tokens": 6, "trajectories": False, "num_traj_samples": 2}
+    expected = SpeculativeDecoder(target, None, config).generate(prompt, **options)
+    monkeypatch.setattr(verify_module, "text_model", FusedModel)
+    decoder = SpeculativeDecoder(target, None, config)
+    assert isinstance(decoder.verifier._model, FusedModel)
+    assert decoder.generate(prompt, **options).token_ids == expected.token_ids
 
 
 @pytest.mark.parametrize("context", [8, FULL_CONTEXT])

@@ -92,7 +92,7 @@ def test_a_run_writes_figures_that_follow_from_its_raw_timings(tmp_path, capsys)
     ("changes", "said"),
     [
         ({"target": "tiny"}, "target is 'tiny'; train takes random:r1-10b"),
-        ({"window": True}, "train and window are two benchmarks"),
+        ({"window": True}, "train, window and beside are benchmarks of their own"),
         ({"most_blocks": 63}, "most_blocks is 63"),
     ],
 )

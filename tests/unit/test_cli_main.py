@@ -31,6 +31,8 @@ SECTIONS = {
 
 REQUIRED = {
     "world": ["--out", "w"],
+    "compare-weights": ["--cache-dir", "c", "--weights", "fp8"],
+    "convert": ["--checkpoint", "tiny", "--out", "w", "--weights", "fp8"],
     "clips": ["--cache-dir", "c"],
     "tiny-train": [],
     "measure-tiny": [],

@@ -14,7 +14,7 @@ ORDER = (
     {"clips"},
     {"world", "target"},
     {"draft", "decode"},
-    {"standins", "layers"},
+    {"standins", "layers", "convert"},
     {"distill"},
     {"train", "phrases"},
     {"drive", "evaluate"},

@@ -6,6 +6,7 @@ from small_vision import small_vision
 from torch import nn
 from transformers_versions import image_features
 
+from alpamayo_dflash.target.fp8 import FP8Linear
 from alpamayo_dflash.target.vision import encode_images
 from alpamayo_dflash.target.vision_fused import misfit_vision, why_plain_vision
 
@@ -143,6 +144,13 @@ def test_towers_that_are_more_than_their_weights():
         handle.remove()
     tower.merger.act_fn = nn.SiLU()
     assert misfit_vision(tower, float32) == "visual.merger.act_fn is a SiLU"
+    for width, found in ((40, "an FP8Linear of 32 inputs and 40 outputs, no multiples of 16"), (48, None)):
+        in_fp8 = small_vision(intermediate_size=width).to(torch.bfloat16)
+        made = in_fp8.blocks[0].mlp.linear_fc1 = FP8Linear.in_place_of(in_fp8.blocks[0].mlp.linear_fc1)
+        assert "an FP8Linear whose bias is torch.float32" in misfit_vision(in_fp8, torch.bfloat16)
+        made.to(torch.bfloat16)
+        name = "visual.blocks.0.mlp.linear_fc1 is "
+        assert misfit_vision(in_fp8, torch.bfloat16) == (None if found is None else name + found)
     tower = small_vision()
     tower.blocks[2].attn.qkv.bias = None
     assert misfit_vision(tower, float32) == "visual.blocks.2.attn.qkv is a Linear without a bias"

@@ -15,6 +15,7 @@ from alpamayo_dflash.common.options import (
     whole_numbers,
 )
 from alpamayo_dflash.decode.config import Sampling
+from alpamayo_dflash.target.formats import TargetOptions
 
 CHUNK_WINDOWS = 4
 """Clips of a chunk of those that the benchmark of distillation writes."""
@@ -22,7 +23,7 @@ _LEAST_SIZE = 32
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(TargetOptions):
     """Measure the decoder's speed.
 
     Attributes:
@@ -45,6 +46,8 @@ class BenchConfig:
         coc_counts: CSV of CoC lengths (columns tokens, steps); empty leaves the table of lengths out.
         transformers: time transformers too.
         window: time whole windows instead, from camera frames to a trajectory, and their parts.
+        beside: time the target with what is asked for in FP8 beside the same target as its checkpoint holds
+            it, in turns, instead: parts and whole windows, memory, and losslessness at one row width.
         quick: with `window`: our windows and the floors alone, at most 12 texts and 40 windows, and a table
             beside the cards that were measured before.
         train: time steps of a draft's training instead, at the size of a `random:` target: with AdamW, with
@@ -76,6 +79,7 @@ class BenchConfig:
     coc_counts: str = ""
     transformers: bool = True
     window: bool = False
+    beside: bool = False
     quick: bool = False
     train: bool = False
     most_blocks: int = 32768
@@ -96,8 +100,15 @@ class BenchConfig:
         if self.quick and not self.window:
             raise ValueError("quick goes with window; the decoder's own benchmark has no quick form")
         check_at_least(64, most_blocks=self.most_blocks)
-        if self.train and self.window:
-            raise ValueError("train and window are two benchmarks; ask for one of them")
+        if self.target_format.fp8 and (self.transformers or self.train):
+            raise ValueError(
+                f"weights in fp8 ({', '.join(self.target_format.fp8)}) with transformers or train, which are "
+                "timed on the checkpoint's own weights; give --no-transformers, and no train"
+            )
+        if sum((self.train, self.window, self.beside)) > 1:
+            raise ValueError("train, window and beside are benchmarks of their own; ask for one of them")
+        if self.beside and not self.target_format.fp8:
+            raise ValueError("beside times a target in FP8; give --weights fp8, or the expert's or vision's")
         if self.train and not self.target.startswith("random:"):
             raise ValueError(
                 f"target is {self.target!r}; train takes random:r1-10b, random:medium or random:small, whose "
@@ -108,7 +119,7 @@ class BenchConfig:
     @property
     def text_tokens(self) -> int:
         """Tokens of the texts that are timed: the mean of real CoCs with its end, or a window's median."""
-        return self.window_tokens if self.window else self.coc_tokens
+        return self.window_tokens if self.window or self.beside else self.coc_tokens
 
     @property
     def row_counts(self) -> list[int]:
@@ -239,7 +250,7 @@ class BenchDistillConfig:
 
 
 @dataclass(frozen=True)
-class MeasureTargetConfig:
+class MeasureTargetConfig(TargetOptions):
     """Measure a target's loading and memory, and run one window of noise images to a trajectory.
 
     Attributes:

@@ -5,10 +5,13 @@ The cache behind a prompt is filled with random keys and values: they take the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from alpamayo_dflash.bench.clocks import event_ms, wall_ms
 from alpamayo_dflash.bench.config import BenchConfig
@@ -67,12 +70,9 @@ def _time(
     repeats: int,
 ) -> None:
     """Both forms with so many samples: steps alone (`expert_ms`), and from noise to trajectories."""
-    device, each = target.device, raw["text_tokens"]
-    paths = [list(range(each * sample, each * (sample + 1))) for sample in range(samples)]
-    offsets = [each] * samples
-    noise = torch.randn(samples, target.n_waypoints, 2, device=device)
-    past = torch.zeros(16, 3, device=device), torch.eye(3, device=device).repeat(16, 1, 1)
-    past[0][:, 0] = torch.arange(-15.0, 1.0, device=device)
+    device = target.device
+    paths, offsets = _texts(raw["text_tokens"], samples)
+    noise, past = _start(target, samples)
     prefix = cache.prefix(paths, offsets, 0)
 
     def plain() -> None:
@@ -89,6 +89,33 @@ def _time(
 
     raw["expert_call_ms"][f"fused_{samples}"] = wall_ms(fused, repeats, device)
     raw["expert_ms"][f"fused_{samples}"] = event_ms(lambda: fast.replay(samples), repeats, device)
+
+
+def expert_steps(target: Alpamayo, tokens: int, samples: int) -> Callable[[], object]:
+    """What runs the steps after texts of so many tokens: captured, or the plain form where that runs."""
+    cache = _filled(target)
+    paths, offsets = _texts(tokens, samples)
+    noise, past = _start(target, samples)
+    if why_plain_expert(target) is not None:
+        return partial(target.denoise, noise, cache.prefix(paths, offsets, 0))
+    fast = FusedExpert(target, cache)
+    fast(fast.start(noise, *past), SampleTexts(paths, [_PROMPT + offset for offset in offsets]))
+    return partial(fast.replay, samples)
+
+
+def _texts(tokens: int, samples: int) -> tuple[list[list[int]], list[int]]:
+    """Of each sample's text the slots and the count."""
+    paths = [list(range(tokens * sample, tokens * (sample + 1))) for sample in range(samples)]
+    return paths, [tokens] * samples
+
+
+def _start(target: Alpamayo, samples: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Noise, and a vehicle that drove straight on."""
+    device = target.device
+    positions = torch.zeros(16, 3, device=device)
+    positions[:, 0] = torch.arange(-15.0, 1.0, device=device)
+    turns = torch.eye(3, device=device).repeat(16, 1, 1)
+    return torch.randn(samples, target.n_waypoints, 2, device=device), (positions, turns)
 
 
 def expert_shape(target: Alpamayo) -> TextShape:

@@ -107,6 +107,23 @@ def window_figures(raw: Mapping[str, Any]) -> dict[str, float]:
     return {key: round(value, 4) for key, value in keys.items()}
 
 
+def format_figures(raw: Mapping[str, Any]) -> dict[str, float]:
+    """The ratios of `bench --beside`: the target in FP8 over the same in bfloat16. Medians.
+
+    Args:
+        raw: of `bench.formats`, each part by target, `fp8` and `checkpoint`.
+    """
+    parts = {key.removesuffix("_ms"): times for key, times in raw.items() if key.endswith("_ms")}
+    keys = {}
+    for part, times in parts.items():
+        if isinstance(times, Mapping) and isinstance(times.get("fp8"), list):
+            name = part.removesuffix("_1")
+            keys[f"{name}_over_bf16"] = statistics.median(times["fp8"]) / statistics.median(
+                times["checkpoint"]
+            )
+    return {key: round(value, 4) for key, value in keys.items()}
+
+
 def _whole_windows(raw: Mapping[str, Any]) -> dict[str, float]:
     median, times = statistics.median, raw.get("window_ms", {})
     if not times:

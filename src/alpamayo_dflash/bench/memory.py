@@ -22,8 +22,8 @@ from alpamayo_dflash.common.machine import Clock, GpuMemory, HostWatch, check_de
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.standins.untrained import noise_window
-from alpamayo_dflash.target.alpamayo import Alpamayo
-from alpamayo_dflash.target.checkpoint import checkpoint_folder, target_identity
+from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
+from alpamayo_dflash.target.checkpoint import checkpoint_folder
 from alpamayo_dflash.target.prompt import Prompt
 
 # What a GeForce card sold as 24 GB reports: 24,564 MiB.
@@ -52,7 +52,13 @@ def run(config: MeasureTargetConfig) -> dict[str, Any]:
         _forget(shards)
     with HostWatch() as host:
         start = clock.now_ms()
-        target = Alpamayo.from_pretrained(folder, device=device, dtype=config.dtype, local_files_only=True)
+        target, identity = open_target(
+            str(folder),
+            device=device,
+            dtype=config.dtype,
+            local_files_only=True,
+            format_=config.target_format,
+        )
         load_s = (clock.now_ms() - start) / 1e3
     weights = _weight_bytes(target)
     after_load, load_peak = gpu.allocated(), gpu.phase_peak()
@@ -86,7 +92,7 @@ def run(config: MeasureTargetConfig) -> dict[str, Any]:
         total = gib(torch.cuda.get_device_properties(device).total_memory)
         figures["gpu"] = describe_gpu(device) | {"total_gib": total} | memory
     figures["passed"] = passed(figures)
-    made = provenance(config, started, {"target": target_identity(folder, target.vlm_files).hash})
+    made = provenance(config, started, {"target": identity.hash})
     write_json(config.out, figures | {"provenance": made})
     return figures | {"out": str(config.out)}
 
@@ -185,6 +191,7 @@ def _run_figures(
     assert xyz is not None and rot is not None, "trajectories were asked for"
     return {
         "dtype": str(target.dtype).removeprefix("torch."),
+        "target_weights": target.weight_formats,
         "tensors": len(target.state_dict()),
         "vocab_size": target.vocab_size,
         "prompt_tokens": decoder.verifier.cache.prompt_length,

@@ -26,6 +26,10 @@ def run(config: BenchConfig) -> dict[str, Any]:
         from alpamayo_dflash.bench import window
 
         return window.run(config)
+    if config.beside:
+        from alpamayo_dflash.bench import formats
+
+        return formats.run(config)
     if config.train:
         from alpamayo_dflash.bench import train
 
@@ -42,6 +46,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
         "coc_lengths": coc_means(raw),
         "profile": profile(bench),
         "lossless": None,
+        "target_weights": bench.target.weight_formats,
     }
 
     def write() -> None:

@@ -28,6 +28,7 @@ from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
 from alpamayo_dflash.standins.untrained import noise_window, random_target
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.prompt import Prompt
+from alpamayo_dflash.target.quantised import make_fp8
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 _PUBLISHED_TAPS = (24, 30, 31, 32, 34)
@@ -233,8 +234,16 @@ def load(config: BenchConfig) -> Alpamayo:
     if kind == "random":
         shape: Any = size
         with tempfile.TemporaryDirectory() as folder:
-            return random_target(RandomCheckpointConfig(shape, config.seed, config.device), Path(folder))
-    return Alpamayo.from_pretrained(config.target, device=config.device)
+            target = random_target(RandomCheckpointConfig(shape, config.seed, config.device), Path(folder))
+        make_fp8(target, config.target_format)
+        return target
+    return Alpamayo.from_pretrained(
+        config.target,
+        device=config.device,
+        weights=config.weights,
+        expert_weights=config.expert_weights,
+        vision_weights=config.vision_weights,
+    )
 
 
 def coc_quantiles(path: Path) -> dict[str, int]:

@@ -38,7 +38,7 @@ def vision(target: Alpamayo, prompt: Prompt, repeats: int) -> dict[str, Any]:
         `none` keeps them and none has been seen before, `twelve` has seen three quarters of them.
         `vision_plain_because` says why the plain form runs, or is None.
     """
-    prompt = _ready(target, prompt)
+    prompt = ready(target, prompt)
     visual, reader, reason = target.vlm.model.visual, VisionReader(target), why_plain_vision(target)
     calls: dict[str, Callable[[], object]] = {
         "before": lambda: encode_images(visual, prompt.pixel_values, prompt.image_grid_thw, group=None),
@@ -54,7 +54,7 @@ def vision(target: Alpamayo, prompt: Prompt, repeats: int) -> dict[str, Any]:
     }
 
 
-def _ready(target: Alpamayo, prompt: Prompt) -> Prompt:
+def ready(target: Alpamayo, prompt: Prompt) -> Prompt:
     """The prompt with its pixels on the device, as the tower reads them, and its grids on the host."""
     pixels = uploaded(prompt.pixel_values, target.device).to(target.dtype)
     return replace(prompt, pixel_values=pixels, image_grid_thw=prompt.image_grid_thw.cpu())
@@ -128,7 +128,7 @@ def vision_plans(target: Alpamayo, prompt: Prompt, repeats: int) -> dict[str, An
         raise ValueError(f"plans are of the vision tower's fast form: {reason}")
     from alpamayo_dflash.kernels.vision import LIBRARY
 
-    prompt, times = _ready(target, prompt), dict[str, list[float]]()
+    prompt, times = ready(target, prompt), dict[str, list[float]]()
     plans: dict[str, VisionPlan] = {kind: VisionPlan(attention=kind) for kind in LIBRARY}
     for name, plan in plans.items():
         times |= _timed(name, target, prompt, plan, repeats=repeats)

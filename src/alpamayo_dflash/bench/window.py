@@ -75,6 +75,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
         "cards": read_cards(),
         "replayed": list(WINDOW_REPLAYED),
         "coc_lengths": [],
+        "target_weights": bench.target.weight_formats,
     }
     shown = found | {"gpu": gpu(bench.device)}
     kept = shown | {

@@ -39,6 +39,7 @@ COMMANDS = {
     "tiny-train": Command("standins.config:TinyTrainConfig", "standins.run:run"),
     "measure-tiny": Command("standins.config:MeasureTinyConfig", "standins.run:measure"),
     "measure-world": Command("evaluate.config:MeasureWorldConfig", "evaluate.hardness:run"),
+    "convert": Command("convert.config:ConvertConfig", "convert.run:run"),
     "layers": Command("layers.config:LayersConfig", "layers.run:run"),
     "distill": Command("distill.config:DistillConfig", "cli.distill:run"),
     "train": Command("train.config:TrainConfig", "cli.real_acceptance:train"),
@@ -47,6 +48,9 @@ COMMANDS = {
     ),
     "lossless": Command("evaluate.config:LosslessConfig", "evaluate.lossless:run"),
     "distribution": Command("evaluate.config:DistributionConfig", "evaluate.distribution:run"),
+    "compare-weights": Command(
+        "evaluate.config:CompareWeightsConfig", "evaluate.distance:run", tables="evaluate.distance:tables"
+    ),
     "verify": Command("evaluate.config:VerifyConfig", "evaluate.verify:run"),
     "write-random-target": Command("standins.config:WriteRandomTargetConfig", "standins.untrained:write"),
     "measure-target": Command("bench.config:MeasureTargetConfig", "bench.memory:run"),

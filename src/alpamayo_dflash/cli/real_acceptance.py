@@ -65,7 +65,11 @@ def open_evaluate(config: TrainConfig, request: RealRequest) -> Evaluate:
         "a smaller batch_size, or leave real_acceptance out",
     )
     target, _ = open_target(
-        config.run.target_model, device=device, dtype=dtype, local_files_only=config.run.local_files_only
+        config.run.target_model,
+        device=device,
+        dtype=dtype,
+        local_files_only=config.run.local_files_only,
+        format_=config.run.target_format,
     )
     prompts = [target.prompt(source.window(sample.clip_id, sample.t0_us)).to("cpu") for sample in chosen]
     clips = [_Clip(sample.clip_id, prompt) for sample, prompt in zip(chosen, prompts, strict=True)]

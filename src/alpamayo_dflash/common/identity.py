@@ -58,6 +58,20 @@ def identity_of(files: Mapping[str, Path], folder: Path) -> Fingerprint:
     return Fingerprint(digest.hexdigest(), functools.cache(lambda: folder_hash(folder)))
 
 
+def changed_identity(identity: Fingerprint, change: str) -> Fingerprint:
+    """The identity of what is made from a model as it is read.
+
+    Args:
+        identity: the model's.
+        change: what is made of it, in words that stay the same.
+    """
+
+    def changed(found: str) -> str:
+        return hashlib.sha256(f"{found}\0{change}\n".encode()).hexdigest()
+
+    return Fingerprint(changed(identity.hash), lambda: changed(identity.before()), identity.exact)
+
+
 def is_made_from(
     name: str, recorded: str, rule: Mapping[str, Any], identity: Fingerprint, where: Path
 ) -> bool:

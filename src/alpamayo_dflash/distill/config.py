@@ -10,6 +10,7 @@ from alpamayo_dflash.clips.config import DEFAULT_T0_US, MOTION_GAP_MS, FrameRule
 from alpamayo_dflash.common.options import check_positive, check_whole, parse_layers
 from alpamayo_dflash.common.ranks import share_of
 from alpamayo_dflash.decode.config import DecodeConfig, Sampled
+from alpamayo_dflash.target.formats import TargetOptions
 
 EXPECTED_TOKENS = 40
 """Tokens a response in the estimate of disk space: 99 in 100 real responses are shorter (R1: p99 36)."""
@@ -23,7 +24,7 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class DistillConfig(Sampled):
+class DistillConfig(Sampled, TargetOptions):
     """Let the target write on training clips; keep its token ids, tapped states and top-k logits.
 
     Attributes:

@@ -31,6 +31,7 @@ from alpamayo_dflash.distill.writer import ClipResult, RankWriter, Response
 from alpamayo_dflash.layers.choice import CHOICE_FILE, read_choice
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 from alpamayo_dflash.target.images import staged
+from alpamayo_dflash.target.quantised import fp8_formats
 
 _MOST_WAITING = 32
 """Windows whose responses may wait for the host, on the device: of R1's, each has some 10 MB."""
@@ -71,7 +72,11 @@ def run(config: DistillConfig, draft: WritingDraft | None = None) -> dict[str, A
     clip_ids = source.clip_ids(chunks)
     device, local = own_device(config.device), config.local_files_only
     target, identity = open_target(
-        config.model_path, dtype=config.target_dtype, device=device, local_files_only=local
+        config.model_path,
+        dtype=config.target_dtype,
+        device=device,
+        local_files_only=local,
+        format_=config.target_format,
     )
     parts = read_manifests(config.output_dir)
     settings = agreed(
@@ -185,6 +190,7 @@ def data_settings(
         "target_dtype": target_dtype,
         "dtype": config.dtype or target_dtype,
     }
+    settings |= fp8_formats(target)
     if draft is not None:
         settings["draft"] = draft.identity.hash
     if config.row_width is not None:

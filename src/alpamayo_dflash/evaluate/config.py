@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from alpamayo_dflash.clips.config import DEFAULT_T0_US, MOTION_GAP_MS, FrameRule
 from alpamayo_dflash.common.options import check_at_least, check_fraction, check_positive, check_whole
 from alpamayo_dflash.decode.config import DecodeConfig, Sampled, Sampling, SentenceEnd
+from alpamayo_dflash.target.formats import TargetOptions
 
 ARMS = ("transformers", "autoregressive", "dflash")
 """transformers' own `generate`; the project's autoregressive loop; the speculative loop with the draft."""
@@ -20,7 +21,7 @@ SAMPLED_TEMPERATURE = 0.6
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(Sampled):
+class EvaluateConfig(Sampled, TargetOptions):
     """Run the arms on the same clips: times, speed-ups, acceptance, losslessness and trajectory error.
 
     Attributes:
@@ -120,7 +121,7 @@ class EvaluateConfig(Sampled):
 
 
 @dataclass(frozen=True)
-class LosslessConfig(Sampled):
+class LosslessConfig(Sampled, TargetOptions):
     """Count the clips whose speculative output equals the autoregressive one, for trained and random drafts.
 
     Attributes:
@@ -162,7 +163,7 @@ class LosslessConfig(Sampled):
 
 
 @dataclass(frozen=True)
-class DistributionConfig(Sampled):
+class DistributionConfig(Sampled, TargetOptions):
     """Compare the frequencies of sampled tokens over many seeds with the target's own distribution.
 
     Attributes:
@@ -208,6 +209,73 @@ class DistributionConfig(Sampled):
 
 
 @dataclass(frozen=True)
+class CompareWeightsConfig(Sampled, TargetOptions):
+    """Measure how far a format of the weights is from the checkpoint: texts, what they name, trajectories.
+
+    The checkpoint's own weights at another row width stand beside it: what rounding alone does.
+
+    Attributes:
+        cache_dir: hub cache folder that holds the clips' dataset.
+        alpamayo_model: folder or hub id of the target, or tiny.
+        draft_models: folders of drafts whose acceptance is measured on both.
+        chunks: chunks to take clips from; all where it is left out.
+        num_samples: number of clips; all where it is left out.
+        t0_us: moment in the clip, microseconds.
+        max_tokens: limit of generated tokens.
+        temperature: of the sampled runs.
+        top_p: nucleus mass of the sampled runs.
+        num_traj_samples: samples (CoC and trajectory) of each clip's sampled run.
+        seed: of sampling and of the trajectory's noise.
+        row_width: rows of the passes of both formats.
+        other_row_width: rows of the passes of the checkpoint's second run.
+        prompt_capacity: the longest prompt that the loops' cache holds, tokens.
+        local_files_only: never ask the hub for the target's files.
+        out: the JSON file to write.
+        device: torch device.
+        dtype: of what is not in FP8; if left out float32 on a CPU, the checkpoint's own elsewhere.
+    """
+
+    cache_dir: Path
+    alpamayo_model: str = "tiny"
+    draft_models: tuple[Path, ...] = ()
+    chunks: str | None = None
+    num_samples: int | None = None
+    t0_us: int = DEFAULT_T0_US
+    max_tokens: int = 128
+    temperature: float = SAMPLED_TEMPERATURE
+    top_p: float = 0.98
+    num_traj_samples: int = 1
+    seed: int = 0
+    row_width: int = 8
+    other_row_width: int = 16
+    prompt_capacity: int = 4096
+    local_files_only: bool = False
+    out: Path = Path("runs/weights.json")
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and that there is something to compare."""
+        check_positive(
+            num_samples=self.num_samples,
+            max_tokens=self.max_tokens,
+            num_traj_samples=self.num_traj_samples,
+            row_width=self.row_width,
+            other_row_width=self.other_row_width,
+            prompt_capacity=self.prompt_capacity,
+        )
+        check_whole(seed=self.seed, t0_us=self.t0_us)
+        _ = self.sampling
+        if not self.target_format.fp8:
+            raise ValueError(
+                "nothing to compare: weights, expert_weights and vision_weights are all 'checkpoint'; give "
+                "weights fp8"
+            )
+        if self.row_width == self.other_row_width:
+            raise ValueError(f"row_width and other_row_width are both {self.row_width}; give two widths")
+
+
+@dataclass(frozen=True)
 class VerifyConfig:
     """Read every record below folders and hold it to its checksum; fails if one is not what was written.
 
@@ -227,7 +295,7 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True)
-class MeasureWorldConfig(Sampled):
+class MeasureWorldConfig(Sampled, TargetOptions):
     """Measure how hard the world is, on the target's own sampled CoCs; fails outside the bounds.
 
     Attributes:

@@ -89,7 +89,9 @@ def run(config: DistributionConfig) -> dict[str, Any]:
     started = time.time()
     source = ClipSource(config.cache_dir)
     draft = DFlashDraft.from_pretrained(config.draft_model, dtype=torch.float32)
-    target, identity = open_target(config.alpamayo_model, device=config.device, dtype="float32")
+    target, identity = open_target(
+        config.alpamayo_model, device=config.device, dtype="float32", format_=config.target_format
+    )
     sampling = config.sampling
     decoders = {"autoregressive": SpeculativeDecoder(target), "dflash": SpeculativeDecoder(target, draft)}
     plain = decoders["autoregressive"]
@@ -105,6 +107,7 @@ def run(config: DistributionConfig) -> dict[str, Any]:
     bound = config.level / len(tests)
     result = {
         "window": prompt.key,
+        "target_weights": target.weight_formats,
         "outcomes": len(joint),
         "probability_listed": sum(joint.values()),
         "reference_difference": reference_difference(plain, prompt, sampling),

@@ -55,7 +55,9 @@ def run(config: MeasureWorldConfig) -> dict[str, Any]:
         ValueError: the target or the clips are missing.
     """
     started = time.time()
-    target, identity = open_target(config.alpamayo_model, device=config.device, dtype="float32")
+    target, identity = open_target(
+        config.alpamayo_model, device=config.device, dtype="float32", format_=config.target_format
+    )
     decoder = SpeculativeDecoder(target)
     responses: list[list[tuple[str, int]]] = []
     console = Console(file=sys.stderr)
@@ -79,6 +81,7 @@ def run(config: MeasureWorldConfig) -> dict[str, Any]:
         "violations": outside,
         "passed": not outside,
         "clips": len(responses),
+        "target_weights": target.weight_formats,
     }
     parents = {"target": identity.hash}
     made = provenance(config, started, parents)

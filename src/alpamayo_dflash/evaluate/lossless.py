@@ -24,9 +24,10 @@ from alpamayo_dflash.evaluate.config import LosslessConfig
 from alpamayo_dflash.evaluate.reference import greedy_tokens
 from alpamayo_dflash.evaluate.rows import LosslessRow, RowStore
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
+from alpamayo_dflash.target.formats import OPTIONS
 from alpamayo_dflash.target.prompt import Prompt
 
-_FREE = frozenset(("draft_models", "cache_dir", "alpamayo_model", "chunks", "num_samples", "out"))
+_FREE = frozenset(("draft_models", "cache_dir", "alpamayo_model", "chunks", "num_samples", "out", *OPTIONS))
 """Options that name places, or clips that are listed by their ids."""
 
 
@@ -55,7 +56,9 @@ def run(config: LosslessConfig) -> dict[str, Any]:
     clip_source = ClipSource(config.cache_dir)
     clip_ids = chosen_clips(clip_source, chunks=config.chunks, count=config.num_samples)
     drafts = named_drafts(config)
-    target, identity = open_target(config.alpamayo_model, device=config.device, dtype="float32")
+    target, identity = open_target(
+        config.alpamayo_model, device=config.device, dtype="float32", format_=config.target_format
+    )
     checker = Checker(target, drafts, config)
     parents = {"target": identity.hash}
     parents |= {
@@ -69,7 +72,12 @@ def run(config: LosslessConfig) -> dict[str, Any]:
             prompt = target.prompt(clip_source.window(clip_id, config.t0_us))
             store.add(checker.check(clip_id, prompt))
     result = lossless_summary(store.rows(), drafts)
-    settings = {"temperature": config.temperature, "top_p": config.top_p, "dtype": "float32"}
+    settings = {
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "dtype": "float32",
+        "target_weights": target.weight_formats,
+    }
     made = provenance(config, started, parents)
     write_record(config.out, result | {"settings": settings, "provenance": made})
     store.remove()

@@ -43,6 +43,7 @@ from alpamayo_dflash.evaluate.rows import ClipRow, Failure, Identity, Named, Row
 from alpamayo_dflash.evaluate.trace import LEGEND, RoundPrinter, piece_of
 from alpamayo_dflash.report.evaluation import read_evaluation
 from alpamayo_dflash.target.alpamayo import open_target
+from alpamayo_dflash.target.formats import OPTIONS
 from alpamayo_dflash.target.prompt import Prompt
 from alpamayo_dflash.world.facts import Facts
 from alpamayo_dflash.world.language import read
@@ -66,6 +67,7 @@ _FREE = frozenset(
             "take_over",
         ),
         *("draft_model", "alpamayo_model", "cache_dir", "clip_id", "clip_ids", "chunks", "num_samples"),
+        *OPTIONS,  # the target's hash tells them
     )
 )
 
@@ -98,6 +100,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         device=config.device,
         dtype=config.dtype,
         local_files_only=config.local_files_only,
+        format_=config.target_format,
     )
     arms = Arms(target, draft, config)
     # A draft may have been trained anew in its folder since.
@@ -211,6 +214,7 @@ def _settings(arms: Arms) -> dict[str, Any]:
             "block_size": arms.block_size,
             "dtype": str(arms.target.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
+            "target_weights": arms.target.weight_formats,
         }
     }
 
@@ -226,7 +230,7 @@ def _evaluate_clips(
 ) -> list[Failure]:
     """Do the clips that are not in the store yet; returns those that failed."""
     failures: list[Failure] = []
-    facts = scene_facts(arms.config)
+    facts = scene_facts(arms.config.cache_dir)
     todo = [clip_id for clip_id in clip_ids if clip_id not in store]
     if arms.config.verbose:
         console.print(LEGEND)
@@ -259,11 +263,11 @@ def _warm_up(arms: Arms, window: Window) -> None:
             arms.timed(arm, prompt)
 
 
-def scene_facts(config: EvaluateConfig) -> Mapping[str, Facts]:
+def scene_facts(cache_dir: Path) -> Mapping[str, Facts]:
     """The facts of a written world's scenes; empty for real clips."""
-    if not (find_snapshot(config.cache_dir) / SCENES_FILE).is_file():
+    if not (find_snapshot(cache_dir) / SCENES_FILE).is_file():
         return {}
-    return read_facts(config.cache_dir)
+    return read_facts(cache_dir)
 
 
 def evaluate_clip(

@@ -16,6 +16,45 @@ import triton.language as tl
 from torch import Tensor
 
 
+@triton.jit
+def added_normed_row(
+    hidden_ptr,
+    parts_ptr,
+    weight_ptr,
+    sum_ptr,
+    row,
+    rows,
+    c,
+    inside,
+    width,
+    eps,
+    DTYPE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The RMS norm of a row of hidden + parts, in DTYPE; the sum is written.
+
+    RESIDUAL false: there is no hidden, and the sum is not written. PARTS 0: there are no parts, likewise.
+    """
+    weight = tl.load(weight_ptr + c, mask=inside, other=0.0)
+    if RESIDUAL:
+        x = tl.load(hidden_ptr + row * width + c, mask=inside, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        added = tl.load(parts_ptr + row * width + c, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            at = (part * rows + row) * width
+            added += tl.load(parts_ptr + at + c, mask=inside, other=0.0).to(tl.float32)
+        added = added.to(DTYPE).to(tl.float32)
+        if RESIDUAL:
+            x = (x + added).to(DTYPE)
+            tl.store(sum_ptr + row * width + c, x, mask=inside)
+            x = x.to(tl.float32)
+        else:
+            x = added
+    scale = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
+    return (weight * (x * scale).to(DTYPE)).to(DTYPE)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def add_norm_kernel(
     hidden_ptr,
@@ -30,32 +69,27 @@ def add_norm_kernel(
     PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum = hidden + parts, normed = RMS norm of the sum.
-
-    RESIDUAL false: there is no hidden, and the sum is not written. PARTS 0: there are no parts, likewise.
-    """
+    """Sum = hidden + parts, normed = RMS norm of the sum; see `added_normed_row`."""
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     inside = c < width
-    dtype = normed_ptr.dtype.element_ty
-    weight = tl.load(weight_ptr + c, mask=inside, other=0.0)
-    if RESIDUAL:
-        x = tl.load(hidden_ptr + row * width + c, mask=inside, other=0.0).to(tl.float32)
-    if PARTS > 0:
-        added = tl.load(parts_ptr + row * width + c, mask=inside, other=0.0).to(tl.float32)
-        for part in tl.static_range(1, PARTS):
-            at = (part * rows + row) * width
-            added += tl.load(parts_ptr + at + c, mask=inside, other=0.0).to(tl.float32)
-        added = added.to(dtype).to(tl.float32)
-        if RESIDUAL:
-            x = (x + added).to(dtype)
-            tl.store(sum_ptr + row * width + c, x, mask=inside)
-            x = x.to(tl.float32)
-        else:
-            x = added
-    scale = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
-    normed = weight * (x * scale).to(dtype)
-    tl.store(normed_ptr + row * width + c, normed.to(dtype), mask=inside)
+    dtype: tl.constexpr = normed_ptr.dtype.element_ty
+    normed = added_normed_row(
+        hidden_ptr,
+        parts_ptr,
+        weight_ptr,
+        sum_ptr,
+        row,
+        rows,
+        c,
+        inside,
+        width,
+        eps,
+        DTYPE=dtype,
+        RESIDUAL=RESIDUAL,
+        PARTS=PARTS,
+    )
+    tl.store(normed_ptr + row * width + c, normed, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -10,10 +10,11 @@ from alpamayo_dflash.clips.config import DEFAULT_T0_US, MOTION_GAP_MS, FrameRule
 from alpamayo_dflash.common.options import check_positive, check_whole, parse_layers
 from alpamayo_dflash.common.ranks import share_of
 from alpamayo_dflash.decode.config import Sampled
+from alpamayo_dflash.target.formats import TargetOptions
 
 
 @dataclass(frozen=True)
-class LayersConfig(Sampled):
+class LayersConfig(Sampled, TargetOptions):
     """Score the target's layers on what it writes itself, and choose the layers to tap.
 
     Attributes:

@@ -30,6 +30,7 @@ from alpamayo_dflash.layers.score import Scores, score_response
 from alpamayo_dflash.report.page.libraries import check_libraries
 from alpamayo_dflash.report.page.plots import plot_scores
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
+from alpamayo_dflash.target.quantised import fp8_formats
 
 PLOT_FILE = "layers.png"
 
@@ -73,7 +74,11 @@ def _score_rank(config: LayersConfig, rank: int, world_size: int) -> dict[str, A
     clip_ids = source.clip_ids(parse_chunks(config.chunks))
     device, local = own_device(config.device), config.local_files_only
     target, identity = open_target(
-        config.model_path, dtype=config.dtype, device=device, local_files_only=local
+        config.model_path,
+        dtype=config.dtype,
+        device=device,
+        local_files_only=local,
+        format_=config.target_format,
     )
     paths = sorted(config.output_dir.glob(f"scores-rank*of{world_size}.json"))
     settings = agreed(
@@ -145,6 +150,7 @@ def scoring_settings(
         "layers": sorted({*candidates, last}),
         "dtype": str(target.dtype).removeprefix("torch."),
     }
+    settings |= fp8_formats(target)
     sampled = ("num_samples", "seed", "t0_us", "temperature", "top_p", "max_tokens")
     return settings | {key: getattr(config, key) for key in sampled}
 

@@ -68,9 +68,11 @@ def all_tables(result: Mapping[str, Any]) -> list[Table]:
 
 
 def bench_tables(result: Mapping[str, Any]) -> list[Table]:
-    """A benchmark's timings beside their floors, and its figures; of training its steps."""
+    """A benchmark's timings beside their floors, its figures; of training and FP8 a table of its own."""
     if "training" in result:
         return [training(result)]
+    if "beside" in result:
+        return [formats(result)]
     found = result["floors"]
     read, product = found["read_bytes_per_s"] / 1e9, found["product_flop_per_s"] / 1e9
     timings = tuple(
@@ -123,6 +125,18 @@ def training(result: Mapping[str, Any]) -> Table:
     )
     header = ("draft", "blocks", "ms a step", "label rows/s", "of 989 TFLOP/s", "peak GiB")
     return Table(f"Training on {here} (medians)", header, rows)
+
+
+def formats(result: Mapping[str, Any]) -> Table:
+    """A target's parts in FP8 beside the same as its checkpoint holds them."""
+    here = (result.get("gpu") or {}).get("name") or "CPU"
+    rows = []
+    for part, ms in result["beside"].items():
+        name = part.removesuffix("_ms").removesuffix("_1").replace("_", " ")
+        fp8, stored = ms["fp8"], ms["checkpoint"]
+        rows.append((name, _number(fp8, 2), _number(stored, 2), _number(fp8 / stored, 3)))
+    header = ("part", "FP8", "checkpoint", "FP8 over checkpoint")
+    return Table(f"Parts of a window on {here} (ms, medians)", header, tuple(rows))
 
 
 def window(result: Mapping[str, Any]) -> Table | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from alpamayo_dflash.common.options import check_above_zero, check_at_least, check_positive, check_whole
 from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig, RandomSize
+from alpamayo_dflash.target.formats import TargetOptions
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class TinyTrainConfig:
 
 
 @dataclass(frozen=True)
-class MeasureTinyConfig:
+class MeasureTinyConfig(TargetOptions):
     """Measure on held-out scenes whether a tiny checkpoint sees: its words on its own and on other images.
 
     Attributes:

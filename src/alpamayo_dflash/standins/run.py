@@ -60,11 +60,14 @@ def measure(config: MeasureTinyConfig) -> dict[str, Any]:
         ValueError: the checkpoint is missing or does not load.
     """
     started = time.time()
-    target, identity = open_target(config.checkpoint, dtype=torch.float32, device=config.device)
+    target, identity = open_target(
+        config.checkpoint, dtype=torch.float32, device=config.device, format_=config.target_format
+    )
     seen = look(target, held_out(config.scenes, config.seed))
     parents = {"target": identity.hash}
     made = provenance(config, started, parents)
-    write_json(config.out, {"held_out": seen, "provenance": made})
+    formats = target.weight_formats
+    write_json(config.out, {"held_out": seen, "target_weights": formats, "provenance": made})
     return {"held_out": seen, "out": str(config.out)}
 
 

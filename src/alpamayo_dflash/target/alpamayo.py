@@ -27,8 +27,10 @@ from alpamayo_dflash.target.checkpoint import (
     checkpoint_folder,
     fill_rotary_buffers,
     load_weights,
+    prepare_formats,
     read_vlm_config,
     save_checkpoint,
+    save_config,
     target_identity,
     vlm_files,
 )
@@ -41,10 +43,12 @@ from alpamayo_dflash.target.expert import (
     FourierFeatures,
     expert_text_config,
 )
+from alpamayo_dflash.target.formats import AS_STORED, TargetFormat, Weights
 from alpamayo_dflash.target.images import PatchesOf, plain_patches
 from alpamayo_dflash.target.images_fused import DevicePatches, why_plain_images
 from alpamayo_dflash.target.motion import ActionSpace, encode_history
 from alpamayo_dflash.target.prompt import Prompt, build_prompt, fuse_history
+from alpamayo_dflash.target.quantised import QUANTIZATION, describe, fp8_config, linears
 from alpamayo_dflash.target.qwen3 import AfterLayer, Attend, run_layers
 from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
@@ -107,8 +111,11 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         device: torch.device | str = "cpu",
         local_files_only: bool = False,
         vlm: str | Path | None = None,
+        weights: Weights = "checkpoint",
+        expert_weights: Weights = "checkpoint",
+        vision_weights: Weights = "checkpoint",
     ) -> Alpamayo:
-        """Load a checkpoint in the official layout.
+        """Load a checkpoint in the official layout, or in one of FP8 (`target.quantised`).
 
         Args:
             name_or_folder: a local folder, a hub id, or `tiny` (see `checkpoint_folder`).
@@ -116,29 +123,50 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
             device: where the weights go, straight from the file.
             local_files_only: never touch the network.
             vlm: a folder or hub id to take instead of the checkpoint's `vlm_name_or_path`.
+            weights: format of the text decoder's products: `checkpoint`, as the files hold them, or `fp8`,
+                made from them as they are read.
+            expert_weights: the same for the action expert.
+            vision_weights: the same for the vision tower.
 
         Raises:
             ValueError: something is missing or does not fit; the message names it.
         """
-        device = check_device(device)
+        device, format_ = check_device(device), TargetFormat(weights, expert_weights, vision_weights)
         folder = checkpoint_folder(name_or_folder, local_files_only=local_files_only)
-        config = AlpamayoConfig.from_file(folder / "config.json")
+        model = cls.on_meta(folder, local_files_only=local_files_only, vlm=vlm)
+        wanted = _dtype(dtype, model.config, device)
+        model._fill_buffers(device, rounded=wanted == torch.bfloat16)
+        prepare_formats(model, folder, model.config.raw, format_)
+        load_weights(model, folder, device=device, dtype=wanted)
+        return model
+
+    @classmethod
+    def on_meta(
+        cls, folder: Path, *, local_files_only: bool = False, vlm: str | Path | None = None
+    ) -> Alpamayo:
+        """The model of a checkpoint with its weights on the meta device, which takes no memory.
+
+        Args:
+            folder: the checkpoint.
+            local_files_only: never touch the network.
+            vlm: as in `from_pretrained`.
+
+        Raises:
+            ValueError: a config or the tokenizer is missing or does not fit; the message names it.
+        """
+        config = AlpamayoConfig.from_file(folder / CONFIG)
         files = vlm_files(config, folder, override=vlm, local_files_only=local_files_only)
         tokenizer = load_tokenizer(files.folder, config)
         vlm_config = read_vlm_config(files.folder, config)
         try:
             with torch.device("meta"):
-                model = cls(config, vlm_config, tokenizer, files)
+                return cls(config, vlm_config, tokenizer, files)
         except (*_BUILDING_ERRORS, StrictDataclassError) as error:
             reason = str(error).splitlines()[0] if str(error) else ""
             raise ValueError(
                 f"{folder / CONFIG} and {files.folder / CONFIG} ask for what cannot be built "
                 f"({type(error).__name__}: {reason})"
             ) from error
-        wanted = _dtype(dtype, config, device)
-        model._fill_buffers(device, rounded=wanted == torch.bfloat16)
-        load_weights(model, folder, device=device, dtype=wanted)
-        return model
 
     @classmethod
     def from_config(
@@ -181,9 +209,29 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         Args:
             folder: is made if it does not exist; each file is replaced atomically.
             dtype: of every tensor in the file; None means that of the parameters.
+
+        Raises:
+            ValueError: layers are in FP8; the command `convert` writes such a checkpoint.
         """
+        if fp8 := {part: found for part, found in self.weight_formats.items() if found.startswith("fp8")}:
+            raise ValueError(
+                f"save_pretrained: the target's {' and '.join(fp8)} are in FP8, which this does not write; "
+                "`convert` writes FP8 from the official files"
+            )
         wanted = self.dtype if dtype is None else _dtype(dtype, self.config, self.device)
         save_checkpoint(Path(folder), self.config.raw, self.state_dict(), self.vlm_files, wanted)
+
+    def save_config(self, folder: Path, format_: TargetFormat) -> None:
+        """Write config.json of this checkpoint with some parts in FP8, and the Qwen3-VL files where local.
+
+        Args:
+            folder: holds the weights.
+            format_: the parts that are in FP8 there.
+        """
+        fp8 = {name for part in format_.fp8 for name in linears(self, part)}
+        plain = (name for name, module in self.named_modules() if isinstance(module, nn.Linear))
+        quantised = {QUANTIZATION: fp8_config(name for name in plain if name not in fp8)}
+        save_config(folder, dict(self.config.raw) | quantised, self.vlm_files)
 
     def _fill_buffers(self, device: torch.device, *, rounded: bool) -> None:
         """Compute what the file may not hold; the file's tensors, where present, go over it."""
@@ -191,6 +239,11 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         for module in self.modules():
             if isinstance(module, (FourierFeatures, ActionSpace)):
                 module.reset(device, rounded=rounded)
+
+    @property
+    def weight_formats(self) -> dict[str, str]:
+        """What products of `text`, `expert` and `vision` are in: a dtype or FP8 (`quantised.describe`)."""
+        return describe(self)
 
     @property
     def n_waypoints(self) -> int:
@@ -352,17 +405,31 @@ def open_target(
     device: torch.device | str,
     dtype: torch.dtype | str | None = None,
     local_files_only: bool = False,
+    format_: TargetFormat = AS_STORED,
 ) -> tuple[Alpamayo, Fingerprint]:
     """Load a target to be run, not trained; returns it and its identity.
 
-    The arguments are those of `Alpamayo.from_pretrained`.
+    Args:
+        name: as of `Alpamayo.from_pretrained`, like all others.
+        device: of the weights.
+        dtype: of the parameters.
+        local_files_only: never touch the network.
+        format_: of each part's weights.
 
     Raises:
         ValueError: the checkpoint is missing or broken; the message names what.
     """
     folder = checkpoint_folder(name, local_files_only=local_files_only)
-    target = Alpamayo.from_pretrained(folder, dtype=dtype, device=device, local_files_only=local_files_only)
-    return target.requires_grad_(False), target_identity(folder, target.vlm_files)
+    target = Alpamayo.from_pretrained(
+        folder,
+        dtype=dtype,
+        device=device,
+        local_files_only=local_files_only,
+        weights=format_.text,
+        expert_weights=format_.expert,
+        vision_weights=format_.vision,
+    )
+    return target.requires_grad_(False), target_identity(folder, target.vlm_files, format_)
 
 
 def time_grid(steps: int) -> Tensor:

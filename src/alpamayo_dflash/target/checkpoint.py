@@ -8,7 +8,7 @@ counts as the process's memory until it is closed, so a file is opened anew afte
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -25,9 +25,23 @@ from transformers import Qwen3VLConfig
 from alpamayo_dflash.common.artefacts import atomic_file, read_json, write_json
 from alpamayo_dflash.common.fields import file_name, naming, value_of
 from alpamayo_dflash.common.hub import ended
-from alpamayo_dflash.common.identity import Fingerprint, identity_of
+from alpamayo_dflash.common.identity import Fingerprint, changed_identity, identity_of
 from alpamayo_dflash.common.tensors import opened, save_tensors
 from alpamayo_dflash.target.config import CONFIG, AlpamayoConfig
+from alpamayo_dflash.target.formats import AS_STORED, PARTS, TargetFormat
+from alpamayo_dflash.target.fp8 import FP8Linear
+from alpamayo_dflash.target.quantised import (
+    INPUT_SCALE,
+    MODELOPT,
+    QUANTIZATION,
+    WEIGHT_SCALE,
+    cache_scales,
+    check_stored,
+    expect_fp8,
+    fill,
+    linears,
+    stored_scheme,
+)
 from alpamayo_dflash.target.rotary import rope_settings, vision_rope_theta, with_rope
 from alpamayo_dflash.target.sizes import check_sizes
 from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
@@ -54,6 +68,7 @@ OPTIONAL_TENSORS = frozenset(
 _TEXT = "vlm.model.language_model."
 _NAMES_SHOWN = 20
 _FLOATS = ("F16", "BF16", "F32", "F64")  # as safetensors calls them
+_FP8 = "F8_E4M3"
 # How much of a file is read through one mapping: enough to make opening it again cost nothing.
 _MAPPED_BYTES = 256 * 2**20
 
@@ -207,12 +222,46 @@ def read_vlm_config(folder: Path, config: AlpamayoConfig) -> Qwen3VLConfig:
     return vlm_config
 
 
+def prepare_formats(model: nn.Module, folder: Path, raw: Mapping[str, Any], format_: TargetFormat) -> None:
+    """Put empty FP8 layers into a model on the meta device: those that are stored so, and those asked for.
+
+    Args:
+        model: that `load_weights` is to fill.
+        folder: the checkpoint.
+        raw: its config.json.
+        format_: what is asked for; layers that are stored in FP8 are in FP8 in any case.
+
+    Raises:
+        ValueError: the checkpoint is quantised in a way that is not known, or does not say in which; its KV
+            cache is scaled.
+    """
+    shards = _shards(folder)
+    if scales := cache_scales(shards):
+        raise ValueError(
+            f"{folder}: holds scales of a KV cache ({_listed(scales)}): a cache that is scaled (quantised) "
+            "is not computed here; export the checkpoint without it"
+        )
+    scheme, stored = stored_scheme(folder, raw), _stored_in_fp8(shards)
+    if stored and scheme is None:
+        raise ValueError(
+            f"{folder}: holds weights in {_FP8}, but neither {QUANTIZATION} in {CONFIG} nor {MODELOPT} says "
+            f"how their inputs are cast; the first is {min(stored)}"
+        )
+    if scheme is not None and not stored:
+        raise ValueError(f"{scheme.where}: says that weights are in FP8, but none is {_FP8}")
+    names = [(name, part in format_.fp8) for part in PARTS for name in linears(model, part)]
+    static = scheme is not None and scheme.static
+    expect_fp8(model, [name for name, _ in names if name in stored], static=static)
+    expect_fp8(model, [name for name, asked in names if asked and name not in stored])
+
+
 def load_weights(model: nn.Module, folder: Path, *, device: torch.device, dtype: torch.dtype) -> None:
     """Fill a model that was built on the meta device.
 
     Parameters get `dtype`; stored buffers stay float32, with the values of the file. Projections that read
     the same input lie in one piece of storage (q, k, v; gate, up) and the head has rows up to a multiple of
-    64, so that they can be run as one product; the modules hold views.
+    64, so that they can be run as one product; the modules hold views. FP8 layers (`prepare_formats`) are
+    filled as they are stored, or made of what is: one layer at a time is held twice then.
 
     Args:
         model: its state dict has the checkpoint's names.
@@ -221,21 +270,142 @@ def load_weights(model: nn.Module, folder: Path, *, device: torch.device, dtype:
         dtype: of the parameters.
 
     Raises:
-        ValueError: a file is missing or broken, or tensors are missing, surplus or misshapen; each is named.
+        ValueError: a file is missing or broken, or tensors are missing, surplus, misshapen or cannot be what
+            they are to be; each is named.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     shards = _shards(folder)
-    _check_tensors(expected, shards, folder)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FP8Linear)}
+    stored = _stored_in_fp8(shards) & layers.keys()
+    for name in layers.keys() - stored:
+        del expected[f"{name}.{WEIGHT_SCALE}"]
+    _check_tensors(expected, shards, folder, fp8=stored)
     allocate(model, device, dtype)
-    targets = model.state_dict()
+    filling = _Filling(
+        model.state_dict(), {name: layers[name] for name in layers if name not in stored}, device
+    )
     # safetensors puts what it reads on the caller's default device.
     with torch.no_grad(), torch.device("cpu"):
         for shard in dict.fromkeys(shards.values()):
             for group in _groups(shard):
                 with opened(shard) as file:
                     for name, start, stop in group:
-                        values = file.get_tensor(name).view(-1)[start:stop]
-                        targets[name].view(-1)[start:stop].copy_(values)
+                        filling.add(name, file.get_tensor(name).view(-1)[start:stop], start)
+        with naming(str(folder)):
+            for name in sorted(stored):
+                check_stored(layers[name], name)
+
+
+def write_fp8(
+    model: nn.Module, folder: Path, out: Path, format_: TargetFormat, *, device: torch.device
+) -> dict[str, Any]:
+    """Write a checkpoint's tensors once more, those of some parts' products in FP8: a shard at a time.
+
+    The shards keep their names, and what is not converted keeps its type. config.json is not written.
+
+    Args:
+        model: of the checkpoint, on the meta device, without FP8 layers.
+        folder: the checkpoint.
+        out: where the shards go; is made if it does not exist.
+        format_: the parts that are converted.
+        device: where they are.
+
+    Returns:
+        how many `layers` were converted and `tensors` written; `weight_bytes`, `shards`,
+        `largest_shard_bytes`.
+
+    Raises:
+        ValueError: the checkpoint is broken, or holds weights in FP8; the message names what.
+    """
+    shards = _shards(folder)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if stored := _stored_in_fp8(shards):
+        raise ValueError(
+            f"{folder}: holds weights in {_FP8} already (the first is {min(stored)}); convert the official "
+            "files"
+        )
+    _check_tensors(expected, shards, folder)
+    layers = {f"{name}.weight" for part in format_.fp8 for name in linears(model, part)}
+    out.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    sizes: list[int] = []
+    for shard in dict.fromkeys(shards.values()):
+        tensors = _converted(shard, layers, device)
+        with atomic_file(out / shard.name) as temporary:
+            save_tensors(tensors, temporary)
+        weight_map |= dict.fromkeys(tensors, shard.name)
+        sizes.append(sum(tensor.nbytes for tensor in tensors.values()))
+    if len(sizes) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(out / _INDEX, index)
+    return {
+        "layers": len(layers),
+        "tensors": len(weight_map),
+        "weight_bytes": sum(sizes),
+        "shards": len(sizes),
+        "largest_shard_bytes": max(sizes),
+    }
+
+
+@torch.no_grad()
+def _converted(shard: Path, layers: set[str], device: torch.device) -> dict[str, Tensor]:
+    """A shard's tensors, weights of some layers as e4m3 and scales."""
+    tensors: dict[str, Tensor] = {}
+    with opened(shard) as file, torch.device("cpu"):
+        for name in file.keys():  # noqa: SIM118
+            values = file.get_tensor(name)
+            if name not in layers:
+                tensors[name] = values
+                continue
+            layer = FP8Linear(values.shape[1], len(values), device=device)
+            with naming(str(shard)):
+                fill(layer, name, values.to(device))
+            tensors[name] = layer.weight.data.cpu()
+            tensors[name.removesuffix("weight") + WEIGHT_SCALE] = layer.weight_scale.data.cpu()
+    return tensors
+
+
+class _Filling:
+    """A model's tensors as they are filled, in pieces.
+
+    Args:
+        targets: the model's tensors by name.
+        made: FP8 layers whose weights are stored in a float type; each is made when it is whole.
+        device: where they are collected until then.
+    """
+
+    def __init__(
+        self, targets: Mapping[str, Tensor], made: Mapping[str, FP8Linear], device: torch.device
+    ) -> None:
+        self._targets, self._device = targets, device
+        self._made = {f"{name}.weight": layer for name, layer in made.items()}
+        self._whole: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor, start: int) -> None:
+        """Take values [stop - start] of a tensor, which come in order."""
+        target = self._targets[name]
+        if name not in self._made:
+            flat = target.view(-1)
+            scalar = len(values) == 1 and name.endswith((WEIGHT_SCALE, INPUT_SCALE))
+            (flat if scalar else flat[start : start + len(values)]).copy_(values)
+            return
+        whole = self._whole.setdefault(
+            name, torch.empty(target.shape, dtype=values.dtype, device=self._device)
+        )
+        whole.view(-1)[start : start + len(values)].copy_(values)
+        if start + len(values) == target.numel():
+            fill(self._made[name], name, self._whole.pop(name))
+
+
+def _stored_in_fp8(shards: Mapping[str, Path]) -> set[str]:
+    """The layers whose weights are stored in FP8."""
+    found = set()
+    for path in dict.fromkeys(shards.values()):
+        with opened(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.endswith(".weight") and file.get_slice(name).get_dtype() == _FP8:
+                    found.add(name.removesuffix(".weight"))
+    return found
 
 
 def read_target(name: str | Path, *, local_files_only: bool = False) -> FrozenTarget:
@@ -259,21 +429,25 @@ def read_target(name: str | Path, *, local_files_only: bool = False) -> FrozenTa
         f"{_TEXT}norm.weight": rows[1:],
     }
     shards = {name: path for name, path in _shards(folder).items() if name in shapes}
-    _check_tensors(shapes, shards, folder)
+    _check_tensors(shapes, shards, folder, fp8=_stored_in_fp8(_shards(folder)))
     return FrozenTarget(folder, config, files, text, *(_read(shards[name], name) for name in shapes))
 
 
-def target_identity(folder: Path, vlm: VLMFiles) -> Fingerprint:
+def target_identity(folder: Path, vlm: VLMFiles, format_: TargetFormat = AS_STORED) -> Fingerprint:
     """The identity of a target: its config, its weights, and the Qwen3-VL's config and tokenizer.
 
     Args:
         folder: the checkpoint.
         vlm: where its Qwen3-VL files were found.
+        format_: that it is loaded with; parts made in FP8 are another target than the files'.
     """
     files = {path.name: path for path in (folder / CONFIG, *_shards(folder).values())}
+    if (folder / MODELOPT).is_file():
+        files[MODELOPT] = folder / MODELOPT
     beside = {f"vlm/{name}": vlm.folder / name for name in (CONFIG, "tokenizer.json")}
     # Training reads no tokenizer, and does without.
-    return identity_of(files | {name: path for name, path in beside.items() if path.is_file()}, folder)
+    found = identity_of(files | {name: path for name, path in beside.items() if path.is_file()}, folder)
+    return found if format_ == AS_STORED else changed_identity(found, f"fp8 {' '.join(format_.fp8)}")
 
 
 def fill_rotary_buffers(vlm: nn.Module, device: torch.device) -> None:
@@ -304,16 +478,21 @@ def save_checkpoint(
         dtype: of every tensor in the file.
     """
     name = str(dtype).removeprefix("torch.")
-    config = dict(raw) | {"dtype": name, "model_dtype": name, "vlm_name_or_path": vlm.hub_id or "vlm"}
+    config = dict(raw) | {"dtype": name, "model_dtype": name}
     config["expert_cfg"] = dict(config["expert_cfg"]) | {"dtype": name}
     folder.mkdir(parents=True, exist_ok=True)
-    if vlm.hub_id is None:
-        _copy_vlm(vlm.folder, folder / "vlm")
     # Cloned, because views of one storage cannot be written as they are.
     plain = {key: value.detach().to("cpu", dtype, copy=True).contiguous() for key, value in tensors.items()}
     with atomic_file(folder / _WEIGHTS) as temporary:
         save_tensors(plain, temporary)
-    write_json(folder / "config.json", config)
+    save_config(folder, config, vlm)
+
+
+def save_config(folder: Path, raw: Mapping[str, Any], vlm: VLMFiles) -> None:
+    """Write the Qwen3-VL files in `vlm/`, unless they are the hub's, and config.json, which names them."""
+    if vlm.hub_id is None:
+        _copy_vlm(vlm.folder, folder / "vlm")
+    write_json(folder / CONFIG, dict(raw) | {"vlm_name_or_path": vlm.hub_id or "vlm"})
 
 
 def _is_hub_id(name: str) -> bool:
@@ -379,26 +558,48 @@ def _shards(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _check_tensors(expected: Mapping[str, tuple[int, ...]], shards: Mapping[str, Path], folder: Path) -> None:
+def _check_tensors(
+    expected: Mapping[str, tuple[int, ...]],
+    shards: Mapping[str, Path],
+    folder: Path,
+    *,
+    fp8: Iterable[str] = (),
+) -> None:
+    """Raise ValueError for tensors that are not the expected ones.
+
+    Args:
+        expected: shapes by name.
+        shards: where the tensors are.
+        folder: for the message.
+        fp8: layers whose weights are stored in FP8; a scale of a whole tensor is a row's too.
+    """
     problems = []
     missing = [name for name in expected if name not in shards and name not in OPTIONAL_TENSORS]
     surplus = [name for name in shards if name not in expected]
     misshapen, strange = [], []
+    weights = {f"{name}.weight" for name in fp8}
+    scales = {f"{name}.{scale}" for name in fp8 for scale in (WEIGHT_SCALE, INPUT_SCALE)}
     for path in dict.fromkeys(shards.values()):
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118
                 view = file.get_slice(name)
                 shape, dtype = tuple(view.get_shape()), view.get_dtype()
-                if name in expected and shape != expected[name]:
+                if name in expected and shape not in _shapes(expected[name], scale=name in scales):
                     misshapen.append(f"{name} is {list(shape)} and must be {list(expected[name])}")
-                if dtype not in _FLOATS:
-                    strange.append(f"{name} is {dtype} and must be one of {', '.join(_FLOATS)}")
+                allowed = (_FP8,) if name in weights else _FLOATS
+                if dtype not in allowed:
+                    strange.append(f"{name} is {dtype} and must be one of {', '.join(allowed)}")
     faults = {"missing": missing, "surplus": surplus, "misshapen": misshapen, "of another dtype": strange}
     for label, names in faults.items():
         if names:
             problems.append(f"{len(names)} {label}: {_listed(names)}")
     if problems:
         raise ValueError(f"{folder}: the tensors do not fit config.json; {'; '.join(problems)}")
+
+
+def _shapes(shape: tuple[int, ...], *, scale: bool) -> tuple[tuple[int, ...], ...]:
+    """The shapes that a tensor may be stored in: a scale of each row without its last axis, or one of all."""
+    return (shape, shape[:1], (1,), ()) if scale else (shape,)
 
 
 def _listed(names: list[str]) -> str:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from alpamayo_dflash.target.qwen3 import AfterLayer
-from alpamayo_dflash.target.weights import Linear, fused_linear, not_plain
+from alpamayo_dflash.target.weights import (
+    Product,
+    Rows,
+    add_norm_for,
+    fused_linear,
+    mlp_parts,
+    why_projection,
+)
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -41,12 +48,12 @@ class FusedLayer:
     """
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: Product
     qk_norms: tuple[Tensor, Tensor]
-    out: Linear
+    out: Product
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Product
+    down: Product
     eps: float
 
     @classmethod
@@ -67,7 +74,7 @@ class FusedLayer:
 
     def queries(
         self,
-        normed_RC: Tensor,
+        normed_RC: Rows,
         rotary: tuple[Tensor, Tensor],
         keys_EKD: Tensor,
         values_EKD: Tensor,
@@ -88,7 +95,7 @@ class FusedLayer:
         return rotate_store(parts_JRN, self.qk_norms, self.eps, rotary, keys_EKD, values_EKD, entries_R)
 
 
-FusedAttend = Callable[[int, FusedLayer, Tensor], Tensor]
+FusedAttend = Callable[[int, FusedLayer, Any], Tensor]
 """(layer index, layer, normed input [R, C]) -> [R, H·D]; it multiplies by the layer's `qkv` itself."""
 
 
@@ -125,24 +132,27 @@ class FusedDecoder:
         Returns:
             [R, C] (or [W, C]), *after* the final norm.
         """
-        from alpamayo_dflash.kernels.rows import add_norm
-
-        first = self.layers[0]
-        hidden, normed = add_norm(hidden_RC, None, first.input_norm, first.eps, inputs_RC)
-        for index, layer in enumerate(self.layers):
+        layers, into = self.layers, inputs_RC
+        first = layers[0]
+        hidden, normed = add_norm_for(first.qkv, hidden_RC, None, (first.input_norm, first.eps), into)
+        for index, layer in enumerate(layers):
             attended = attend(index, layer, normed)
-            if wanted is not None and index + 1 == len(self.layers):
+            if wanted is not None and index + 1 == len(layers):
                 hidden = hidden.index_select(0, wanted)
-            hidden, normed = add_norm(hidden, layer.out.parts(attended), layer.mlp_norm, layer.eps)
-            down = layer.down.parts(layer.gate_up.gated(normed))
-            following = index + 1 < len(self.layers)
-            weight = self.layers[index + 1].input_norm if following else self.final_norm
-            into = inputs_RC if following else None
-            total, normed = add_norm(hidden, down, weight, layer.eps, into)
+            out = layer.out.parts(attended)
+            hidden, normed = add_norm_for(layer.gate_up, hidden, out, (layer.mlp_norm, layer.eps))
+            down = mlp_parts(layer.gate_up, layer.down, normed)
+            qkv: Product | None = None
+            if index + 1 < len(layers):
+                qkv, weight = layers[index + 1].qkv, layers[index + 1].input_norm
+            else:
+                weight, into = self.final_norm, None
+            total, normed = add_norm_for(qkv, hidden, down, (weight, layer.eps), into)
             hidden = total if after_layer is None else after_layer(index, total)
             if hidden is not total:
-                _, normed = add_norm(hidden, None, weight, layer.eps, into)
-        return normed
+                _, normed = add_norm_for(qkv, hidden, None, (weight, layer.eps), into)
+        result: Tensor = normed
+        return result
 
 
 def why_plain(layers: Iterable[Any], like: Tensor, head: Any = None) -> str | None:
@@ -182,9 +192,7 @@ def misfit(layers: Iterable[Any], dtype: torch.dtype, head: Any = None) -> str |
             least, most = _HEAD_WIDTHS
             return f"the heads are {width} wide; the kernels take powers of two from {least} to {most}"
     for name, linear in named:
-        found = not_plain(linear)
+        found = why_projection(linear, dtype)
         if found is not None:
-            return f"{name} is a {found}, no plain nn.Linear"
-        if linear.weight.dtype != dtype:
-            return f"{name} is {linear.weight.dtype}, the embedding {dtype}"
+            return f"{name} is {found}"
     return None

@@ -32,12 +32,20 @@ from alpamayo_dflash.target.vision import (
     image_grids,
 )
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
-from alpamayo_dflash.target.weights import BiasedLinear, biased_linear, not_plain, why_module
+from alpamayo_dflash.target.weights import (
+    BiasedLinear,
+    FP8BiasedLinear,
+    biased_linear,
+    plain_parameters,
+    why_module,
+    why_projection,
+)
 
 if TYPE_CHECKING:
     from alpamayo_dflash.kernels.vision import AttentionKind
 
 Gelu = Literal["rounded", "epilogue"]
+_Biased = BiasedLinear | FP8BiasedLinear
 
 _GELU = "gelu_pytorch_tanh"
 _HEAD_WIDTHS = (16, 256)
@@ -97,11 +105,11 @@ class _Block:
     """The weights of one block."""
 
     attention_norm: _Norm
-    qkv: BiasedLinear
-    out: BiasedLinear
+    qkv: _Biased
+    out: _Biased
     mlp_norm: _Norm
-    up: BiasedLinear
-    down: BiasedLinear
+    up: _Biased
+    down: _Biased
 
     @classmethod
     def of(cls, block: Any) -> _Block:
@@ -116,8 +124,8 @@ class _Merger:
     """The weights of one merger: of the tower's end, or of a level of deepstack features."""
 
     norm: _Norm
-    up: BiasedLinear
-    down: BiasedLinear
+    up: _Biased
+    down: _Biased
 
     @classmethod
     def of(cls, merger: Any) -> _Merger:
@@ -307,10 +315,14 @@ def misfit_vision(visual: Any, dtype: torch.dtype) -> str | None:
     if visual.config.hidden_act != _GELU:
         return f"the vision tower's hidden_act is {visual.config.hidden_act!r}, not {_GELU!r}"
     for name, module, plain in _parts(visual):
-        found = not_plain(module, biased=True) if plain is nn.Linear else why_module(module, plain)
+        if plain is nn.Linear:
+            if (why := why_projection(module, dtype, biased=True)) is not None:
+                return f"{name} is {why}"
+            continue
+        found = why_module(module, plain)
         if found is not None:
             return f"{name} is a {found}"
-        odd = [parameter.dtype for parameter in module.parameters() if parameter.dtype != dtype]
+        odd = [parameter.dtype for parameter in plain_parameters(module) if parameter.dtype != dtype]
         if odd:
             return f"{name} is {odd[0]}, the embedding {dtype}"
     return None

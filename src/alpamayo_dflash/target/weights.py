@@ -1,7 +1,8 @@
-"""How weights that read one input lie together: q, k, v; gate, up; and a head of padded rows.
+"""What a weight is, how it lies in memory and how it is multiplied: the one place that knows its format.
 
-The modules keep views with their own names and shapes, so that the weights can be run one by one or as one
-product, and nothing is held twice.
+Weights that read one input lie together: q, k, v; gate, up; and a head has padded rows. The modules keep
+views with their own names and shapes, so that the weights can be run one by one or as one product, and
+nothing is held twice. A projection is a plain `nn.Linear` or one in e4m3 (`target.fp8.FP8Linear`).
 
 Shapes: R rows, I inputs, N outputs, J parts.
 """
@@ -10,16 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from alpamayo_dflash.kernels.fp8 import CastRows
+from alpamayo_dflash.target.fp8 import FP8Linear
+
 # Siblings that read the same input.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # A head of 155,697 rows makes cuBLAS fall to a quarter of the bandwidth (docs/log.md).
 HEAD_MULTIPLE = 64
+_FP8_MULTIPLE = 16  # `kernels.fp8_fused.MULTIPLE`, which a machine without Triton cannot import
 
 
 def hooked(module: nn.Module) -> bool:
@@ -56,6 +61,38 @@ def not_plain(linear: Any, *, biased: bool = False) -> str | None:
     if type(weight.data) is not Tensor:
         return f"{name} of a {type(weight.data).__name__}"
     return None if weight.is_contiguous() else f"{name} whose weight does not lie row by row"
+
+
+def plain_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """A module's parameters but for those of layers in e4m3, whose types are their own."""
+    parts = (part for part in module.modules() if not isinstance(part, FP8Linear))
+    return [parameter for part in parts for parameter in part.parameters(recurse=False)]
+
+
+def why_projection(linear: Any, dtype: torch.dtype, *, biased: bool = False) -> str | None:
+    """Why a projection must be called, being neither plain in this dtype nor in e4m3; None if it need not.
+
+    Args:
+        linear: the module.
+        dtype: that a plain weight must have, and a bias.
+        biased: whether it must have a bias, or must have none.
+    """
+    if not isinstance(linear, FP8Linear):
+        found = not_plain(linear, biased=biased)
+        if found is not None:
+            return f"a {found}"
+        odd = [tensor.dtype for tensor in linear.parameters() if tensor.dtype != dtype]
+        return f"{odd[0]}, the embedding {dtype}" if odd else None
+    if (linear.bias is not None) != biased:
+        return f"an FP8Linear {'without' if biased else 'with'} a bias"
+    if linear.bias is not None and linear.bias.dtype != dtype:
+        return f"an FP8Linear whose bias is {linear.bias.dtype}, the embedding {dtype}"
+    if (why := why_module(linear, FP8Linear)) is not None:
+        return f"a {why}"
+    outputs, inputs = linear.weight.shape
+    if inputs % _FP8_MULTIPLE or outputs % _FP8_MULTIPLE:
+        return f"an FP8Linear of {inputs} inputs and {outputs} outputs, no multiples of {_FP8_MULTIPLE}"
+    return None
 
 
 def fused_groups(module: nn.Module) -> list[list[Any]]:
@@ -148,19 +185,59 @@ def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None
 
     for module in model.modules():
         for parts in fused_groups(module):
-            counts = [part.weight.shape[0] for part in parts]
-            storage = rows(sum(counts), parts[0].weight)
-            for part, view in zip(parts, storage.split(counts), strict=True):
-                part.weight = nn.Parameter(view)
+            names = _joint(parts) if all(part.weight.is_meta for part in parts) else ()
+            for name in names:
+                tensors = [getattr(part, name) for part in parts]
+                counts = [len(tensor) for tensor in tensors]
+                kind = tensors[0].dtype if len(names) > 1 else dtype
+                storage = torch.empty(sum(counts), tensors[0].shape[1], device=device, dtype=kind)
+                for part, view in zip(parts, storage.split(counts), strict=True):
+                    setattr(part, name, nn.Parameter(view, requires_grad=len(names) == 1))
         head: Any = dict(module.named_children()).get("lm_head")
         if head is not None:
             count = head.weight.shape[0]
             storage = rows(padded_rows(count), head.weight)
             storage[count:] = 0
             head.weight = nn.Parameter(storage[:count])
+        fp8 = isinstance(module, FP8Linear)
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device=device, dtype=dtype)))
+                kind = parameter.dtype if fp8 and name != "bias" else dtype
+                made = torch.empty(parameter.shape, device=device, dtype=kind)
+                setattr(module, name, nn.Parameter(made, requires_grad=not fp8))
+
+
+def _joint(parts: Sequence[nn.Module]) -> tuple[str, ...]:
+    """What of the modules of a group lies together: nothing where some are in e4m3 and some are not."""
+    fp8 = [isinstance(part, FP8Linear) for part in parts]
+    if not any(fp8):
+        return ("weight",)
+    return ("weight", "weight_scale") if all(fp8) else ()
+
+
+Rows = Tensor | CastRows
+"""What is multiplied: rows [R, I], or these as the norm in front cast them, where a product takes that."""
+
+
+class Product(Protocol):
+    """A weight without bias, or several that read one input, and how they are multiplied on a GPU."""
+
+    @property
+    def by_row(self) -> bool:
+        """Whether `CastRows` are taken."""
+        ...
+
+    def parts(self, x: Any, /) -> Tensor:
+        """X @ weight.T as parts [J, R, N] whose sum is the product, for kernels that sum as they read."""
+        ...
+
+    def __call__(self, x: Any, /) -> Tensor:
+        """X @ weight.T, [R, N]."""
+        ...
+
+    def gated(self, x: Any, /) -> Tensor:
+        """silu(x @ gate.T) · (x @ up.T), [R, N/2], where the weights are gate's and up's."""
+        ...
 
 
 class Linear:
@@ -174,6 +251,11 @@ class Linear:
     def __init__(self, *weights: Tensor) -> None:
         one = joined(weights)
         self.weights = weights if one is None else (one,)
+
+    @property
+    def by_row(self) -> bool:
+        """See Product."""
+        return False
 
     def parts(self, x_RI: Tensor) -> Tensor:
         """X @ weight.T as parts [J, R, N] whose sum is the product, for kernels that sum as they read."""
@@ -198,9 +280,135 @@ class Linear:
         return gate(self(x_RI))
 
 
-def fused_linear(parts: Sequence[Any]) -> Linear:
+class FP8Product:
+    """A weight in e4m3, and how it is multiplied on a GPU: by rows that are cast to e4m3.
+
+    Args:
+        weight: e4m3 [N, I].
+        scales: float32 [N, 1].
+        input_scale: float32 [], static; None for a scale of each row.
+    """
+
+    def __init__(self, weight: Tensor, scales: Tensor, input_scale: Tensor | None) -> None:
+        self._weight, self._scales, self._input_scale = weight, scales, input_scale
+
+    @property
+    def by_row(self) -> bool:
+        """Whether rows are cast by their own scales, as the norm in front of them can do."""
+        return self._input_scale is None
+
+    def parts(self, x: Rows) -> Tensor:
+        """See Product."""
+        from alpamayo_dflash.kernels.fp8_fused import product_parts
+
+        return product_parts(self._cast(x), self._weight, self._scales)
+
+    def __call__(self, x: Rows) -> Tensor:
+        """See Product."""
+        parts = self.parts(x)
+        return parts[0] if len(parts) == 1 else parts.sum(0).to(x.dtype)
+
+    def gated(self, x: Rows) -> Tensor:
+        """See Product."""
+        from alpamayo_dflash.kernels.rows import gate
+
+        return gate(self(x))
+
+    def _cast(self, x: Rows) -> CastRows:
+        from alpamayo_dflash.kernels.fp8_fused import cast
+
+        if isinstance(x, CastRows):
+            assert self.by_row
+            return x
+        return CastRows(*cast(x, self._input_scale), x.dtype)
+
+
+class SeparateProducts:
+    """Products of one input that are multiplied one by one: some in e4m3, or with other input scales.
+
+    Args:
+        products: in the order of their columns.
+    """
+
+    def __init__(self, products: Sequence[Product]) -> None:
+        self._products = products
+
+    @property
+    def by_row(self) -> bool:
+        """See Product."""
+        return all(product.by_row for product in self._products)
+
+    def parts(self, x_RI: Tensor) -> Tensor:
+        """See Product."""
+        return self(x_RI).unsqueeze(0)
+
+    def __call__(self, x_RI: Tensor) -> Tensor:
+        """See Product."""
+        return torch.cat([product(x_RI) for product in self._products], dim=-1)
+
+    def gated(self, x_RI: Tensor) -> Tensor:
+        """See Product."""
+        from alpamayo_dflash.kernels.rows import gate
+
+        return gate(self(x_RI))
+
+
+def fused_linear(parts: Sequence[Any]) -> Product:
     """The product of several linear modules that read one input."""
-    return Linear(*(part.weight.detach() for part in parts))
+    if not any(isinstance(part, FP8Linear) for part in parts):
+        return Linear(*(part.weight.detach() for part in parts))
+    if len(parts) == 1:
+        return _fp8_product(parts[0], parts[0].weight.detach(), parts[0].weight_scale.detach())
+    weight = scales = None
+    # Static scales are each module's own, and their equality would have to be read from the device.
+    if all(isinstance(part, FP8Linear) and part.input_scale is None for part in parts):
+        weight = joined([part.weight.detach() for part in parts])
+        scales = joined([part.weight_scale.detach() for part in parts])
+    if weight is None or scales is None:
+        return SeparateProducts([fused_linear((part,)) for part in parts])
+    return _fp8_product(parts[0], weight, scales)
+
+
+def _fp8_product(linear: FP8Linear, weight: Tensor, scales: Tensor) -> FP8Product:
+    return FP8Product(weight, scales, None if linear.input_scale is None else linear.input_scale.detach())
+
+
+def mlp_parts(gate_up: Product, down: Product, x: Rows) -> Tensor:
+    """An MLP's output as parts (`Product.parts`): down of silu(gate) · up."""
+    if not down.by_row or isinstance(gate_up, Linear):
+        return down.parts(gate_up.gated(x))
+    from alpamayo_dflash.kernels.fp8_triton import cast_gated
+
+    both_RN = gate_up(x)
+    return down.parts(CastRows(*cast_gated(both_RN), both_RN.dtype))
+
+
+def add_norm_for(
+    product: Product | None,
+    hidden_RC: Tensor,
+    parts_JRC: Tensor | None,
+    norm: tuple[Tensor, float],
+    normed_RC: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """`kernels.rows.add_norm`, whose norm is cast where the product that reads it takes it so.
+
+    Args:
+        product: what reads the norm; None for another.
+        hidden_RC: see `add_norm`.
+        parts_JRC: likewise.
+        norm: its weight [C] and eps.
+        normed_RC: where to write the norm, which is not cast then.
+
+    Returns:
+        the sum [R, C], and its norm as the product's rows.
+    """
+    from alpamayo_dflash.kernels.rows import add_norm
+
+    if product is None or not product.by_row or normed_RC is not None:
+        return add_norm(hidden_RC, parts_JRC, *norm, normed_RC)
+    from alpamayo_dflash.kernels.fp8_triton import add_norm_cast
+
+    return add_norm_cast(hidden_RC, parts_JRC, *norm)
 
 
 class BiasedLinear:
@@ -232,6 +440,39 @@ class BiasedLinear:
         return torch._addmm_activation(self.bias, x_RI, self.weight.t(), use_gelu=True)
 
 
-def biased_linear(module: Any) -> BiasedLinear:
+class FP8BiasedLinear:
+    """A linear layer in e4m3 with a bias, and how many rows are multiplied.
+
+    Args:
+        linear: the layer, whose tensors are read where they lie.
+    """
+
+    def __init__(self, linear: FP8Linear) -> None:
+        assert linear.bias is not None
+        self.weight, self.bias = linear.weight.detach(), linear.bias.detach()
+        self._scales = linear.weight_scale.detach()
+        self._input_scale = None if linear.input_scale is None else linear.input_scale.detach()
+
+    def __call__(self, x_RI: Tensor) -> Tensor:
+        """X @ weight.T + bias, [R, N]."""
+        from alpamayo_dflash.kernels.fp8_fused import cast, product
+
+        rows, scales = cast(x_RI, self._input_scale)
+        return product(rows, scales, self.weight, self._scales, x_RI.dtype, self.bias)
+
+    def gelu_tanh(self, x_RI: Tensor, *, rounded: bool = True) -> Tensor:
+        """The product's GELU in its tanh form, [R, N]; the product is rounded before it in any case.
+
+        Args:
+            x_RI: the rows.
+            rounded: as `BiasedLinear.gelu_tanh` has it; the library has no such epilogue for scales a row.
+        """
+        del rounded
+        return functional.gelu(self(x_RI), approximate="tanh")
+
+
+def biased_linear(module: Any) -> BiasedLinear | FP8BiasedLinear:
     """The product of a linear module, or of a convolution whose steps are its size."""
+    if isinstance(module, FP8Linear):
+        return FP8BiasedLinear(module)
     return BiasedLinear(module.weight.detach().flatten(1), module.bias.detach())

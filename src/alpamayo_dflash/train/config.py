@@ -18,6 +18,7 @@ from alpamayo_dflash.common.options import (
     parse_layers,
 )
 from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT, BadShardRule
+from alpamayo_dflash.target.formats import TargetOptions
 from alpamayo_dflash.train.terms import Term, parse_mix
 
 DEFAULT_BLOCK_SIZE = 8
@@ -67,7 +68,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class RunOptions(TargetOptions):
     """Where a run's files lie, what it runs on, and how it is watched.
 
     Attributes:

@@ -30,6 +30,7 @@ from alpamayo_dflash.distill.shards import DistillSample, training_counts
 from alpamayo_dflash.draft.formats import check_place, draft_identity, read_config
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import FrozenTarget, read_target, target_identity
+from alpamayo_dflash.target.formats import OPTIONS
 from alpamayo_dflash.train.checkpoint import STATE, read_state
 from alpamayo_dflash.train.config import DEFAULTS, TrainConfig, flattened
 from alpamayo_dflash.train.data import BlockData, of_few_clips, split_samples
@@ -86,12 +87,13 @@ def run(config: TrainConfig, open_evaluate: OpenEvaluate | None = None) -> dict[
         summary, checkpoint = config.run.output_dir / SUMMARY, config.run.output_dir / "checkpoint"
         target = read_target(config.run.target_model, local_files_only=config.run.local_files_only)
         data = DistillData(config.data.data_dir, on_bad_shard=config.data.on_bad_shard)
-        identity = target_identity(target.folder, target.vlm_files)
+        identity = target_identity(target.folder, target.vlm_files, config.run.target_format)
         checked = None if config.data.other_target else identity
         check_data(data.manifest, target, config.data.data_dir, identity=checked)
         bad = _leave_out_bad(data, config.data.on_bad_shard, processes)  # before anything is written
         options = flattened(to_plain(config))
-        compared = {key: value for key, value in options.items() if key not in _FREE}
+        formats = {key for key in OPTIONS if options[key] == "checkpoint"}  # as before there was a choice
+        compared = {key: value for key, value in options.items() if key not in _FREE | formats}
         mark = mark_of(compared | {"number of processes": processes.world_size})
         with owned(config.run.output_dir, mark, processes.rank, take_over=config.run.take_over):
             if processes.first:

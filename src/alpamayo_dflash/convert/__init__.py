@@ -1,0 +1,1 @@
+"""An official checkpoint written once more with weights in another format."""
