@@ -192,6 +192,7 @@ def lacks_nothing(words: list[str]) -> bool:
     config = cli._load(cli.COMMANDS[words[1]].config)
     fields = {f"--{field.name.replace('_', '-')}": field for field in all_fields(config)}
     given = {word for word in words if word.startswith("--")}
+    given = {name if name in fields else name.replace("--no-", "--", 1) for name in given}
     assert given <= fields.keys(), f"{shlex.join(words)}: no such option: {sorted(given - fields.keys())}"
     needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
     return bool(given) and needed <= given

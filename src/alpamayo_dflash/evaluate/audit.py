@@ -92,7 +92,7 @@ def audit(path: Path, arms: Arms, source: ClipSource, parents: Mapping[str, str]
         ValueError: the rows do not keep the ids of their texts, or are damaged; the file stays as it is.
     """
     started, config = time.time(), arms.config
-    result = read_evaluation(path)
+    result = read_evaluation(path, rounds=False)
     value_of(result, "provenance", dict, where=str(path))
     rows = drawn(read_rows(result, str(path)), config.audit, config.seed)
     old = sum(not is_recorded(row, str(path)) for row in rows)

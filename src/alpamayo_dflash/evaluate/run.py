@@ -112,7 +112,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         found = read_json(path) if path.exists() else None
         is_ours = found is not None and _is_head(found.get("head"), head, models, path)
         if is_ours:
-            read_evaluation(path)
+            read_evaluation(path, rounds=False)
         traces = ClipTraces(arms, mark_of(head)) if config.trace else None
         if found is not None and is_ours and not config.verbose and not _failed(found, path):
             if traces is not None and traces.complete(rows := read_rows(found, str(path)), source, console):
