@@ -57,6 +57,7 @@ EXCLUDED = {
     ("commands.md", "alpamayo-dflash bench-distill"): "test_bench_distill.py, on clips that are there",
     ("commands.md", "alpamayo-dflash bench --target"): "runs in alpamayo.md",
     ("commands.md", "alpamayo-dflash bench --train"): "test_bench_train.py",
+    ("commands.md", "alpamayo-dflash bench --beside"): "test_bench_formats.py",
     ("commands.md", "alpamayo-dflash compare-weights"): "runs in fp8.md",
     ("commands.md", "alpamayo-dflash study"): "takes hours; a small one is in test_study.py",
     ("commands.md", "alpamayo-dflash demo"): "runs in README.md, as make demo",

@@ -1,7 +1,10 @@
 """The benchmark of a target in FP8 beside the same as its checkpoint holds it: figures, table, options."""
 
+import json
+
 import pytest
 
+from alpamayo_dflash.bench import expert, formats
 from alpamayo_dflash.bench.config import BenchConfig
 from alpamayo_dflash.bench.figures import format_figures, spread
 from alpamayo_dflash.report.tables import bench_tables
@@ -43,3 +46,28 @@ def test_options(options, message):
 def test_texts_are_a_windows():
     config = BenchConfig(beside=True, transformers=False, expert_weights="fp8")
     assert config.text_tokens == config.window_tokens
+
+
+def test_the_tiny_target_on_a_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(expert, "_PROMPT", 64)  # of the expert's part alone
+    out = tmp_path / "beside.json"
+    options = {
+        "repeats": 2,
+        "texts": 3,
+        "lossless_prompts": 1,
+        "draft_layers": "1",
+        "window_tokens": 6,
+        "acceptance": 3.0,
+    }
+    config = BenchConfig(
+        target="tiny", device="cpu", beside=True, transformers=False, weights="fp8", out=out, **options
+    )
+    found = formats.run(config)
+    assert found["passed"] and found["lossless"] == {"prompts": 1, "texts": 4, "equal": 4, "row_width": 8}
+    assert found["target_weights"]["fp8"] == {"text": "fp8", "expert": "float32", "vision": "float32"}
+    assert set(found["target_weights"]["checkpoint"].values()) == {"float32"}
+    kept = json.loads(out.read_text())
+    assert kept["figures"] == format_figures(kept["raw"])
+    assert {"vision_ms", "prompt_ms", "verify_8_ms", "expert_6_ms", "window_ms"} <= kept["beside"].keys()
+    rounds = kept["raw"]["window_rounds"]
+    assert all(len(times) == len(rounds) for times in kept["raw"]["window_ms"].values())
