@@ -307,7 +307,9 @@ def test_the_studys_figures_and_its_table_in_the_documents_follow_from_its_count
     shipped = read_json(RESULTS / "draft_study_tiny.json")
     found = study_figures(shipped)
     assert found == shipped["figures"]
-    assert found["ceiling_share_demo_steps"] >= 0.84 and found["ceiling_share_best"] >= 0.89
+    assert found["ceiling_share_demo_steps"] >= 0.84
+    peers = found["best_over_speculators"]["all"]
+    assert peers["equal_steps"][1] >= 1.05 and peers["equal_time"][1] >= 1
     assert study_tables(found)[0].markdown() in (RESULTS.parent / "training.md").read_text()
 
 
