@@ -5,7 +5,6 @@ import json
 import frozen_texts
 import pytest
 import torch
-from proposers import Oracle
 
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
@@ -43,10 +42,7 @@ def test_the_texts_are_the_frozen_ones(loop, target, windows, frozen):
     for number, (window, clip) in enumerate(zip(windows, frozen, strict=True)):
         assert window.clip_id == clip["clip_id"]
         prompt = target.prompt(window)
-        texts = [text for name in frozen_texts.REQUESTS for text in clip[name]["token_ids"]]
-        known = {"texts": texts, "prompt_length": len(prompt), "context_len": 512}
-        draft = Oracle(target.vocab_size, 8, errors=0.25, seed=number, **known)
-        drafted = SpeculativeDecoder(target, draft, config)
+        drafted = SpeculativeDecoder(target, frozen_texts.oracle(target, prompt, clip, number), config)
         for name, result in frozen_texts.generate(drafted, prompt, trajectories=False).items():
             assert_texts(result, clip, name)
             assert result.accepted > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from alpamayo_dflash.decode.picks import DraftPicks
 from alpamayo_dflash.decode.proposer import StaticBlock
 from alpamayo_dflash.decode.round_device import per_sample_slots, static_block
 from alpamayo_dflash.decode.steps import State
-from alpamayo_dflash.decode.verify import Prefilled
+from alpamayo_dflash.decode.verify import Prefilled, Verifier
 from alpamayo_dflash.draft.heads import KINDS
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.reference import generate
@@ -128,14 +129,20 @@ def _passes(bench: Bench) -> dict[str, list[float]]:
     out = {}
     for rows in config.row_counts:
         slots = max(least, per_sample_slots(rows, 0))
-        verifier.begin(prefilled, slots)
-        at = torch.arange(rows, device=device)
-        tokens = torch.randint(0, 1000, (rows,), device=device)
-        seen = torch.zeros(rows, slots, dtype=torch.uint8, device=device)
-        seen[:, :rows] = torch.ones(rows, rows, device=device).tril().to(torch.uint8)
-        call = lambda t=tokens, a=at, s=seen: verifier.run(t, a, a, s)  # noqa: E731
+        call = rows_call(verifier, prefilled, rows, slots)
         out[str(rows)] = graph_ms(call, config.repeats, device)
     return out
+
+
+def rows_call(verifier: Verifier, prefilled: Prefilled, rows: int, slots: int) -> Callable[[], object]:
+    """A pass over a chain of so many rows in a tail of so many slots, head included."""
+    device = verifier.target.device
+    verifier.begin(prefilled, slots)
+    at = torch.arange(rows, device=device)
+    tokens = torch.randint(0, 1000, (rows,), device=device)
+    seen = torch.zeros(rows, slots, dtype=torch.uint8, device=device)
+    seen[:, :rows] = torch.ones(rows, rows, device=device).tril().to(torch.uint8)
+    return partial(verifier.run, tokens, at, at, seen)
 
 
 def _drafts(bench: Bench) -> dict[str, list[float]]:

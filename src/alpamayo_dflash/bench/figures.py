@@ -107,21 +107,28 @@ def window_figures(raw: Mapping[str, Any]) -> dict[str, float]:
     return {key: round(value, 4) for key, value in keys.items()}
 
 
+def format_parts(raw: Mapping[str, Any]) -> dict[str, Mapping[str, list[float]]]:
+    """What `bench --beside` timed of both targets: by part, then `fp8` and `checkpoint`."""
+    return {
+        part: times
+        for part, times in raw.items()
+        if isinstance(times, Mapping) and isinstance(times.get("fp8"), list)
+    }
+
+
 def format_figures(raw: Mapping[str, Any]) -> dict[str, float]:
     """The ratios of `bench --beside`: the target in FP8 over the same in bfloat16. Medians.
 
     Args:
-        raw: of `bench.formats`, each part by target, `fp8` and `checkpoint`.
+        raw: of `bench.formats`.
     """
-    parts = {key.removesuffix("_ms"): times for key, times in raw.items() if key.endswith("_ms")}
-    keys = {}
-    for part, times in parts.items():
-        if isinstance(times, Mapping) and isinstance(times.get("fp8"), list):
-            name = part.removesuffix("_1")
-            keys[f"{name}_over_bf16"] = statistics.median(times["fp8"]) / statistics.median(
-                times["checkpoint"]
-            )
-    return {key: round(value, 4) for key, value in keys.items()}
+    median = statistics.median
+    return {
+        f"{part.removesuffix('_ms').removesuffix('_1')}_over_bf16": round(
+            median(times["fp8"]) / median(times["checkpoint"]), 4
+        )
+        for part, times in format_parts(raw).items()
+    }
 
 
 def _whole_windows(raw: Mapping[str, Any]) -> dict[str, float]:

@@ -17,8 +17,9 @@ import torch
 
 from alpamayo_dflash.bench.clocks import ceilings, in_turns
 from alpamayo_dflash.bench.config import BenchConfig
+from alpamayo_dflash.bench.decode import rows_call
 from alpamayo_dflash.bench.expert import expert_steps
-from alpamayo_dflash.bench.figures import SIX, format_figures, medians, spread, timing_quartiles
+from alpamayo_dflash.bench.figures import SIX, format_figures, format_parts, medians, spread, timing_quartiles
 from alpamayo_dflash.bench.setup import Bench, gpu
 from alpamayo_dflash.bench.vision import ready
 from alpamayo_dflash.bench.window import Windows
@@ -56,12 +57,10 @@ def run(config: BenchConfig) -> dict[str, Any]:
         for part, calls in _calls(benches, windows).items():
             raw[part] = in_turns(calls, config.repeats, device)
         raw |= whole(windows, config.texts)
-    timed = [part for part, times in raw.items() if isinstance(times, dict) and FP8 in times]
-    timed.remove("window_parts_ms")
     found: dict[str, Any] = {
         "figures": format_figures(raw) | memory,
         "spread": spread(raw, format_figures),
-        "beside": {part: each for part, each in medians(raw).items() if part in timed},
+        "beside": medians(format_parts(raw)),
         "target_weights": {name: bench.target.weight_formats for name, bench in benches.items()},
         "lossless": None,
         "gpu": gpu(device),
@@ -115,15 +114,9 @@ def _calls(benches: dict[str, Bench], windows: dict[str, Windows]) -> Calls:
 
 
 def _rows_call(bench: Bench, rows: int) -> Callable[[], object]:
-    """A pass over a chain of so many rows, head included; captured on a GPU."""
+    """`rows_call`, captured on a GPU."""
     device, verifier = bench.device, bench.decoder(None).verifier
-    slots = per_sample_slots(rows, 0)
-    verifier.begin(verifier.prefill(bench.prompt), slots)
-    at = torch.arange(rows, device=device)
-    tokens = torch.randint(0, 1000, (rows,), device=device)
-    seen = torch.zeros(rows, slots, dtype=torch.uint8, device=device)
-    seen[:, :rows] = torch.ones(rows, rows, device=device).tril().to(torch.uint8)
-    call = partial(verifier.run, tokens, at, at, seen)
+    call = rows_call(verifier, verifier.prefill(bench.prompt), rows, per_sample_slots(rows, 0))
     if device.type != "cuda":
         return call
     captured = CapturedCall(call)

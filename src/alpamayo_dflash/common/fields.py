@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Any, NotRequired, TypeVar
+from typing import Any, NotRequired, TypeGuard, TypeVar
 
 _Kind = TypeVar("_Kind")
 _WORDS = {
@@ -134,7 +134,7 @@ def path_text(value: Any, where: str) -> str:
     return text
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number that a float can hold."""
     return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < _FLOAT)
 

@@ -20,6 +20,9 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
 """The largest value of e4m3."""
 
+MULTIPLE = 16
+"""What the fast forms take: inputs and output columns in multiples of this."""
+
 MOST_INPUTS = 2**17
 """Up to so many inputs a product's sum is exact in float64."""
 

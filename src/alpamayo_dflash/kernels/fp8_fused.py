@@ -13,9 +13,6 @@ from torch import Tensor
 
 from alpamayo_dflash.kernels import fp8, fp8_product, fp8_triton
 
-MULTIPLE = 16
-"""What the library takes: inputs and output columns in multiples of this."""
-
 
 def cast(x_RI: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows in e4m3 and their scales [R, 1]; by each row's own scale where none is given."""
@@ -24,9 +21,8 @@ def cast(x_RI: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def product_parts(x: fp8.CastRows, weight_NI: Tensor, weight_scales_N1: Tensor) -> Tensor:
     """The scaled product X @ weight.T as parts [J, R, N] still to be summed; few rows by the kernel."""
-    columns, inner = weight_NI.shape
     few = len(x) <= fp8_product.FEW_ROWS and fp8_triton.converts(x.values.device)
-    if few and fp8_product.fits(columns, inner):
+    if few and fp8_product.fits(weight_NI.shape[1]):
         return fp8_product.few_rows_product(x.values, x.scales, weight_NI, weight_scales_N1, x.dtype)
     return product(x.values, x.scales, weight_NI, weight_scales_N1, x.dtype).unsqueeze(0)
 

@@ -83,8 +83,8 @@ _TILES = (Tile(columns=64, inner=128, stages=9), Tile(columns=64, inner=64, stag
 _MANY_COLUMNS = 128 * _FULL
 
 
-def fits(columns: int, inner: int) -> bool:
-    """Whether the kernel takes a weight of this shape."""
+def fits(inner: int) -> bool:
+    """Whether the kernel takes a weight of this inner dimension."""
     return inner % _TILES[-1].inner == 0
 
 
@@ -107,12 +107,12 @@ def few_rows_product(
     Args:
         x_RI: e4m3.
         x_scales_R1: float32.
-        weight_NI: e4m3; `fits` its shape.
+        weight_NI: e4m3; `fits` its inner dimension.
         weight_scales_N1: float32.
         dtype: of a result in one part.
     """
     (rows, inner), columns = x_RI.shape, len(weight_NI)
-    assert fits(columns, inner) and x_RI.is_contiguous() and weight_NI.is_contiguous()
+    assert fits(inner) and x_RI.is_contiguous() and weight_NI.is_contiguous()
     tile, parts = plan(columns, inner)
     out = torch.empty(parts, rows, columns, dtype=dtype if parts == 1 else torch.float32, device=x_RI.device)
     block_rows = min(FEW_ROWS, max(16, triton.next_power_of_2(rows)))

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from alpamayo_dflash.kernels.fp8 import CastRows
+from alpamayo_dflash.kernels.fp8 import MULTIPLE, CastRows
 from alpamayo_dflash.target.fp8 import FP8Linear
 
 # Siblings that read the same input.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # A head of 155,697 rows makes cuBLAS fall to a quarter of the bandwidth (docs/log.md).
 HEAD_MULTIPLE = 64
-_FP8_MULTIPLE = 16  # `kernels.fp8_fused.MULTIPLE`, which a machine without Triton cannot import
 
 
 def hooked(module: nn.Module) -> bool:
@@ -90,8 +89,8 @@ def why_projection(linear: Any, dtype: torch.dtype, *, biased: bool = False) -> 
     if (why := why_module(linear, FP8Linear)) is not None:
         return f"a {why}"
     outputs, inputs = linear.weight.shape
-    if inputs % _FP8_MULTIPLE or outputs % _FP8_MULTIPLE:
-        return f"an FP8Linear of {inputs} inputs and {outputs} outputs, no multiples of {_FP8_MULTIPLE}"
+    if inputs % MULTIPLE or outputs % MULTIPLE:
+        return f"an FP8Linear of {inputs} inputs and {outputs} outputs, no multiples of {MULTIPLE}"
     return None
 
 

@@ -81,12 +81,12 @@ def _paired(
     found = [(one, other) for one, other in values if is_number(one) and is_number(other)]
     if not found:
         return None
-    apart = [other - one for one, other in found if one is not None and other is not None]
+    apart = [other - one for one, other in found]
     return Difference(
         f"{measure}, median",
         len(found),
-        statistics.median([float(one) for one, _ in found if one is not None]),
-        statistics.median([float(other) for _, other in found if other is not None]),
+        statistics.median([float(one) for one, _ in found]),
+        statistics.median([float(other) for _, other in found]),
         statistics.median(apart),
         median_interval(apart),
     )
@@ -193,16 +193,14 @@ def unlike(first: Run, others: Sequence[Run]) -> list[str]:
     for run in others:
         if first.evaluation is None or run.evaluation is None:
             continue
-        one, other = (each.evaluation.get("settings") or {} for each in (first, run) if each.evaluation)
+        one, other = first.evaluation.get("settings") or {}, run.evaluation.get("settings") or {}
         found += [
             f"{run.name} has {name} {other.get(name)}, {first.name} has {one.get(name)}."
             for name in _ASKED
             if one.get(name) != other.get(name)
         ]
         here, there = (
-            (each.evaluation.get("provenance") or {}).get("device")
-            for each in (first, run)
-            if each.evaluation
+            (each.get("provenance") or {}).get("device") for each in (first.evaluation, run.evaluation)
         )
         if here != there:
             found.append(f"{run.name} ran on {there}, {first.name} on {here}.")

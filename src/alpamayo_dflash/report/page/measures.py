@@ -9,10 +9,9 @@ from typing import Any
 
 from alpamayo_dflash.common.bootstrap import Interval, median_interval, ratio_interval
 from alpamayo_dflash.common.fields import is_number
-from alpamayo_dflash.common.manoeuvres import manoeuvre_of
 from alpamayo_dflash.report.page.data import Column, DataTable, Value, clip_link, of_objects
 from alpamayo_dflash.report.page.runs import Run, Series
-from alpamayo_dflash.report.page.sections import first_coc, over
+from alpamayo_dflash.report.page.sections import manoeuvre_in, over
 from alpamayo_dflash.report.page.tallies import (
     block_places,
     recorded,
@@ -23,7 +22,6 @@ from alpamayo_dflash.report.page.tallies import (
 from alpamayo_dflash.report.tables import ARM_NAMES, WINDOW_PARTS
 
 TARGET = "target"
-NO_MANOEUVRE = "none recognised"
 _BOOTSTRAP = "Intervals: 95 %, bootstrap over clips."
 _SERIES = Column("series", "run")
 _Objects = list[dict[str, Value]]
@@ -286,7 +284,7 @@ def by_manoeuvre(series: Sequence[Series]) -> DataTable:
     for each in series:
         groups: dict[str, list[Mapping[str, Any]]] = {}
         for row in each.rows:
-            groups.setdefault(manoeuvre_of(first_coc(row)) or NO_MANOEUVRE, []).append(row["acceptance"])
+            groups.setdefault(manoeuvre_in(row), []).append(row["acceptance"])
         for name, found in sorted(groups.items()):
             tokens = [float(count["tokens_after_first"]) for count in found]
             passes = [float(count["passes"]) for count in found]
@@ -328,12 +326,10 @@ def by_source(series: Sequence[Series]) -> DataTable:
 
 def source_by_place(each: Series) -> DataTable:
     """Who gave the tokens at each place of the sentence."""
-    found: dict[int, dict[str, int]] = {}
+    found: dict[int, Counter[str]] = {}
     for row in recorded(each.rows):
         for place, counts in sentence_places(row).items():
-            here = found.setdefault(place, {})
-            for name, count in counts.items():
-                here[name] = here.get(name, 0) + count
+            found.setdefault(place, Counter()).update(counts)
     objects: _Objects = [
         {"place": place, "source": name, "tokens": count}
         for place, counts in sorted(found.items())

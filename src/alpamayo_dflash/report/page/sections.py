@@ -12,6 +12,16 @@ from alpamayo_dflash.report.page.runs import Run
 from alpamayo_dflash.report.tables import audit
 
 Level = Literal["good", "bad", "note"]
+_EQUALITIES = (
+    ("greedy_identical", "greedy", "greedy texts equal to the autoregressive loop's"),
+    ("sampled_identical", "sampled", "sampled texts equal to the autoregressive loop's"),
+    (
+        "autoregressive_equals_transformers",
+        "autoregressive_equals_transformers",
+        "autoregressive greedy texts equal to transformers'",
+    ),
+)
+"""What must be equal: its count's key in an evaluation, its name in a row's `identity`, and in words."""
 _WORDS: Mapping[Level, str] = {"good": "Fine:", "bad": "Look:", "note": "Note:"}
 
 
@@ -92,23 +102,14 @@ def _lossless(run: Run, number: int) -> Iterable[Finding]:
     if not counts["of"]:
         yield Finding("note", "no other arm was run, so nothing says whether the texts are the target's own.")
         return
-    kinds = (
-        ("greedy_identical", "greedy", "greedy texts equal to the autoregressive loop's"),
-        ("sampled_identical", "sampled", "sampled texts equal to the autoregressive loop's"),
-        (
-            "autoregressive_equals_transformers",
-            "autoregressive_equals_transformers",
-            "autoregressive greedy texts equal to transformers'",
-        ),
-    )
-    if all(counts[key] == counts["of"] for key, _, _ in kinds):
+    if all(counts[key] == counts["of"] for key, _, _ in _EQUALITIES):
         yield Finding(
             "good",
             f"all of {counts['of']} clips equal: greedy and sampled texts are the autoregressive loop's, "
             "token for token, and its greedy texts are transformers' own.",
         )
         return
-    for key, name, text in kinds:
+    for key, name, text in _EQUALITIES:
         if counts[key] < counts["of"]:
             ties = ""
             if name != "autoregressive_equals_transformers" and "near_ties" in counts:
@@ -123,8 +124,7 @@ def _lossless(run: Run, number: int) -> Iterable[Finding]:
 
 
 def _greedy_lossless(counts: Mapping[str, Any]) -> Iterable[Finding]:
-    names = ("greedy_identical", "sampled_identical", "autoregressive_equals_transformers")
-    least = min(counts[name] for name in names)
+    least = min(counts[key] for key, _, _ in _EQUALITIES)
     if least < counts["of"]:
         yield Finding(
             "bad", f"of the greedy evaluation only {least} of {counts['of']} clips are equal in all arms."
@@ -215,6 +215,11 @@ def first_coc(row: Mapping[str, Any]) -> str:
     return str(row["coc"][0]) if row["coc"] else ""
 
 
+def manoeuvre_in(row: Mapping[str, Any]) -> str:
+    """What the first sample's text says to do."""
+    return manoeuvre_of(first_coc(row)) or "none recognised"
+
+
 _CLIP_COLUMNS = (
     Column("clip", "clip"),
     Column("coc", "CoC"),
@@ -256,7 +261,7 @@ def _clip(row: Mapping[str, Any]) -> dict[str, Value]:
     return {
         "clip": row["clip_id"],
         "coc": first_coc(row),
-        "manoeuvre": manoeuvre_of(first_coc(row)) or "none recognised",
+        "manoeuvre": manoeuvre_in(row),
         "state": state_of(row),
         "tokens": dflash.get("tokens"),
         "passes": acceptance["passes"],
@@ -273,8 +278,7 @@ def state_of(row: Mapping[str, Any]) -> str:
     identity = row.get("identity")
     if identity is None:
         return ""
-    names = ("greedy", "sampled", "autoregressive_equals_transformers")
-    return "equal" if all(identity[name] for name in names) else "unequal"
+    return "equal" if all(identity[name] for _, name, _ in _EQUALITIES) else "unequal"
 
 
 def over(above: float | None, below: float | None) -> float | None:
