@@ -54,6 +54,7 @@ class Recipe:
 
 
 _GRU = {"previous_head": "gru", "loss_type": "kl"}
+_MUON = _GRU | {"optimizer": "muon"}
 RECIPES = {
     PROTOTYPE: Recipe({"context_len": 1, "prefix_weight_gamma": 3.0}),
     PLAIN: Recipe({}),
@@ -70,9 +71,12 @@ RECIPES = {
     "gru ce+kl": Recipe(_GRU | {"loss_type": "ce+kl", "ce_weight_start": 0.5, "ce_weight_end": 0.5}),
     "gru kl dpace": Recipe(_GRU | {"position_weights": "dpace"}),
     "gru kl, long context": Recipe(_GRU | {"context_len": LONG_CONTEXT}),
-    "gru kl muon": Recipe(_GRU | {"optimizer": "muon"}),
+    "bigram kl muon": Recipe(_MUON | {"previous_head": "bigram"}),
+    "mlp kl muon": Recipe(_MUON | {"previous_head": "mlp"}),
+    "gru kl muon": Recipe(_MUON),
     "gru kl, three times": Recipe(_GRU, long=3),
-    "gru kl muon, three times": Recipe(_GRU | {"optimizer": "muon"}, long=3),
+    "mlp kl muon, three times": Recipe(_MUON | {"previous_head": "mlp"}, long=3),
+    "gru kl muon, three times": Recipe(_MUON, long=3),
 }
 """By name; the first two are compared against."""
 
