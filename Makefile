@@ -80,14 +80,14 @@ $(COMPAT)/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(COMPAT)
 	sed 's/^torch==.*/torch==$(COMPAT_TORCH)/' constraints-oldest.txt > $(COMPAT)/constraints.txt
 	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check -c $(COMPAT)/constraints.txt \
-		torch pytest pytest-xdist hypothesis 'setuptools>=77' -e '.[report]'
+		torch pytest pytest-xdist hypothesis 'setuptools>=77' -e '.[all]'
 	touch $@
 
 # torchvision and torchaudio, which it brings, do not load beside a torch with no GPU, and break Qwen3's import.
 $(SPECULATORS)/installed: pyproject.toml
 	$(PYTHON) -m venv $(SPECULATORS)
 	$(SPECULATORS)/bin/python -m pip install --quiet --disable-pip-version-check \
-		torch==2.13.0 speculators==0.9.0 pytest -e .
+		torch==2.13.0 speculators==0.9.0 pytest -e '.[clips,train]'
 	$(SPECULATORS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	touch $@
 

@@ -18,7 +18,6 @@ from alpamayo_dflash.common.manoeuvres import manoeuvre_of
 from alpamayo_dflash.report.page import charts, measures
 from alpamayo_dflash.report.page.compare import differences, matched, missing, text_counts, unlike
 from alpamayo_dflash.report.page.data import Column, DataTable, Measured, clip_link
-from alpamayo_dflash.report.page.libraries import check_libraries
 from alpamayo_dflash.report.page.page import comparison, sections_of, write
 from alpamayo_dflash.report.page.plots import drawn
 from alpamayo_dflash.report.page.runs import Run, read_runs
@@ -185,14 +184,6 @@ def test_runs_that_are_none_are_refused(tmp_path: Path) -> None:
     file = written(tmp_path, evaluation())
     with pytest.raises(ValueError, match="is given twice"):
         read_runs([file, tmp_path])
-
-
-def test_a_missing_library_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alpamayo_dflash.report.page.libraries.find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"altair is not installed; .* pip install 'alpamayo-dflash\[report\]'"
-    ):
-        check_libraries()
 
 
 # What is counted.

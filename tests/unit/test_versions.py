@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+import alpamayo_dflash
 from alpamayo_dflash.common.artefacts import read_json
 
 ROOT = Path(__file__).parents[2]
@@ -15,9 +17,18 @@ ROOT = Path(__file__).parents[2]
 PINS = {"torch": "2.8.0", "transformers": "4.57.1", "physical-ai-av": "0.2.0", "pillow": "12.0.0"}
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+FOR_USERS = ("clips", "train", "report")  # the extras; what developers take may be newer
+
+
 def promised() -> dict[str, Requirement]:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    return {canonicalize_name(each.name): each for each in map(Requirement, listed)}
+    """The base's packages and the extras', with one bound each."""
+    extras = PROJECT["optional-dependencies"]
+    listed = [*PROJECT["dependencies"], *(each for name in FOR_USERS for each in extras[name])]
+    found: dict[str, Requirement] = {}
+    for each in map(Requirement, listed):
+        assert found.setdefault(canonicalize_name(each.name), each) == each, f"{each} has two bounds"
+    return found
 
 
 def pinned(name: str) -> dict[str, Version]:
@@ -62,3 +73,17 @@ def test_the_readme_names_the_tested_versions() -> None:
             assert version in text, (package, version)
     for version in (gpu["torch"].removesuffix(".0"), gpu["transformers"]):
         assert version in text, version
+
+
+def test_the_version_stands_in_one_place() -> None:
+    """pyproject.toml reads it from the package, which has it installed or not."""
+    read = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]["version"]
+    assert "version" in PROJECT["dynamic"] and "version" not in PROJECT
+    assert read == {"attr": "alpamayo_dflash.__version__"}
+    assert Version(alpamayo_dflash.__version__).release
+
+
+def test_the_classifiers_name_the_pythons_that_are_admitted() -> None:
+    admitted = SpecifierSet(PROJECT["requires-python"])
+    named = {each.rpartition(" ")[2] for each in PROJECT["classifiers"] if "Python :: 3." in each}
+    assert named == {f"3.{minor}" for minor in range(30) if f"3.{minor}.0" in admitted}

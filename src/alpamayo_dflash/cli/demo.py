@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpamayo_dflash.common.artefacts import provenance, read_json, write_record
+from alpamayo_dflash.common.extras import EXTRAS, check_extra
 from alpamayo_dflash.common.fields import value_of
 from alpamayo_dflash.common.options import check_positive
 
@@ -194,17 +195,18 @@ def run(config: DemoConfig) -> dict[str, Any]:
         training clips), and the seconds of each stage.
 
     Raises:
-        ValueError: the shipped target or its figures are missing, or a library of the report's page.
+        ValueError: the shipped target or its figures are missing.
+        MissingPackageError: a package of clips, training or the page is not installed.
     """
     import torch
     from rich.console import Console
 
     from alpamayo_dflash.evaluate.run import RESULT
     from alpamayo_dflash.report.evaluation import read_evaluation
-    from alpamayo_dflash.report.page.libraries import check_libraries
     from alpamayo_dflash.standins.config import world_figures_path
 
-    check_libraries()
+    for extra in EXTRAS:
+        check_extra(extra)
     started = time.time()
     torch.set_num_threads(config.threads)
     console = Console(file=sys.stderr)

@@ -2,7 +2,7 @@
 
 Every subcommand prints one JSON object as its last line of standard output; tables, progress and errors go
 to standard error. Exit status: 0 done; 1 a measurement lies outside its bounds, or every clip failed; 2 bad
-input; 130 interrupted; 141 nobody reads the output.
+input, or a package is not installed; 130 interrupted; 141 nobody reads the output.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alpamayo_dflash.common.artefacts import to_plain
+from alpamayo_dflash.common.extras import MissingPackageError
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, config = parse(sys.argv[1:] if argv is None else argv)
     try:
         result = _load(COMMANDS[name].run)(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MissingPackageError) as error:
         print(f"alpamayo-dflash {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from alpamayo_dflash.clips.video import MOST_US, Times, UnsoundError
 from alpamayo_dflash.clips.window import FUTURE_POINTS, HISTORY_POINTS, STEP_US
+from alpamayo_dflash.common.extras import needs
 
 # What the devkit interpolates, beside the timestamps.
 MOTION = (
@@ -32,7 +33,8 @@ def poses(table: Any, t0_us: int, *, most_gap_us: int) -> tuple[Poses, Poses | N
     Raises:
         UnsoundError: the moment is not covered, or what covers it cannot be relied on.
     """
-    from physical_ai_av.egomotion import EgomotionState
+    with needs("clips"):
+        from physical_ai_av.egomotion import EgomotionState
 
     stamps = stamps_of(table)
     first, last = int(stamps[0]), int(stamps[-1])

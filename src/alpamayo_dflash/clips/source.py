@@ -32,6 +32,7 @@ from alpamayo_dflash.clips.window import (
     whole_us,
 )
 from alpamayo_dflash.common.ahead import read_ahead
+from alpamayo_dflash.common.extras import needs
 from alpamayo_dflash.common.options import check_positive
 from alpamayo_dflash.common.tables import read_columns
 
@@ -332,7 +333,8 @@ def _damage() -> tuple[type[Exception], ...]:
 
     It checks little itself: a video without frames, for instance, ends in an IndexError or a TypeError.
     """
-    import av
+    with needs("clips"):
+        import av
 
     return (
         ValueError,
@@ -350,15 +352,17 @@ def _damage() -> tuple[type[Exception], ...]:
 
 def open_online(cache_dir: Path | str | None, revision: str, repo_id: str, **options: Any) -> Any:
     """The devkit's own interface; `options` are its constructor's."""
-    from physical_ai_av import PhysicalAIAVDatasetInterface
+    with needs("clips"):
+        from physical_ai_av import PhysicalAIAVDatasetInterface
 
     return PhysicalAIAVDatasetInterface(revision, cache_dir=cache_dir, **_named(repo_id), **options)
 
 
 def _table_errors() -> tuple[type[Exception], ...]:
     """What the devkit and pandas let through for tables that are whole, but none of the dataset's."""
-    from pandas.errors import InvalidIndexError
-    from pyarrow import ArrowException
+    with needs("clips"):
+        from pandas.errors import InvalidIndexError
+        from pyarrow import ArrowException
 
     usual = (OSError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError)
     return (*usual, MemoryError, ArrowException, InvalidIndexError)
@@ -366,7 +370,8 @@ def _table_errors() -> tuple[type[Exception], ...]:
 
 def _named(repo_id: str) -> dict[str, Any]:
     """The dataset's name as the devkit takes it; 0.2.0 knows the one dataset and takes none."""
-    from physical_ai_av import PhysicalAIAVDatasetInterface
+    with needs("clips"):
+        from physical_ai_av import PhysicalAIAVDatasetInterface
 
     if "repo_id" in inspect.signature(PhysicalAIAVDatasetInterface).parameters:
         return {"repo_id": repo_id}
@@ -394,7 +399,9 @@ def _offline_interface() -> Any:
     own, and the cache answers for the hub.
     """
     from huggingface_hub import HfApi
-    from physical_ai_av import PhysicalAIAVDatasetInterface
+
+    with needs("clips"):
+        from physical_ai_av import PhysicalAIAVDatasetInterface
 
     class CachedHub(HfApi):
         def __init__(self, is_file_cached: Callable[[str], bool]) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from alpamayo_dflash.common.extras import needs
+
 Times = npt.NDArray[np.int64]
 MOST_US = 10**15
 """The latest time, microseconds: 31 years."""
@@ -56,8 +58,9 @@ class Video:
     """
 
     def __init__(self, data: bytes) -> None:
-        import av
-        from av.codec.context import ThreadType
+        with needs("clips"):
+            import av
+            from av.codec.context import ThreadType
 
         # Of an MP4 alone, for other formats (playlists) name files and addresses to read.
         container: Any = av.open(io.BytesIO(data), format="mp4", options=dict(_LIMITS))

@@ -19,12 +19,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alpamayo_dflash import __version__
 from alpamayo_dflash.common.json_text import read_json_value
 from alpamayo_dflash.common.records import sealed, unsealed
 
 # The packages whose versions can change a number.
 _LIBRARIES = ("torch", "triton", "transformers", "tokenizers", "numpy", "physical_ai_av", "av")
-_RECORDED = ("alpamayo-dflash", *_LIBRARIES)
 
 IDENTITY = 2
 """The rule that models' hashes are made by, see `common.identity`; records of the first do not name it."""
@@ -216,9 +216,9 @@ def answer_of(tool: str, *arguments: str, folder: Path | None = None) -> str | N
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that can change a number."""
-    found = {"python": platform.python_version()}
-    for name in _RECORDED:
+    """The versions of Python, of this package and of the libraries that can change a number."""
+    found = {"python": platform.python_version(), "alpamayo-dflash": __version__}
+    for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from alpamayo_dflash.common.extras import needs
+
 _FLUSH_S = 10
 """How long an event may wait to be seen by who reads the logs; TensorBoard's own are two minutes."""
 
@@ -37,7 +39,8 @@ class Live(Monitor):
             total_steps: of the run.
             first_step: steps done already; entries after it, of an interrupted run, are hidden.
         """
-        from torch.utils.tensorboard import SummaryWriter
+        with needs("train"):
+            from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(logs, purge_step=first_step + 1, flush_secs=_FLUSH_S)
         self._writer.add_scalar("run/total_steps", total_steps, first_step)  # for who reads the logs alone

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from alpamayo_dflash.common.extras import needs
+
 MOST_ROWS = 2**24
 """The most rows of a table; the dataset has 306,152 clips."""
 
@@ -35,8 +37,9 @@ def read_columns(
         ValueError: it is missing or none, lacks a column, has one of another kind, or one with empty places,
             or is too large; the message names file and column.
     """
-    import pyarrow
-    import pyarrow.parquet
+    with needs("clips"):
+        import pyarrow
+        import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
@@ -70,7 +73,8 @@ def _check_size(metadata: Any, most_rows: int) -> None:
 
 
 def _check_kinds(schema: Any, columns: Mapping[str, Any]) -> None:
-    from pyarrow import types
+    with needs("clips"):
+        from pyarrow import types
 
     def is_text(kind: Any) -> bool:
         kind = kind.value_type if types.is_dictionary(kind) else kind
@@ -105,7 +109,8 @@ def _read(file: Any, names: list[str]) -> Any:
 
     One piece has at most 2 GiB of a text or list column: its places are counted in 31 bits.
     """
-    import pyarrow
+    with needs("clips"):
+        import pyarrow
 
     pieces, size = [], 0
     schema = pyarrow.schema([file.schema_arrow.field(name) for name in names])

@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 from torch import Tensor
 
 from alpamayo_dflash.common.artefacts import atomic_file, file_hash, read_json, write_record
+from alpamayo_dflash.common.extras import needs
 from alpamayo_dflash.common.fields import checked, naming, shown, value_of
 from alpamayo_dflash.common.options import check_at_least
 from alpamayo_dflash.common.ranks import require_same
@@ -29,6 +28,10 @@ from alpamayo_dflash.common.tables import read_columns
 from alpamayo_dflash.common.tensors import TensorFile, header_hash, save_tensors
 from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT
 from alpamayo_dflash.distill.manifest import check_manifest
+
+with needs("train"):
+    import pyarrow
+    import pyarrow.parquet
 
 _KINDS: dict[Any, Any] = {int: int, float: float, str: str, tuple[int, ...]: list}
 _MOST_ROWS = 2**26

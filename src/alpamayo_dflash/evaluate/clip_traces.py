@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from rich.console import Console
 
 from alpamayo_dflash.clips.source import ClipSource
@@ -26,6 +25,7 @@ from alpamayo_dflash.common.artefacts import (
     recover_folder,
     write_record,
 )
+from alpamayo_dflash.common.extras import needs
 from alpamayo_dflash.common.machine import Clock
 from alpamayo_dflash.decode.decoder import Result
 from alpamayo_dflash.decode.observer import PlaceScores, Recorder, Span, SpanRecorder
@@ -33,6 +33,9 @@ from alpamayo_dflash.evaluate.arms import CLIP_ERRORS, Arms, rounds_of
 from alpamayo_dflash.evaluate.rows import ClipRow, TraceRow
 from alpamayo_dflash.report.clip_trace import FILE, Bar, ClipTrace, Frame, Places, Round
 from alpamayo_dflash.target.prompt import Prompt
+
+with needs("clips"):
+    from PIL import Image
 
 FOLDER = "trace"
 FRAME_WIDTH = 320

@@ -18,6 +18,7 @@ from alpamayo_dflash.clips.source import (
 )
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import IDENTITY, list_hash, provenance, write_record
+from alpamayo_dflash.common.extras import check_extra
 from alpamayo_dflash.common.identity import Fingerprint, agreed
 from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.options import check_layers, parse_layers
@@ -27,8 +28,6 @@ from alpamayo_dflash.layers.aggregate import aggregate, read_scores, scores_path
 from alpamayo_dflash.layers.choice import CHOICE_FILE
 from alpamayo_dflash.layers.config import LayersConfig
 from alpamayo_dflash.layers.score import Scores, score_response
-from alpamayo_dflash.report.page.libraries import check_libraries
-from alpamayo_dflash.report.page.plots import plot_scores
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 from alpamayo_dflash.target.quantised import fp8_formats
 
@@ -43,10 +42,11 @@ def run(config: LayersConfig) -> dict[str, Any]:
         already; after aggregation `target_layers` with the reasons and the files written.
 
     Raises:
-        ValueError: bad input, or a library of the plot is missing; the message names it.
+        ValueError: bad input; the message names it.
+        MissingPackageError: a library of the plot is not installed.
     """
     if config.plot:
-        check_libraries()
+        check_extra("report")
     if config.aggregate:
         return _aggregated(config, config.world_size)
     rank, world_size = share_of(config.rank, config.world_size)
@@ -60,6 +60,8 @@ def _aggregated(config: LayersConfig, world_size: int | None) -> dict[str, Any]:
     answer = {key: content[key] for key in ("target_layers", "reasons", "clips", "tokens")}
     answer["layers_file"] = str(config.output_dir / CHOICE_FILE)
     if config.plot:
+        from alpamayo_dflash.report.page.plots import plot_scores
+
         plot_scores(content, config.output_dir / PLOT_FILE)
         answer["plot"] = str(config.output_dir / PLOT_FILE)
     return answer

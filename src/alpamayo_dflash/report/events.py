@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from alpamayo_dflash.common.extras import needs
 from alpamayo_dflash.report.files import listed, stamp_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class EventLogs:
 
 
 def _accumulator(folder: Path) -> EventAccumulator:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    with needs("report"):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     # It warns of every restart that it sorts out, onto the terminal that is being drawn on.
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
@@ -63,7 +65,8 @@ def _accumulator(folder: Path) -> EventAccumulator:
 
 def _reloaded(logs: EventAccumulator) -> dict[str, list[Point]] | None:
     """What event files hold by now; None where their folder is gone."""
-    from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
+    with needs("report"):
+        from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
 
     try:
         logs.Reload()

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from alpamayo_dflash.common.artefacts import write_text
+from alpamayo_dflash.common.extras import check_extra
 from alpamayo_dflash.report.config import ReportConfig
-from alpamayo_dflash.report.page.libraries import check_libraries
 from alpamayo_dflash.report.page.runs import Run, read_runs
 from alpamayo_dflash.report.page.sections import Section
 from alpamayo_dflash.report.tables import Table, window
@@ -21,9 +21,10 @@ def run(config: ReportConfig) -> dict[str, Any]:
     """Write report.html (self-contained), report.md and the plots.
 
     Raises:
-        ValueError: a run is missing or damaged, or a library of the page is missing.
+        ValueError: a run is missing or damaged.
+        MissingPackageError: a library of the page is not installed.
     """
-    check_libraries()
+    check_extra("report")
     runs = read_runs(config.paths)
     folder = config.out or runs[0].path.parent / "report"
     return write_report(runs, folder, plots=config.plots)

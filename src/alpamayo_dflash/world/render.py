@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
 
 from alpamayo_dflash.clips.config import DEFAULT_T0_US
 from alpamayo_dflash.clips.window import (
@@ -21,10 +20,14 @@ from alpamayo_dflash.clips.window import (
     STEP_S,
     Window,
 )
+from alpamayo_dflash.common.extras import needs
 from alpamayo_dflash.world.facts import VEHICLES
 from alpamayo_dflash.world.road import Floats, Road
 from alpamayo_dflash.world.scene import VEHICLE_SIZES, Colour, Item, Scene
 from alpamayo_dflash.world.shapes import colour_of, placed, shape
+
+with needs("clips"):
+    from PIL import Image, ImageDraw
 
 HEIGHT, WIDTH = 128, 256
 FRAME_TIMES_S = tuple((i + 1 - FRAMES_PER_CAMERA) * STEP_S for i in range(FRAMES_PER_CAMERA))

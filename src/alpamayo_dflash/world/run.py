@@ -18,6 +18,7 @@ from rich.progress import track
 
 from alpamayo_dflash.clips.cache import EGOMOTION, chunk_file, repo_folder
 from alpamayo_dflash.common.artefacts import atomic_file, provenance, read_json, write_record, write_text
+from alpamayo_dflash.common.extras import needs
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.events import sample_facts
 from alpamayo_dflash.world.facts import EVENT_SHARES
@@ -129,7 +130,8 @@ def _write_chunks(config: WorldConfig, snapshot: Path, size: tuple[int, int] | N
 
 def _write_tables(snapshot: Path, records: list[SceneRecord]) -> None:
     """Write the dataset's tables and the world's own table of scenes."""
-    import pandas as pd
+    with needs("clips"):
+        import pandas as pd
 
     index = pd.Index([record.clip_id for record in records], name="clip_id")
     chunk = np.array([record.chunk for record in records], np.int64)

@@ -14,16 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-from scipy.spatial.transform import Rotation
 
 from alpamayo_dflash.clips.cache import EGOMOTION, chunk_file
 from alpamayo_dflash.clips.config import DEFAULT_T0_US
 from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, STEP_S, STEP_US
 from alpamayo_dflash.common.artefacts import atomic_file
+from alpamayo_dflash.common.extras import needs
 from alpamayo_dflash.world.events import sample_scene
 from alpamayo_dflash.world.render import draw_picture
 from alpamayo_dflash.world.scene import Scene, scene_seed
+
+with needs("clips"):
+    from PIL import Image
+    from scipy.spatial.transform import Rotation
 
 FEATURES = (*(CAMERAS[index] for index in DEFAULT_CAMERAS), EGOMOTION)
 VIDEO_STEPS = range(-7, 2)  # frames, in tenths of a second after t0
@@ -88,7 +91,8 @@ def _enlarged(picture: npt.NDArray[np.uint8], size: tuple[int, int] | None) -> n
 
 def encode_video(pictures: npt.NDArray[np.uint8]) -> bytes:
     """Encode pictures [frames, height, width, 3] as H.264 in MP4 at 10 Hz, every frame a key frame."""
-    import av
+    with needs("clips"):
+        import av
 
     stream_options = {"crf": "14", "preset": "ultrafast", "tune": "zerolatency"}
     file = io.BytesIO()
@@ -136,8 +140,9 @@ def motion_columns(scene: Scene) -> dict[str, npt.NDArray[np.generic]]:
 
 
 def _parquet(columns: Mapping[str, npt.NDArray[np.generic]]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    with needs("clips"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
     file = io.BytesIO()
     pq.write_table(pa.table(dict(columns)), file)

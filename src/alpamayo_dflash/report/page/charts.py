@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from alpamayo_dflash.common.extras import needs
 from alpamayo_dflash.report.page import measures
 from alpamayo_dflash.report.page.data import DataTable, Figure
 from alpamayo_dflash.report.page.palette import OTHER_LOOK, SOURCE_LOOKS
 from alpamayo_dflash.report.page.runs import Run, Series
 from alpamayo_dflash.report.tables import ARM_NAMES
+
+with needs("report"):
+    import altair
 
 Ground = Literal["light", "dark", "both"]
 _ROW = 22  # pixels of a bar
@@ -222,16 +226,12 @@ def _figure(name: str, table: DataTable, chart: Callable[[DataTable], Any], desc
     """A figure over its table's rows; nothing is drawn of an empty table."""
     spec: dict[str, Any] = {}
     if table.rows:
-        import altair
-
         spec = chart(table).properties(width="container", data=altair.NamedData("rows")).to_dict()
         spec.pop("config", None)  # the theme is the page's
     return Figure(name, spec, table, description)
 
 
 def _base() -> Any:
-    import altair
-
     return altair.Chart(altair.NamedData("rows"))
 
 
@@ -246,8 +246,6 @@ def _colour(
         table: the rows; needed with `known`.
         labels: an expression of the legend's labels.
     """
-    import altair
-
     if table is None:
         return altair.Color(f"{field}:N", sort=None, title=None)
     there = list(dict.fromkeys(str(each[field]) for each in table.objects()))
@@ -260,16 +258,12 @@ def _colour(
 
 def _series_colour(table: DataTable) -> Any:
     """Colour by run; of a single one the first colour, without a legend."""
-    import altair
-
     names = list(dict.fromkeys(str(each["series"]) for each in table.objects()))
     return _colour("series", table=table) if len(names) > 1 else altair.Undefined
 
 
 def _time_parts(several: bool) -> Callable[[DataTable], Any]:
     def chart(table: DataTable) -> Any:
-        import altair
-
         base = _base().transform_calculate(label=_label("arm", several))
         return (
             base.mark_bar(height={"band": 0.7})
@@ -299,14 +293,10 @@ def _index(field: str, order: Sequence[str]) -> str:
 
 
 def _ms(field: str) -> Any:
-    import altair
-
     return altair.Tooltip(f"{field}:Q", format=",.2f")
 
 
 def _decode_parts(table: DataTable) -> Any:
-    import altair
-
     base = _base().encode(
         y=altair.Y("part:N", sort=None, title=None), yOffset=altair.YOffset("series:N", sort=None)
     )
@@ -338,8 +328,6 @@ def _interval_x(base: Any) -> Any:
 
 def _decode_by_tokens(several: bool) -> Callable[[DataTable], Any]:
     def chart(table: DataTable) -> Any:
-        import altair
-
         encoding: dict[str, Any] = (
             {"shape": altair.Shape("series:N", sort=None, title=None)} if several else {}
         )
@@ -361,8 +349,6 @@ def _decode_by_tokens(several: bool) -> Callable[[DataTable], Any]:
 
 def _speedups(several: bool) -> Callable[[DataTable], Any]:
     def chart(table: DataTable) -> Any:
-        import altair
-
         base = _base().transform_calculate(label=_label("against", several))
         y = altair.Y("label:N", sort=None, title=None)
         ticks = base.mark_tick(thickness=2, opacity=0.6, cursor="pointer").encode(
@@ -383,8 +369,6 @@ def _speedups(several: bool) -> Callable[[DataTable], Any]:
 
 
 def _window(table: DataTable) -> Any:
-    import altair
-
     wholes = {row["arm"]: row["ms"] for row in table.objects() if row["part"] == "whole"}
     known = ",".join(f"'{arm}':'{arm}: {ms:.0f} ms in all'" for arm, ms in wholes.items())
     labels = f"{{{known}}}[datum.label] || datum.label"
@@ -404,8 +388,6 @@ def _window(table: DataTable) -> Any:
 
 
 def _floors(table: DataTable) -> Any:
-    import altair
-
     base = _base().transform_calculate(label="datum.what + ', ' + datum.arm")
     y = altair.Y("label:N", sort=None, title=None, axis=altair.Axis(labelLimit=260))
     bars = base.mark_bar().encode(
@@ -418,8 +400,6 @@ def _floors(table: DataTable) -> Any:
 
 
 def _round_lengths(table: DataTable) -> Any:
-    import altair
-
     return (
         _base()
         .mark_bar()
@@ -435,8 +415,6 @@ def _round_lengths(table: DataTable) -> Any:
 
 
 def _clip_lengths(table: DataTable) -> Any:
-    import altair
-
     return (
         _base()
         .mark_bar(opacity=0.75)
@@ -451,8 +429,6 @@ def _clip_lengths(table: DataTable) -> Any:
 
 
 def _block_places(table: DataTable) -> Any:
-    import altair
-
     base = _base()
     x = altair.X(
         "place:Q", title="place in the block", axis=altair.Axis(tickMinStep=1), scale=altair.Scale(nice=False)
@@ -475,8 +451,6 @@ def _block_places(table: DataTable) -> Any:
 
 
 def _sentence_places(table: DataTable) -> Any:
-    import altair
-
     base = _base()
     axis = altair.Axis(format="%")
     x = altair.X("place:Q", title="place in the sentence", scale=altair.Scale(nice=False))
@@ -499,8 +473,6 @@ def _sentence_places(table: DataTable) -> Any:
 
 
 def _manoeuvres(table: DataTable) -> Any:
-    import altair
-
     base = _base().encode(
         y=altair.Y(
             "manoeuvre:N", title=None, sort=altair.EncodingSortField("length", op="max", order="descending")
@@ -516,8 +488,6 @@ def _manoeuvres(table: DataTable) -> Any:
 
 
 def _by_source(table: DataTable) -> Any:
-    import altair
-
     return (
         _base()
         .mark_bar(height={"band": 0.7})
@@ -532,8 +502,6 @@ def _by_source(table: DataTable) -> Any:
 
 
 def _source_places(table: DataTable) -> Any:
-    import altair
-
     return (
         _base()
         .mark_bar()
@@ -550,8 +518,6 @@ def _source_places(table: DataTable) -> Any:
 
 
 def _errors(table: DataTable) -> Any:
-    import altair
-
     points = (
         _base()
         .mark_point(filled=True, size=55, opacity=0.75, cursor="pointer")
@@ -574,15 +540,11 @@ def _errors(table: DataTable) -> Any:
 
 
 def _dash(several: bool) -> dict[str, Any]:
-    import altair
-
     return {"strokeDash": altair.StrokeDash("series:N", sort=None, title=None)} if several else {}
 
 
 def _losses(several: bool) -> Callable[[DataTable], Any]:
     def chart(table: DataTable) -> Any:
-        import altair
-
         return (
             _base()
             .mark_line()
@@ -601,8 +563,6 @@ def _losses(several: bool) -> Callable[[DataTable], Any]:
 
 def _training_acceptance(several: bool) -> Callable[[DataTable], Any]:
     def chart(table: DataTable) -> Any:
-        import altair
-
         base = _base().encode(
             x=altair.X("step:Q", title="step"),
             y=altair.Y("length:Q", title="tokens a pass", scale=altair.Scale(zero=True)),
@@ -623,8 +583,6 @@ def _training_acceptance(several: bool) -> Callable[[DataTable], Any]:
 
 def _layers(title: str) -> Callable[[DataTable], Any]:
     def chart(table: DataTable) -> Any:
-        import altair
-
         x = altair.X("layer:Q", title="target layer", axis=altair.Axis(tickMinStep=1))
         base = _base().encode(x=x, y=altair.Y("value:Q", title=title), color=_series_colour(table))
         tooltip = ["series:N", "layer:Q", altair.Tooltip("value:Q", format=".4f"), "chosen:N"]
@@ -638,8 +596,6 @@ def _layers(title: str) -> Callable[[DataTable], Any]:
 
 
 def _differences(table: DataTable) -> Any:
-    import altair
-
     base = _base().encode(
         y=altair.Y("measure:N", sort=None, title=None, axis=altair.Axis(labelLimit=240)),
         yOffset=altair.YOffset("run:N", sort=None),

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import altair as alt
+from alpamayo_dflash.common.extras import needs
+
+with needs("report"):
+    import altair as alt
 
 LANE_PX = 78
 """Height of a lane of a round's tree."""

@@ -8,6 +8,7 @@ from typing import Any, NotRequired, TypedDict
 
 from alpamayo_dflash.common.fields import file_name
 from alpamayo_dflash.report.clip_trace import FILE, ClipTrace, read_clip_trace
+from alpamayo_dflash.report.page.clip_charts import clip_specs
 from alpamayo_dflash.report.page.islands import visible
 from alpamayo_dflash.report.page.palette import OTHER_LOOK, SOURCE_LOOKS
 from alpamayo_dflash.report.page.pictures import Pictures
@@ -86,8 +87,6 @@ def clips_context(runs: Sequence[Run], out: Path) -> dict[str, Any]:
         `clips_pictures`, of each clip the sources of its pictures by name; `clips_charts`, the
         specifications; `clips_letters` and `clips_looks` of the sources of tokens.
     """
-    from alpamayo_dflash.report.page.clip_charts import clip_specs  # here, since not all have Altair
-
     views: list[ClipView] = []
     index: list[dict[str, Any]] = []
     pictures = Pictures()

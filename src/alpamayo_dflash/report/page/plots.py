@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from alpamayo_dflash.common.artefacts import atomic_file, write_text
+from alpamayo_dflash.common.extras import needs
 from alpamayo_dflash.report.page.charts import Ground, layer_figures, theme
 from alpamayo_dflash.report.page.data import Figure
 from alpamayo_dflash.report.page.runs import Run
+
+with needs("report"):
+    import vl_convert
 
 _WIDTH = 620
 _SCALE = 2  # of PNG: two pixels a point
@@ -39,8 +43,6 @@ def write_plots(figures: Sequence[Figure], folder: Path) -> list[Path]:
 
 def drawn(figures: Sequence[Figure], ground: Ground) -> str:
     """Figures as one SVG, each below the one before it with its title."""
-    import vl_convert
-
     specs: list[dict[str, Any]] = [
         {
             **_renamed(figure.spec, figure.name),
@@ -68,8 +70,6 @@ def _renamed(spec: Any, name: str) -> Any:
 
 def write_png(drawing: str, path: Path) -> None:
     """Write an SVG as PNG."""
-    import vl_convert
-
     with atomic_file(path) as temporary:
         temporary.write_bytes(vl_convert.svg_to_png(drawing, scale=_SCALE))
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alpamayo_dflash.common.artefacts import write_text
+from alpamayo_dflash.common.extras import needs
 from alpamayo_dflash.report.page.clips import clips_context
 from alpamayo_dflash.report.page.islands import island, visible
 from alpamayo_dflash.report.page.runs import Run
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
+with needs("report"):
+    import vl_convert
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -35,8 +37,6 @@ def write_page(runs: Sequence[Run], context: Mapping[str, Any], out: Path) -> No
 @functools.cache
 def environment() -> Environment:
     """The templates; every value in them is escaped, and a name that is not there is an error."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     found = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -57,8 +57,6 @@ def vega_program() -> str:
     Raises:
         ValueError: it holds what would end the page's script.
     """
-    import vl_convert
-
     program: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed; window.vega = vega;")
     if "</script" in program.lower() or "<!--" in program:
         raise ValueError("the charts' program has '</script' or '<!--' in it, and cannot stand in a page")

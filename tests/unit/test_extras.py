@@ -1,0 +1,177 @@
+"""What decoding takes is all that it asks for; every other package is named with what brings it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import hidden_packages
+import pytest
+from packaging.requirements import Requirement
+
+import alpamayo_dflash
+from alpamayo_dflash.cli.main import main
+from alpamayo_dflash.common.extras import DISTRIBUTIONS, EXTRAS, MissingPackageError, check_extra, needs
+
+ROOT = Path(alpamayo_dflash.__file__).parent
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+BASE = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "tyro", "rich"}
+# Comes with torch where there are GPUs for it; who imports it has looked for it, or is a kernel.
+OPTIONAL = {"triton"}
+# What an import takes beside the package that it names.
+BEHIND = {"torch.utils.tensorboard": "tensorboard"}
+
+DECODE = """
+import sys
+import hidden_packages
+hidden_packages.hide(sys.argv[1:])
+
+import numpy as np
+import alpamayo_dflash
+from alpamayo_dflash import Alpamayo, SpeculativeDecoder, Window
+
+xyz = np.zeros((16, 3), np.float32)
+xyz[:, 0] = np.linspace(-12.0, 0.0, 16)
+rot = np.tile(np.eye(3, dtype=np.float32), (16, 1, 1))
+frames = np.random.default_rng(0).integers(0, 256, (4, 4, 64, 96, 3), dtype=np.uint8)
+window = Window("of arrays", 5_100_000, (0, 1, 2, 6), frames, xyz, rot)
+result = SpeculativeDecoder(Alpamayo.from_pretrained("tiny")).generate(window, seed=0)
+assert result.coc[0] and tuple(result.pred_xyz.shape) == (1, 64, 3), result
+print(result.coc[0])
+"""
+
+
+def interpreter(*arguments: str, given: str = "") -> str:
+    """Standard output of a fresh interpreter that finds the tests' helpers."""
+    paths = (str(ROOT.parent), str(Path(hidden_packages.__file__).parent))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        input=given,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def said(cases: list[tuple[str, str, list[str]]], *preloaded: str) -> Iterator[tuple[str, str]]:
+    """What the command line says of each case with one package hidden; it must end with status 2."""
+    given = json.dumps([[[module], arguments] for module, _, arguments in cases])
+    found = json.loads(interpreter(hidden_packages.__file__, *preloaded, given=given))
+    for (module, extra, _), (status, text) in zip(cases, found, strict=True):
+        assert status == 2, (module, text)
+        assert "Traceback" not in text
+        name = DISTRIBUTIONS.get(module, module)
+        assert f"{name} is not installed" in text, module
+        assert text.rstrip().endswith(f"pip install 'alpamayo-dflash[{extra}]'"), text
+        yield module, extra
+
+
+def test_a_window_of_arrays_is_decoded_with_no_extra() -> None:
+    """Nor with the parser of arguments. torch itself brings jinja2."""
+    hidden = {module for modules in EXTRAS.values() for module in modules} - {"jinja2"}
+    assert interpreter("-c", DECODE, *sorted(hidden | {"tyro"})).strip()
+
+
+def test_every_missing_package_is_named_with_what_brings_it(tmp_path: Path) -> None:
+    from alpamayo_dflash.world.config import WorldConfig
+    from alpamayo_dflash.world.run import run as write_world
+
+    write_world(WorldConfig(tmp_path / "world", num_chunks=1, clips_per_chunk=1, workers=1))
+    clips = ["clips", "--cache-dir", str(tmp_path / "world")]
+    cases = [(module, "clips", clips) for module in ("physical_ai_av", "pandas")]
+    world = ["world", "--num-chunks", "1", "--clips-per-chunk", "1", "--workers", "1", "--out"]
+    writers = ("pyarrow", "scipy", "av", "PIL")
+    cases += [(module, "clips", [*world, str(tmp_path / f"without-{module}")]) for module in writers]
+    cases += [(module, "report", ["report", str(tmp_path)]) for module in EXTRAS["report"]]
+    found = set(said(cases, "alpamayo_dflash.cli.main", "tyro", "rich.progress", "numpy"))
+    assert found == {(module, extra) for extra in ("clips", "report") for module in EXTRAS[extra]}
+
+
+@pytest.mark.parametrize("module", EXTRAS["train"])
+def test_training_names_its_packages(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before it reads anything: neither the data nor the folder are there."""
+    arguments = ["train", "--target-model", "tiny", "--data-dir", "none", "--output-dir", str(tmp_path / "o")]
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"alpamayo-dflash train: {module} is not installed; ")
+    assert error.endswith(": pip install 'alpamayo-dflash[train]'\n")
+    assert not (tmp_path / "o").exists()
+
+
+def test_another_failure_of_an_import_goes_on() -> None:
+    with pytest.raises(ModuleNotFoundError, match="nobody") as failed, needs("clips"):
+        import nobody  # type: ignore[import-not-found]  # noqa: F401
+    assert not isinstance(failed.value, MissingPackageError)
+    with pytest.raises(ImportError, match="broken"), needs("clips"):
+        raise ImportError("broken", name="av")
+
+
+def test_a_whole_extra_is_looked_for_before_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for extra in EXTRAS:
+        check_extra(extra)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(MissingPackageError, match=r"^vl-convert-python is not installed") as failed:
+        check_extra("report")
+    assert failed.value.name == "vl_convert"
+
+
+def requirements(extra: str) -> set[str]:
+    return {Requirement(each).name for each in PROJECT["optional-dependencies"][extra]}
+
+
+@pytest.mark.parametrize("extra", sorted(EXTRAS))
+def test_an_extra_brings_what_is_promised_of_it(extra: str) -> None:
+    assert requirements(extra) == {DISTRIBUTIONS.get(module, module) for module in EXTRAS[extra]}
+
+
+def test_all_brings_every_extra() -> None:
+    (every,) = map(Requirement, PROJECT["optional-dependencies"]["all"])
+    assert every.name == PROJECT["name"] and every.extras == set(EXTRAS)
+
+
+def imported(path: Path) -> Iterator[tuple[str, str | None]]:
+    """Each foreign package that a file imports when it runs, and the extra that its `with` names."""
+    extras: dict[ast.AST, str] = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            extras |= dict.fromkeys(ast.walk(node), "types")
+        elif isinstance(node, ast.With) and ast.unparse(node.items[0]).startswith("needs("):
+            extra = ast.literal_eval(node.items[0].context_expr.args[0])  # type: ignore[attr-defined]
+            extras |= dict.fromkeys(ast.walk(node), extra)
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        for name in names:
+            package = BEHIND.get(name, name.partition(".")[0])
+            if package not in sys.stdlib_module_names and package != "alpamayo_dflash":
+                yield package, extras.get(node)
+
+
+def test_every_import_is_of_the_base_or_named() -> None:
+    """Walked from above, so a `with` is met before what stands in it."""
+    seen = set()
+    for path in ROOT.rglob("*.py"):
+        for package, extra in imported(path):
+            place = f"{path.relative_to(ROOT)} imports {package}"
+            if extra == "types" or package in BASE | OPTIONAL:
+                continue
+            assert extra is not None, f"{place}, which belongs in `with needs(EXTRA):`"
+            assert package in EXTRAS[extra], f"{place}, which [{extra}] does not bring"
+            seen.add((extra, package))
+    assert seen >= {("clips", "av"), ("train", "tensorboard"), ("report", "altair")}
+    assert {Requirement(each).name for each in PROJECT["dependencies"]} == BASE
