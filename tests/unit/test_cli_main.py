@@ -14,6 +14,7 @@ from public_list import all_fields
 
 from alpamayo_dflash.cli import main as cli
 from alpamayo_dflash.cli.demo import DemoConfig, stages
+from alpamayo_dflash.cli.overview import GROUPS, overview
 from alpamayo_dflash.common.artefacts import to_plain
 from alpamayo_dflash.evaluate.config import EvaluateConfig
 from alpamayo_dflash.target.checkpoint import SHIPPED, checkpoint_folder
@@ -167,6 +168,39 @@ def test_help_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "evaluate" in done.stdout
+
+
+def test_help_has_every_subcommand_in_one_group(capsys: pytest.CaptureFixture[str]) -> None:
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(cli.COMMANDS)
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(["--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^  ([a-z-]+)  ", printed, re.MULTILINE) == grouped
+    assert re.findall(r"^(.+):$", printed, re.MULTILINE) == list(GROUPS)
+
+
+def test_the_main_job_stands_in_the_documents_order() -> None:
+    main_job, *_ = GROUPS.values()
+    sections = [SECTIONS[line[3:]] for line in DOCUMENT.read_text().splitlines() if line[3:] in SECTIONS]
+    assert [name for name in main_job if name in sections] == sections
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_help_keeps_to_its_width(width: int) -> None:
+    configs = {name: config_class(name) for name in cli.COMMANDS}
+    text = overview("alpamayo-dflash", "What it is.", configs, width)
+    first_sentences = {" ".join((kind.__doc__ or "").split("\n\n")[0].split()) for kind in configs.values()}
+    assert max(map(len, text.splitlines()[1:-1])) <= width
+    assert all(sentence in " ".join(text.split()) for sentence in first_sentences)
+
+
+def test_a_subcommands_help_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(["evaluate", "--help"])
+    assert stopped.value.code == 0
+    assert "--draft-model" in capsys.readouterr().out
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

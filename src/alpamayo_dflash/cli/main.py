@@ -15,8 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alpamayo_dflash.cli.overview import asked, overview
 from alpamayo_dflash.common.artefacts import to_plain
 from alpamayo_dflash.common.extras import MissingPackageError
+
+_PROG = "alpamayo-dflash"
+_DESCRIPTION = "Lossless speculative decoding of Alpamayo's Chain-of-Causation with DFlash drafts."
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,16 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     Raises:
         SystemExit: help was asked for (0), or the arguments do not fit (2; the message is on standard error).
     """
+    configs = {name: _load(command.config) for name, command in COMMANDS.items()}
+    if asked(argv):  # tyro knows no groups of subcommands
+        print(overview(_PROG, _DESCRIPTION, configs))
+        raise SystemExit(0)
     import tyro
 
-    configs = {name: _load(command.config) for name, command in COMMANDS.items()}
     config = tyro.extras.subcommand_cli_from_dict(
         configs,
-        prog="alpamayo-dflash",
-        description="Lossless speculative decoding of Alpamayo's Chain-of-Causation with DFlash drafts.",
+        prog=_PROG,
+        description=_DESCRIPTION,
         args=argv,
         config=(tyro.conf.OmitArgPrefixes,),  # nested options have flags by their names alone
     )
