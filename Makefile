@@ -11,10 +11,12 @@ COMPAT := .venv-compat-$(COMPAT_TORCH)
 # transformers 4.57.1, and what it needs that the first environment has newer or not at all.
 LAID := $(VENV)/oldest-transformers
 LAID_OVER := transformers|huggingface-hub|tokenizers|requests|urllib3|charset-normalizer|certifi
+# What builds the documentation; it reads the package's source and installs none of what that needs.
+DOCS := .venv-docs
 # Another trainer of drafts, beside this package and in an environment of its own.
 SPECULATORS := .venv-speculators
 
-.PHONY: demo test page-bench screenshots golden faults kills fuzz compat compat-quick speculators lint types check clean
+.PHONY: demo test page-bench screenshots golden faults kills fuzz compat compat-quick speculators docs lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
@@ -60,6 +62,11 @@ compat-quick: $(LAID)/installed
 speculators: $(SPECULATORS)/installed
 	$(SPECULATORS)/bin/python -m pytest tests/peers/test_speculators_draft.py
 
+# The documentation as a site, in site/. It is strict: a link that leads nowhere, or a public name without a page,
+# fails it (not with --quiet, which hides warnings from the strict build too).
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,6 +98,11 @@ $(SPECULATORS)/installed: pyproject.toml
 	$(SPECULATORS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	touch $@
 
+$(DOCS)/installed: constraints-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-docs.txt
+	touch $@
+
 $(LAID)/installed: $(STAMP) constraints-oldest.txt
 	rm -rf $(LAID)
 	mkdir $(LAID)
@@ -100,4 +112,4 @@ $(LAID)/installed: $(STAMP) constraints-oldest.txt
 	sed -n 's/^transformers==//p' $(LAID)/requirements.txt > $@
 
 clean:
-	rm -rf $(VENV) .venv-compat-* $(SPECULATORS) runs
+	rm -rf $(VENV) .venv-compat-* $(SPECULATORS) $(DOCS) runs site
