@@ -13,10 +13,12 @@ LAID := $(VENV)/oldest-transformers
 LAID_OVER := transformers|huggingface-hub|tokenizers|requests|urllib3|charset-normalizer|certifi
 # What builds the documentation; it reads the package's source and installs none of what that needs.
 DOCS := .venv-docs
+# Environments with the wheel in them, by its extras.
+WHEEL := .venv-wheel
 # Another trainer of drafts, beside this package and in an environment of its own.
 SPECULATORS := .venv-speculators
 
-.PHONY: demo test page-bench screenshots golden faults kills fuzz compat compat-quick speculators docs lint types check clean
+.PHONY: demo test page-bench screenshots golden faults kills fuzz compat compat-quick speculators docs wheel lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
@@ -67,6 +69,12 @@ speculators: $(SPECULATORS)/installed
 docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build
 
+# The wheel, in two empty environments as users install it: alone it decodes a window of arrays, with [all] clips.
+wheel: $(WHEEL)-bare/installed $(WHEEL)-all/installed
+	cd $(WHEEL)-bare && bin/python -I ../tests/helpers/decode_arrays.py
+	$(WHEEL)-all/bin/python -I $(WHEEL)-all/bin/alpamayo-dflash world --out $(WHEEL)-all/world --num-chunks 1 --clips-per-chunk 2
+	cd $(WHEEL)-all && bin/python -I ../tests/helpers/decode_clips.py world
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -98,6 +106,21 @@ $(SPECULATORS)/installed: pyproject.toml
 	$(SPECULATORS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	touch $@
 
+dist/built: pyproject.toml README.md LICENSE $(shell find src -type f -not -path '*/__pycache__/*' -not -path '*.egg-info/*')
+	rm -rf dist build
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	rm -rf build
+	touch $@
+
+$(WHEEL)-bare/installed: EXTRAS :=
+$(WHEEL)-all/installed: EXTRAS := [all]
+$(WHEEL)-bare/installed $(WHEEL)-all/installed: dist/built constraints.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -I -m pip install --quiet --disable-pip-version-check -c constraints.txt torch \
+		"$$(echo dist/*.whl)$(EXTRAS)"
+	touch $@
+
 $(DOCS)/installed: constraints-docs.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-docs.txt
@@ -112,4 +135,4 @@ $(LAID)/installed: $(STAMP) constraints-oldest.txt
 	sed -n 's/^transformers==//p' $(LAID)/requirements.txt > $@
 
 clean:
-	rm -rf $(VENV) .venv-compat-* $(SPECULATORS) $(DOCS) runs site
+	rm -rf $(VENV) .venv-compat-* $(SPECULATORS) $(DOCS) $(WHEEL)-* runs site dist

@@ -1,5 +1,6 @@
 """The wheel, installed by itself, holds all that decoding on the tiny target takes."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import frozen_texts
 import pytest
+from packaging.requirements import Requirement
 
+import alpamayo_dflash
 from alpamayo_dflash.bench.cards import cards_path
+from alpamayo_dflash.common.extras import DISTRIBUTIONS, EXTRAS
 
 ROOT = Path(__file__).parents[2]
 CLIPS = 2
@@ -91,3 +95,19 @@ def test_it_holds_the_cards_to_compare_with(installed):
     _, packages = installed
     shipped = packages / "alpamayo_dflash" / "bench" / "cards.json"
     assert shipped.read_bytes() == cards_path().read_bytes()
+
+
+def test_it_says_what_each_extra_brings(installed):
+    """Of the metadata, as pip reads them: the base has none of the extras' packages of its own."""
+    _, packages = installed
+    (information,) = packages.glob("alpamayo_dflash-*.dist-info")
+    metadata = importlib.metadata.PathDistribution(information).metadata
+    assert metadata["Version"] == alpamayo_dflash.__version__
+    assert set(EXTRAS) | {"all", "dev"} == set(metadata.get_all("Provides-Extra"))
+    needed = [Requirement(each) for each in metadata.get_all("Requires-Dist")]
+    base = {each.name for each in needed if each.marker is None}
+    assert "torch" in base
+    for extra, modules in EXTRAS.items():
+        brought = {each.name for each in needed if each.marker and each.marker.evaluate({"extra": extra})}
+        assert brought == {DISTRIBUTIONS.get(module, module) for module in modules}
+        assert not brought & base

@@ -14,10 +14,11 @@ from pathlib import Path
 import hidden_packages
 import pytest
 from packaging.requirements import Requirement
+from public_list import all_fields
 
 import alpamayo_dflash
-from alpamayo_dflash.cli.main import main
-from alpamayo_dflash.common.extras import DISTRIBUTIONS, EXTRAS, MissingPackageError, check_extra, needs
+from alpamayo_dflash.cli.main import COMMANDS, _load, main
+from alpamayo_dflash.common.extras import DISTRIBUTIONS, EXTRAS, MissingPackageError, check_extras, needs
 
 ROOT = Path(alpamayo_dflash.__file__).parent
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
@@ -27,24 +28,7 @@ OPTIONAL = {"triton"}
 # What an import takes beside the package that it names.
 BEHIND = {"torch.utils.tensorboard": "tensorboard"}
 
-DECODE = """
-import sys
-import hidden_packages
-hidden_packages.hide(sys.argv[1:])
-
-import numpy as np
-import alpamayo_dflash
-from alpamayo_dflash import Alpamayo, SpeculativeDecoder, Window
-
-xyz = np.zeros((16, 3), np.float32)
-xyz[:, 0] = np.linspace(-12.0, 0.0, 16)
-rot = np.tile(np.eye(3, dtype=np.float32), (16, 1, 1))
-frames = np.random.default_rng(0).integers(0, 256, (4, 4, 64, 96, 3), dtype=np.uint8)
-window = Window("of arrays", 5_100_000, (0, 1, 2, 6), frames, xyz, rot)
-result = SpeculativeDecoder(Alpamayo.from_pretrained("tiny")).generate(window, seed=0)
-assert result.coc[0] and tuple(result.pred_xyz.shape) == (1, 64, 3), result
-print(result.coc[0])
-"""
+HIDE = "import runpy, sys, hidden_packages; hidden_packages.hide(sys.argv[1:]); "
 
 
 def interpreter(*arguments: str, given: str = "") -> str:
@@ -79,7 +63,8 @@ def said(cases: list[tuple[str, str, list[str]]], *preloaded: str) -> Iterator[t
 def test_a_window_of_arrays_is_decoded_with_no_extra() -> None:
     """Nor with the parser of arguments. torch itself brings jinja2."""
     hidden = {module for modules in EXTRAS.values() for module in modules} - {"jinja2"}
-    assert interpreter("-c", DECODE, *sorted(hidden | {"tyro"})).strip()
+    decode = "runpy.run_module('decode_arrays', run_name='__main__')"
+    assert interpreter("-c", HIDE + decode, *sorted(hidden | {"tyro"})).strip()
 
 
 def test_every_missing_package_is_named_with_what_brings_it(tmp_path: Path) -> None:
@@ -121,11 +106,41 @@ def test_another_failure_of_an_import_goes_on() -> None:
 
 def test_a_whole_extra_is_looked_for_before_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for extra in EXTRAS:
-        check_extra(extra)
+        check_extras(extra)
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(MissingPackageError, match=r"^vl-convert-python is not installed") as failed:
-        check_extra("report")
+        check_extras("report")
     assert failed.value.name == "vl_convert"
+    for module in ("tensorboard", "av"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingPackageError) as failed:
+        check_extras("clips", "train", "report")
+    assert str(failed.value) == (
+        "av, tensorboard, vl-convert-python are not installed; "
+        "to install: pip install 'alpamayo-dflash[clips,train,report]'"
+    )
+    check_extras()
+
+
+def test_each_subcommand_names_its_extras() -> None:
+    """The base's are those that the documents promise; those that read clips take their extra."""
+    extras = {name: command.extras for name, command in COMMANDS.items()}
+    assert set().union(*extras.values()) == set(EXTRAS)
+    base = {name for name, found in extras.items() if not found}
+    assert base == {
+        "bench",
+        "bench-kernels",
+        "convert",
+        "measure-target",
+        "verify",
+        "watch",
+        "write-random-target",
+    }
+    assert extras["demo"] == tuple(EXTRAS)
+    for name in COMMANDS.keys() - base:
+        config = COMMANDS[name].config
+        fields = {field.name for field in all_fields(_load(config))}
+        assert ("clips" in extras[name]) >= ("cache_dir" in fields), name
 
 
 def requirements(extra: str) -> set[str]:

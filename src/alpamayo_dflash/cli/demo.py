@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpamayo_dflash.common.artefacts import provenance, read_json, write_record
-from alpamayo_dflash.common.extras import EXTRAS, check_extra
 from alpamayo_dflash.common.fields import value_of
 from alpamayo_dflash.common.options import check_positive
 
@@ -196,7 +195,6 @@ def run(config: DemoConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: the shipped target or its figures are missing.
-        MissingPackageError: a package of clips, training or the page is not installed.
     """
     import torch
     from rich.console import Console
@@ -205,8 +203,6 @@ def run(config: DemoConfig) -> dict[str, Any]:
     from alpamayo_dflash.report.evaluation import read_evaluation
     from alpamayo_dflash.standins.config import world_figures_path
 
-    for extra in EXTRAS:
-        check_extra(extra)
     started = time.time()
     torch.set_num_threads(config.threads)
     console = Console(file=sys.stderr)

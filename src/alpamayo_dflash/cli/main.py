@@ -17,7 +17,7 @@ from typing import Any
 
 from alpamayo_dflash.cli.overview import asked, overview
 from alpamayo_dflash.common.artefacts import to_plain
-from alpamayo_dflash.common.extras import MissingPackageError
+from alpamayo_dflash.common.extras import MissingPackageError, check_extras
 
 _PROG = "alpamayo-dflash"
 _DESCRIPTION = "Lossless speculative decoding of Alpamayo's Chain-of-Causation with DFlash drafts."
@@ -31,41 +31,63 @@ class Command:
         config: the config's class, as module:name under `alpamayo_dflash`.
         run: the function that takes such a config and returns the JSON object, likewise.
         tables: the function that makes the object's tables, which are shown; None for none.
+        extras: of this package, without which it ends before it does anything.
     """
 
     config: str
     run: str
     tables: str | None = None
+    extras: tuple[str, ...] = ()
 
 
 COMMANDS = {
-    "world": Command("world.config:WorldConfig", "world.run:run"),
-    "clips": Command("clips.config:ClipsConfig", "clips.run:run"),
-    "tiny-train": Command("standins.config:TinyTrainConfig", "standins.run:run"),
-    "measure-tiny": Command("standins.config:MeasureTinyConfig", "standins.run:measure"),
-    "measure-world": Command("evaluate.config:MeasureWorldConfig", "evaluate.hardness:run"),
-    "convert": Command("convert.config:ConvertConfig", "convert.run:run"),
-    "layers": Command("layers.config:LayersConfig", "layers.run:run"),
-    "distill": Command("distill.config:DistillConfig", "cli.distill:run"),
-    "train": Command("train.config:TrainConfig", "cli.real_acceptance:train"),
-    "evaluate": Command(
-        "evaluate.config:EvaluateConfig", "evaluate.run:run", tables="report.tables:all_tables"
+    "world": Command("world.config:WorldConfig", "world.run:run", extras=("clips",)),
+    "clips": Command("clips.config:ClipsConfig", "clips.run:run", extras=("clips",)),
+    "tiny-train": Command("standins.config:TinyTrainConfig", "standins.run:run", extras=("clips",)),
+    "measure-tiny": Command("standins.config:MeasureTinyConfig", "standins.run:measure", extras=("clips",)),
+    "measure-world": Command(
+        "evaluate.config:MeasureWorldConfig", "evaluate.hardness:run", extras=("clips",)
     ),
-    "lossless": Command("evaluate.config:LosslessConfig", "evaluate.lossless:run"),
-    "distribution": Command("evaluate.config:DistributionConfig", "evaluate.distribution:run"),
+    "convert": Command("convert.config:ConvertConfig", "convert.run:run"),
+    "layers": Command("layers.config:LayersConfig", "layers.run:run", extras=("clips",)),
+    "distill": Command("distill.config:DistillConfig", "cli.distill:run", extras=("clips",)),
+    "train": Command("train.config:TrainConfig", "cli.real_acceptance:train", extras=("train",)),
+    "evaluate": Command(
+        "evaluate.config:EvaluateConfig",
+        "evaluate.run:run",
+        tables="report.tables:all_tables",
+        extras=("clips",),
+    ),
+    "lossless": Command("evaluate.config:LosslessConfig", "evaluate.lossless:run", extras=("clips",)),
+    "distribution": Command(
+        "evaluate.config:DistributionConfig", "evaluate.distribution:run", extras=("clips",)
+    ),
     "compare-weights": Command(
-        "evaluate.config:CompareWeightsConfig", "evaluate.distance:run", tables="evaluate.distance:tables"
+        "evaluate.config:CompareWeightsConfig",
+        "evaluate.distance:run",
+        tables="evaluate.distance:tables",
+        extras=("clips",),
     ),
     "verify": Command("evaluate.config:VerifyConfig", "evaluate.verify:run"),
     "write-random-target": Command("standins.config:WriteRandomTargetConfig", "standins.untrained:write"),
     "measure-target": Command("bench.config:MeasureTargetConfig", "bench.memory:run"),
     "bench": Command("bench.config:BenchConfig", "bench.run:run", tables="report.tables:bench_tables"),
     "bench-kernels": Command("bench.config:BenchKernelsConfig", "bench.kernels:run"),
-    "bench-distill": Command("bench.config:BenchDistillConfig", "bench.distill:run"),
-    "report": Command("report.config:ReportConfig", "report.run:run"),
+    "bench-distill": Command("bench.config:BenchDistillConfig", "bench.distill:run", extras=("clips",)),
+    "report": Command("report.config:ReportConfig", "report.run:run", extras=("report",)),
     "watch": Command("report.config:WatchConfig", "report.watch:run"),
-    "study": Command("cli.study:StudyConfig", "cli.study:run", tables="report.tables:study_tables"),
-    "demo": Command("cli.demo:DemoConfig", "cli.demo:run", tables="report.tables:all_tables"),
+    "study": Command(
+        "cli.study:StudyConfig",
+        "cli.study:run",
+        tables="report.tables:study_tables",
+        extras=("clips", "train"),
+    ),
+    "demo": Command(
+        "cli.demo:DemoConfig",
+        "cli.demo:run",
+        tables="report.tables:all_tables",
+        extras=("clips", "train", "report"),
+    ),
 }
 
 
@@ -101,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status."""
     name, config = parse(sys.argv[1:] if argv is None else argv)
     try:
+        check_extras(*COMMANDS[name].extras)
         result = _load(COMMANDS[name].run)(config)
     except (ValueError, OSError, MissingPackageError) as error:
         print(f"alpamayo-dflash {name}: {error}", file=sys.stderr)

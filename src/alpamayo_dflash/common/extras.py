@@ -7,7 +7,7 @@ package that is imported, not all of its extra: a machine may have a part of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -21,15 +21,13 @@ EXTRAS = {
 DISTRIBUTIONS = {"PIL": "pillow", "vl_convert": "vl-convert-python"}
 """What a module is called in the package index, where that is not its own name."""
 
-_PURPOSES = {
-    "clips": "clips, real and synthetic, are read and written with it",
-    "train": "training needs it",
-    "report": "the page of a run needs it",
-}
-
 
 class MissingPackageError(ModuleNotFoundError):
-    """A package of an extra is not installed; the message names the command that brings it."""
+    """Packages of an extra are not installed; the message names them, and the command that brings them.
+
+    Attributes:
+        name: the first of them, as a module.
+    """
 
 
 @contextmanager
@@ -45,21 +43,24 @@ def needs(extra: str) -> Iterator[None]:
         module = (error.name or "").partition(".")[0]
         if module not in EXTRAS[extra] or isinstance(error, MissingPackageError):
             raise
-        raise _missing(module, extra) from error
+        raise _missing([module], [extra]) from error
 
 
-def check_extra(extra: str) -> None:
-    """Before long work that needs a whole extra in the end.
+def check_extras(*extras: str) -> None:
+    """Before work that needs whole extras, sooner or later.
 
     Raises:
-        MissingPackageError: one of its packages is not there.
+        MissingPackageError: some of their packages are not there.
     """
-    for module in EXTRAS[extra]:
-        if find_spec(module) is None:
-            raise _missing(module, extra)
+    missing = dict.fromkeys(
+        module for extra in extras for module in EXTRAS[extra] if find_spec(module) is None
+    )
+    if missing:
+        raise _missing(list(missing), [extra for extra in extras if missing.keys() & set(EXTRAS[extra])])
 
 
-def _missing(module: str, extra: str) -> MissingPackageError:
-    package = DISTRIBUTIONS.get(module, module)
-    command = f"pip install 'alpamayo-dflash[{extra}]'"
-    return MissingPackageError(f"{package} is not installed; {_PURPOSES[extra]}: {command}", name=module)
+def _missing(modules: Sequence[str], extras: Sequence[str]) -> MissingPackageError:
+    names = ", ".join(DISTRIBUTIONS.get(module, module) for module in modules)
+    command = f"pip install 'alpamayo-dflash[{','.join(extras)}]'"
+    verb = "is" if len(modules) == 1 else "are"
+    return MissingPackageError(f"{names} {verb} not installed; to install: {command}", name=modules[0])

@@ -18,7 +18,7 @@ from alpamayo_dflash.clips.source import (
 )
 from alpamayo_dflash.clips.window import Window
 from alpamayo_dflash.common.artefacts import IDENTITY, list_hash, provenance, write_record
-from alpamayo_dflash.common.extras import check_extra
+from alpamayo_dflash.common.extras import check_extras
 from alpamayo_dflash.common.identity import Fingerprint, agreed
 from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.common.options import check_layers, parse_layers
@@ -46,7 +46,7 @@ def run(config: LayersConfig) -> dict[str, Any]:
         MissingPackageError: a library of the plot is not installed.
     """
     if config.plot:
-        check_extra("report")
+        check_extras("report")
     if config.aggregate:
         return _aggregated(config, config.world_size)
     rank, world_size = share_of(config.rank, config.world_size)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from alpamayo_dflash.common.artefacts import write_text
-from alpamayo_dflash.common.extras import check_extra
 from alpamayo_dflash.report.config import ReportConfig
 from alpamayo_dflash.report.page.runs import Run, read_runs
 from alpamayo_dflash.report.page.sections import Section
@@ -24,7 +23,6 @@ def run(config: ReportConfig) -> dict[str, Any]:
         ValueError: a run is missing or damaged.
         MissingPackageError: a library of the page is not installed.
     """
-    check_extra("report")
     runs = read_runs(config.paths)
     folder = config.out or runs[0].path.parent / "report"
     return write_report(runs, folder, plots=config.plots)

@@ -19,7 +19,7 @@ from alpamayo_dflash.common.artefacts import (
     to_plain,
     write_record,
 )
-from alpamayo_dflash.common.extras import check_extra
+from alpamayo_dflash.common.extras import check_extras
 from alpamayo_dflash.common.fields import build, shown, value_of
 from alpamayo_dflash.common.identity import Fingerprint, is_made_from
 from alpamayo_dflash.common.locks import mark_of, owned
@@ -78,7 +78,7 @@ def run(config: TrainConfig, open_evaluate: OpenEvaluate | None = None) -> dict[
             real acceptance is asked for and nobody decodes, or decoding does not fit the memory.
         MissingPackageError: a package that training needs is not installed.
     """
-    check_extra("train")  # before an hour of data and models
+    check_extras("train")  # before an hour of data and models
     started = time.time()
     real = config.run.real_acceptance
     if (real is None) != (open_evaluate is None):
