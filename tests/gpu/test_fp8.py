@@ -115,7 +115,7 @@ def close(found, expected):
 
 
 def test_what_is_written_in_e4m3_is_the_cast_of_what_was_written_before(native):
-    """GELU, the layer norm, attention's merging in one kernel (7 stretches) or two (13), the gated product."""
+    """GELU, layer norm, attention's merging in one kernel (7 stretches) or two (13), the gated product."""
     from alpamayo_dflash.kernels import attention, fp8_product, fp8_triton, rows, vision
 
     x, weight, shift = normal(2880, 4304), normal(4304, seed=1), normal(4304, seed=2)
