@@ -27,7 +27,7 @@ class Ratio:
 
 TEXTS = 8
 """Texts that take turns: a run of any length has the same ones equally often."""
-# While other work took both cores, runs of one code differed by up to a fifth in the first two and in windows.
+# While other work took both cores, runs of one code differed by up to a fifth in decoding and in windows.
 RATIOS = {
     "decode_host_over_autoregressive": Ratio("decode_host", "autoregressive_host", 0.2),
     "decode_device_over_autoregressive": Ratio("decode_device", "autoregressive_device", 0.2),
