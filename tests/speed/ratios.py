@@ -50,11 +50,11 @@ class SpeedConfig:
     """What is measured.
 
     Attributes:
-        turns: how often every arm runs; a multiple of the texts.
+        turns: how often every arm runs; a multiple of the texts, each at least twice.
         seed: of the draft's weights, the window's frames and the first text.
 
     Raises:
-        ValueError: turns is no positive multiple of the texts.
+        ValueError: turns is no such number.
     """
 
     turns: int = 2 * TEXTS
@@ -62,8 +62,8 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         """Check the turns."""
-        if self.turns < 1 or self.turns % TEXTS:
-            raise ValueError(f"turns is {self.turns}; it must be a multiple of {TEXTS}, the number of texts")
+        if self.turns < 2 * TEXTS or self.turns % TEXTS:
+            raise ValueError(f"turns is {self.turns}; it must be a multiple of {TEXTS}, at least {2 * TEXTS}")
 
 
 class ReplayedDraft(Observer):
