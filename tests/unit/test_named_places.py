@@ -35,3 +35,22 @@ def test_a_rounds_steps_are_numbered_and_where_they_are_said_to_be():
     assert len(places) >= 25
     for file, name in places:
         assert name in names(PACKAGE / "decode" / file), f"{file}:{name}"
+
+
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_the_guides_files_are_there():
+    """Paths between backticks and in commands: from the checkout's folder or the package's."""
+    found = set(re.findall(r"`([\w./]+/[\w.]*)`", GUIDE)) | set(re.findall(r"\btests/[\w/]+\.py", GUIDE))
+    paths = {path for path in found if not path.startswith(".venv") and "X" not in path}
+    assert len(paths) > 40
+    missing = [path for path in sorted(paths) if not ((ROOT / path).exists() or (PACKAGE / path).exists())]
+    assert not missing
+
+
+def test_the_guides_tests_are_there():
+    defined = set().union(*(names(path) for path in (ROOT / "tests").rglob("test_*.py")))
+    named = set(re.findall(r"`(test_\w+)`", GUIDE))
+    assert len(named) >= 8
+    assert named <= defined
