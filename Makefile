@@ -18,13 +18,18 @@ WHEEL := .venv-wheel
 # Another trainer of drafts, beside this package and in an environment of its own.
 SPECULATORS := .venv-speculators
 
-.PHONY: demo test page-bench screenshots golden faults kills fuzz compat compat-quick speculators docs wheel lint types check clean
+.PHONY: demo test speed page-bench screenshots golden faults kills fuzz compat compat-quick speculators docs wheel lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What is fast over its plain form, on the tiny target on a CPU, beside the kept ratios; fails where one is worse.
+# SPEED=--write keeps the new ones.
+speed: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(BIN)/python tests/speed/ratios.py $(SPEED)
 
 # The page of a thousand clips in Chromium (Debian's package), made of the demo's run.
 page-bench: $(STAMP)

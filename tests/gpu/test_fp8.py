@@ -74,6 +74,10 @@ def test_rows_are_cast_to_the_bit(native, width):
     x = normal(67, width)
     x[1], x[2, 3], x[3, 5] = 0, float("nan"), float("inf")
     x[4] *= torch.logspace(-8, 0, width, device="cuda").bfloat16()
+    x[5] *= 1e-25  # is lifted, so that what a quotient leaves is a normal number
+    x[6] *= 1e-37
+    x[7] *= 1e30
+    x[8:] *= torch.logspace(-4, 4, 59, device="cuda").bfloat16()[:, None]
     found, expected = fp8_triton.cast_rows(x), fp8.cast_rows(x)
     assert torch.equal(found[1].nan_to_num(-1.0), expected[1].nan_to_num(-1.0))
     kept = [row for row in range(67) if row not in {2, 3}]  # what is not finite has no one code
@@ -101,6 +105,35 @@ def test_gated_rows_are_cast(native):
     got, wanted = (values.float() * scales for values, scales in (found, expected))
     assert relative(got, wanted) < 2e-3  # the exponential's last bit may move a value to the next
     assert float((found[0].view(torch.uint8) == expected[0].view(torch.uint8)).float().mean()) > 0.99
+
+
+def close(found, expected):
+    """Rows in e4m3 whose values another order of sums, or another exponential, moves to the next at most."""
+    values, wanted = (each.float() * scales for each, scales in (found, expected))
+    assert relative(values, wanted) < 1e-2
+    assert float((found[0].view(torch.uint8) == expected[0].view(torch.uint8)).float().mean()) > 0.97
+
+
+def test_what_is_written_in_e4m3_is_the_cast_of_what_was_written_before(native):
+    """GELU, layer norm, attention's merging in one kernel (7 stretches) or two (13), the gated product."""
+    from alpamayo_dflash.kernels import attention, fp8_product, fp8_triton, rows, vision
+
+    x, weight, shift = normal(2880, 4304), normal(4304, seed=1), normal(4304, seed=2)
+    close(fp8_triton.cast_gelu(x), fp8.cast_rows(functional.gelu(x, approximate="tanh")))
+    _, normed = vision.add_layer_norm(x, x, weight, shift, 1e-6)
+    _, cast_norm = vision.add_layer_norm_cast(x, x, weight, shift, 1e-6)
+    close((cast_norm.values, cast_norm.scales), fp8.cast_rows(normed))
+    for stretches in (7, 13):
+        out, tops = normal(stretches, 48, 32, 128).float(), normal(2, stretches, 48, 32, seed=1).float().abs()
+        like = normal(48, 32, 128)
+        merged = attention.merge(out, tops, like, cast=True)
+        close((merged.values, merged.scales), fp8.cast_rows(attention.merge(out, tops, like)))
+    if native:
+        x, weight = fp8.cast_rows(normal(48, 4096)), fp8.cast_rows(normal(24576, 4096, seed=1))
+        both = fp8.product(*x, *weight, torch.bfloat16)
+        assert (
+            relative(fp8_product.few_rows_gated_product(*x, *weight, torch.bfloat16), rows.gate(both)) < 1e-2
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -265,4 +298,4 @@ def test_memory_is_what_the_formats_say(tmp_path):
     )
     make_fp8(target, TargetFormat(text="fp8"))
     freed = before - torch.cuda.memory_allocated()
-    assert freed > 0.95 * weights
+    assert freed > 0.9 * weights  # the allocator keeps up to 1 MiB behind each tensor

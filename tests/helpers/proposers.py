@@ -26,7 +26,7 @@ class Scripted:
         self.calls.append((context.clone(), context_lengths.clone(), anchors.clone()))
         pairs = zip(context_lengths.tolist(), anchors.tolist(), strict=True)
         logits = torch.stack([self.block(length, anchor) for length, anchor in pairs])
-        return SimpleNamespace(logits=logits, token_ids=None)
+        return SimpleNamespace(logits=logits.to(anchors.device), token_ids=None)
 
     def block(self, length, anchor):
         raise NotImplementedError

@@ -7,6 +7,7 @@ import pytest
 from alpamayo_dflash.bench import expert, formats
 from alpamayo_dflash.bench.config import BenchConfig
 from alpamayo_dflash.bench.figures import format_figures, spread
+from alpamayo_dflash.bench.floors import format_floors
 from alpamayo_dflash.report.tables import bench_tables
 
 RAW = {
@@ -69,5 +70,9 @@ def test_the_tiny_target_on_a_cpu(monkeypatch, tmp_path):
     kept = json.loads(out.read_text())
     assert kept["figures"] == format_figures(kept["raw"])
     assert {"vision_ms", "prompt_ms", "verify_8_ms", "expert_6_ms", "window_ms"} <= kept["beside"].keys()
+    assert kept["floors"] == format_floors(kept["raw"])
+    assert {row["arm"] for row in kept["floors"]["rows"]} == {"fp8", "checkpoint"}
+    parts, floors = bench_tables(kept)
+    assert len(floors.rows) == 2 * (len(parts.rows) - 1)  # whole windows have none
     rounds = kept["raw"]["window_rounds"]
     assert all(len(times) == len(rounds) for times in kept["raw"]["window_ms"].values())

@@ -15,7 +15,7 @@ from alpamayo_dflash.bench.figures import (
     train_figures,
     window_figures,
 )
-from alpamayo_dflash.bench.floors import TextShape, expert_work, floors, window_floors
+from alpamayo_dflash.bench.floors import TextShape, expert_work, floors, format_floors, window_floors
 from alpamayo_dflash.cli.main import main, parse
 from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.evaluate.acceptance import study_figures
@@ -335,7 +335,10 @@ def test_the_ratios_of_fp8_follow_from_their_times():
     }
     assert shipped["spread"] == spread(shipped["raw"], format_figures)
     assert shipped["lossless"]["equal"] == shipped["lossless"]["texts"] == 400
-    assert ratios["window_over_bf16"] < 1 and ratios["prompt_over_bf16"] <= 0.68
+    assert shipped["floors"] == format_floors(shipped["raw"])
+    bars = {"prompt": 0.68, "vision": 0.82, "verify_8": 0.74, "verify_48": 0.72, "window": 0.75}
+    assert all(ratios[f"{part}_over_bf16"] <= bar for part, bar in bars.items())
+    assert ratios["expert_over_bf16"] < 1  # 0.72 was asked for, and is not reached
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*window_*.json")), ids=lambda path: path.stem)

@@ -86,10 +86,10 @@ def compile_for(capability, available):
         print(capability, f"way-points' attention, {folded} folded rows, {fitted}", taken, sep="\t")
     compile_images_for(capability)
     # Older cards' Triton has no conversion to e4m3: these would not compile with it.
-    constants = {"NATIVE": capability >= 89, "BLOCK": 4096}
-    for kernel in (fp8_triton.cast_rows_kernel, fp8_triton.cast_gated_kernel):
-        taken = shared(kernel, constants, warps=8, stages=3, capability=capability)
-        print(capability, kernel.fn.__name__, taken, sep="\t")
+    for kind in ("plain", "gated", "gelu"):
+        constants = {"KIND": kind, "NATIVE": capability >= 89, "BLOCK_A": 4096, "BLOCK_B": 256}
+        taken = shared(fp8_triton.cast_kernel, constants, warps=8, stages=3, capability=capability)
+        print(capability, f"cast of rows, {kind}", taken, sep="\t")
 
 
 def compile_images_for(capability):

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from alpamayo_dflash.kernels import fp8, fp8_triton
+from alpamayo_dflash.kernels import attention, fp8, fp8_triton
+from alpamayo_dflash.kernels.fp8 import CastRows
 from alpamayo_dflash.kernels.rows import gate
 from alpamayo_dflash.target.fp8 import FP8Linear
 from alpamayo_dflash.target.weights import (
@@ -13,6 +14,7 @@ from alpamayo_dflash.target.weights import (
     SeparateProducts,
     biased_linear,
     fused_linear,
+    gelu_mlp,
     mlp_parts,
 )
 
@@ -59,6 +61,35 @@ def test_cast_gated(dtype):
     equal(fp8_triton.cast_gated(both), fp8.cast_rows(gate(both)))
 
 
+@pytest.mark.parametrize("width", [96, 64])
+def test_cast_gelu(width):
+    """The sigmoid's form of the GELU rounds otherwise than the tanh's: to a value or the next of e4m3."""
+    x = normal(5, width) * 3
+    (values, scales), gelu = fp8_triton.cast_gelu(x), functional.gelu(x, approximate="tanh")
+    expected, expected_scales = fp8.cast_rows(gelu)
+    torch.testing.assert_close(scales, expected_scales)
+    torch.testing.assert_close(
+        values.float() * scales, expected.float() * expected_scales, rtol=0.07, atol=1e-6
+    )
+    assert (values.float() == expected.float()).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("heads", [4, 6])
+def test_attention_that_casts_what_it_merges(heads):
+    """Heads that are a power of two are merged and cast by one kernel, others by two."""
+    q, (keys, values) = normal(3, heads, 16), (normal(300, 2, 16, seed=seed) for seed in (1, 2))
+    mask = torch.ones(3, 40, dtype=torch.uint8)
+    found, plain = (
+        attention.attend(q, keys, values, torch.tensor([200]), mask, cast=cast) for cast in (True, False)
+    )
+    expected = fp8.cast_rows(plain)
+    torch.testing.assert_close(found.scales, expected[1])
+    torch.testing.assert_close(
+        found.values.float() * found.scales, expected[0].float() * expected[1], rtol=0.07, atol=1e-6
+    )
+    assert (found.values.float() == expected[0].float()).float().mean() > 0.98
+
+
 def layer(inputs, outputs, *, seed=0, static=False, biased=False):
     made = FP8Linear(inputs, outputs, static=static, biased=biased)
     made.fill(normal(outputs, inputs, seed=seed))
@@ -96,6 +127,14 @@ def test_a_fused_product_is_the_layers(kind):
     compare(product.parts(x).sum(0), expected)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_an_mlp_with_biases(static):
+    x, up = normal(7, 64), layer(64, 96, biased=True)
+    down = layer(96, 64, seed=3, biased=True, static=static)
+    got = gelu_mlp(biased_linear(up), biased_linear(down), x, rounded=True)
+    torch.testing.assert_close(got, down(functional.gelu(up(x), approximate="tanh")), rtol=0.02, atol=0.1)
+
+
 def exactly(found, expected):
     assert torch.equal(found, expected)
 
@@ -115,4 +154,6 @@ def test_a_biased_layer(static):
     x, linear = normal(7, 64), layer(64, 32, static=static, biased=True)
     product = biased_linear(linear)
     exactly(product(x), linear(x))
+    if not static:
+        exactly(product(CastRows(*linear.cast(x), x.dtype)), linear(x))
     exactly(product.gelu_tanh(x, rounded=False), functional.gelu(linear(x), approximate="tanh"))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from alpamayo_dflash.kernels import fp8, fp8_triton
-from alpamayo_dflash.kernels.fp8_product import few_rows_product, fits, plan
-from alpamayo_dflash.kernels.rows import add_norm
+from alpamayo_dflash.kernels.fp8_product import few_rows_gated_product, few_rows_product, fits, plan
+from alpamayo_dflash.kernels.rows import add_norm, gate
 from alpamayo_dflash.target.weights import FP8Product, Linear, add_norm_for
 
 
@@ -29,6 +29,14 @@ def test_few_rows_product(rows, columns, inner, dtype):
     torch.testing.assert_close(parts.float().sum(0), expected, **close)
 
 
+@pytest.mark.parametrize(("rows", "columns", "inner"), [(1, 96, 128), (17, 200, 192)])
+def test_few_rows_gated_product(rows, columns, inner):
+    (x, scales), (weight, weight_scales) = cast(rows, inner), cast(2 * columns, inner, seed=1)
+    got = few_rows_gated_product(x, scales, weight, weight_scales, torch.float32)
+    expected = gate(fp8.product(x, scales, weight, weight_scales, torch.float32))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_rows_values_are_the_same_in_any_company():
     (x, scales), (weight, weight_scales) = cast(33, 1024), cast(128, 1024, seed=1)
     every = few_rows_product(x, scales, weight, weight_scales, torch.float32)
@@ -44,6 +52,7 @@ def test_a_rows_values_are_the_same_in_any_company():
         ((24576, 4096), 128, 1),
         ((4096, 12288), 64, 2),
         ((2048, 8256), 64, 4),
+        ((2048, 2048), 64, 4),
     ],
 )
 def test_plans_of_real_weights(shape, columns, parts):

@@ -5,6 +5,7 @@ import torch
 from small_vision import small_vision
 from torch.nn import functional
 
+from alpamayo_dflash.kernels import fp8
 from alpamayo_dflash.target.qwen3 import rotate
 from alpamayo_dflash.target.vision import encode_images, rotary_tables_2d
 from alpamayo_dflash.target.vision_fused import FusedVision, VisionPlan
@@ -32,6 +33,17 @@ def test_a_layer_norm_alone():
     total, normed = vision.add_layer_norm(x, None, weight, shift, 1e-6)
     assert total is x
     torch.testing.assert_close(normed, functional.layer_norm(x, (288,), weight, shift, 1e-6))
+
+
+@pytest.mark.parametrize("width", [72, 64])
+def test_a_layer_norm_that_is_cast(width):
+    hidden, added = normal(5, width), normal(5, width, seed=1)
+    hidden[2, 3] = float("nan")
+    rest = normal(width, seed=2), normal(width, seed=3), 1e-6
+    total, normed = vision.add_layer_norm(hidden, added, *rest)
+    got, rows = vision.add_layer_norm_cast(hidden, added, *rest)
+    for found, expected in zip((got, rows.values, rows.scales), (total, *fp8.cast_rows(normed)), strict=True):
+        torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_in_half_precision_the_sum_is_rounded_before_the_norm():

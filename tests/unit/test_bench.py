@@ -1,5 +1,7 @@
 """The benchmark's arithmetic, its replay, and one small run."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,14 @@ from alpamayo_dflash.bench.cards import cards_of
 from alpamayo_dflash.bench.clocks import PartClock, RoundClock
 from alpamayo_dflash.bench.config import BenchConfig, BenchKernelsConfig
 from alpamayo_dflash.bench.figures import figures, spread, window_figures, window_parts
-from alpamayo_dflash.bench.floors import TextShape, draft_of, expert_work, floors, window_floors
+from alpamayo_dflash.bench.floors import (
+    TextShape,
+    draft_of,
+    expert_work,
+    floors,
+    format_floors,
+    window_floors,
+)
 from alpamayo_dflash.bench.profile import short_name
 from alpamayo_dflash.bench.replay import Replay, passes, rate_for
 from alpamayo_dflash.bench.setup import coc_quantiles
@@ -210,6 +219,34 @@ def test_floors_are_counted_as_by_hand():
     prefill = {row["what"]: row for row in floors(raw)["rows"]}["prefill without vision"]
     operations = 2 * 2 * layer * 100 + 2 * 1000 * 64 + 100 * scores / 2
     assert prefill["floor_ms"] == pytest.approx(operations / 1e8 * 1e3, rel=1e-3)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_floors_of_formats_are_counted_as_by_hand(fp8):
+    """In FP8 a layer's weights are a byte each, and their products are done at its own rate."""
+    shape = asdict(TextShape(2, 64, 4, 2, 16, 128, 1000, element_bytes=2, fp8=fp8))
+    layer = 64 * (2 * 64 + 2 * 32) + 3 * 64 * 128
+    counts = {"shape": shape, "expert_shape": shape | {"vocab": 0}, "vision_bytes": 400, "vision_fp8": fp8}
+    counts |= {"vision_operations": 3e6, "vision_product_operations": 2e6}
+    counts |= {"steps": 10, "waypoints": 5, "expert_prompt_tokens": 20}
+    name = "fp8" if fp8 else "checkpoint"
+    raw = {
+        "read_bytes_per_s": [1e9],
+        "product_flop_per_s": [1e9, 1e9],
+        "fp8_product_flop_per_s": [2e9, 2e9],
+        "prompt_tokens": 100,
+        "counts": {name: counts},
+        **{part: {"fp8": [3.0], "checkpoint": [3.0]} for part in ("vision_ms", "verify_8_ms", "expert_6_ms")},
+        "window_ms": {"fp8": [9.0], "checkpoint": [9.0]},
+    }
+    vision, pass_, steps = format_floors(raw)["rows"]
+    assert vision["floor_ms"] == pytest.approx(2.0 if fp8 else 3.0)
+    linear, head = 2 * 2 * layer * 8 / (2e9 if fp8 else 1e9), 2 * 1000 * 64 * 8 / 1e9
+    attention = 2 * 4 * 8 * 100 * 64 / 1e9
+    assert pass_["floor_ms"] == pytest.approx((linear + head + attention) * 1e3, rel=1e-3)
+    linear = 2 * 2 * layer * 30 / (2e9 if fp8 else 1e9)
+    assert steps["floor_ms"] == pytest.approx(10 * (linear + 2 * 4 * 30 * 20 * 64 / 1e9) * 1e3, rel=1e-3)
+    assert {row["arm"] for row in (vision, pass_, steps)} == {name}
 
 
 def test_names_of_drafts():

@@ -71,6 +71,19 @@ def ceilings(repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str
     return {"read_bytes_per_s": read, "product_flop_per_s": product}
 
 
+def fp8_ceiling(repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """The rate of a large product of e4m3 by e4m3: the library's, on a CPU the plain form's."""
+    from alpamayo_dflash.kernels import fp8
+
+    multiply = fp8.product
+    if device.type == "cuda":
+        from alpamayo_dflash.kernels.fp8_fused import product as multiply
+    side = 8192 if device.type == "cuda" else 512
+    a, b = (fp8.cast_rows(torch.randn(side, side, device=device)) for _ in range(2))
+    times = graph_ms(lambda: multiply(*a, *b, torch.bfloat16), repeats, device)
+    return {"fp8_product_flop_per_s": [2 * side**3 / (ms / 1e3) for ms in times]}
+
+
 class PartClock:
     """Splits time into parts as it passes, by events on the device's stream; on a CPU by its clock.
 

@@ -72,6 +72,7 @@ def shapes(bench: Bench) -> dict[str, Any]:
         mlp=int(target.vlm.config.text_config.intermediate_size),
         vocab=target.vocab_size,
         element_bytes=target.embedding.element_size(),
+        fp8=target.weight_formats["text"].startswith("fp8"),
     )
     heads = DraftShape(
         taps=len(draft.target_layer_ids),
@@ -86,6 +87,10 @@ def shapes(bench: Bench) -> dict[str, Any]:
         "draft_shape": asdict(heads),
         "vision_bytes": sum(p.numel() * p.element_size() for p in target.vlm.model.visual.parameters()),
         "vision_operations": counter.get_total_flops(),
+        "vision_product_operations": sum(
+            flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op)
+        ),
+        "vision_fp8": target.weight_formats["vision"].startswith("fp8"),
     }
 
 

@@ -30,10 +30,7 @@ _FEW = 20
 def expert_counts(target: Alpamayo) -> dict[str, Any]:
     """What the expert's floors are counted from."""
     shape = expert_shape(target)
-    return {
-        "steps": target.config.num_inference_steps,
-        "expert_shape": asdict(shape),
-        "waypoints": target.n_waypoints,
+    return expert_sizes(target) | {
         "expert_parameter_bytes": sum(p.numel() * p.element_size() for p in _parameters(target)),
         "expert_bytes": expert_work(shape, _PROMPT, target.n_waypoints).bytes,
         "expert_operations": {
@@ -43,10 +40,19 @@ def expert_counts(target: Alpamayo) -> dict[str, Any]:
     }
 
 
+def expert_sizes(target: Alpamayo) -> dict[str, Any]:
+    """How much the expert does: steps, way-points, its shape, and the prompt that is timed."""
+    return {
+        "steps": target.config.num_inference_steps,
+        "expert_shape": asdict(expert_shape(target)),
+        "waypoints": target.n_waypoints,
+        "expert_prompt_tokens": _PROMPT,
+    }
+
+
 def expert(config: BenchConfig, target: Alpamayo) -> dict[str, Any]:
     """Raw timings of both forms, with one sample and six."""
     raw: dict[str, Any] = {
-        "expert_prompt_tokens": _PROMPT,
         "text_tokens": config.text_tokens,
         "expert_plain_because": why_plain_expert(target),
         "expert_ms": {},
@@ -130,6 +136,7 @@ def expert_shape(target: Alpamayo) -> TextShape:
         mlp=config.intermediate_size,
         vocab=0,
         element_bytes=target.embedding.element_size(),
+        fp8=target.weight_formats["expert"].startswith("fp8"),
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alpamayo_dflash.bench.figures import third_quartile
+from alpamayo_dflash.bench.figures import format_parts, third_quartile
 
 _REPLAYED = "speculative, replayed"
 
@@ -25,10 +25,40 @@ class Work:
     Attributes:
         bytes: read once.
         operations: multiplications and additions, each counted.
+        fp8_operations: those of them that are of e4m3 by e4m3.
     """
 
     bytes: float
     operations: float
+    fp8_operations: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a card does a second, measured in the same run.
+
+    Attributes:
+        read: bytes.
+        product: operations of a large product.
+        fp8_product: the same of e4m3 by e4m3; of a run without, `product`.
+    """
+
+    read: float
+    product: float
+    fp8_product: float
+
+    def by_bytes(self, work: Work) -> float:
+        """Seconds in which it can be read."""
+        return work.bytes / self.read
+
+    def by_operations(self, work: Work) -> float:
+        """Seconds in which it can be done."""
+        fp8 = work.fp8_operations
+        return (work.operations - fp8) / self.product + fp8 / self.fp8_product
+
+    def least(self, work: Work) -> float:
+        """Seconds that it takes at least."""
+        return max(self.by_bytes(work), self.by_operations(work))
 
 
 @dataclass(frozen=True)
@@ -44,6 +74,7 @@ class TextShape:
         mlp: width of the gated MLP.
         vocab: V.
         element_bytes: of a weight.
+        fp8: whether the layers' products are of e4m3 by e4m3.
     """
 
     layers: int
@@ -54,12 +85,18 @@ class TextShape:
     mlp: int
     vocab: int
     element_bytes: int
+    fp8: bool = False
 
     @property
     def layer_weights(self) -> int:
         """Numbers in one layer's products."""
         attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
         return self.hidden * (attention + 3 * self.mlp)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of one layer's products."""
+        return self.layer_weights * (1 if self.fp8 else self.element_bytes)
 
     @property
     def entry_bytes(self) -> int:
@@ -99,12 +136,50 @@ def floors(raw: Mapping[str, Any]) -> dict[str, Any]:
         `floor_ms`, `bound` ("bytes" or "operations": which is larger) and `over_floor`.
     """
     read, product = (statistics.median(raw[key]) for key in ("read_bytes_per_s", "product_flop_per_s"))
-
+    rates = Rates(read, product, product)
     return {
         "read_bytes_per_s": read,
         "product_flop_per_s": product,
-        "rows": [_row(read, product, *line) for line in _lines(raw)],
+        "rows": [_row(rates, *line) for line in _lines(raw)],
     }
+
+
+def format_floors(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`floors` of `bench --beside`: of each part in either format, at the rates of either format's products.
+
+    Args:
+        raw: of `bench.formats`: by format `counts` (`bench.decode.shapes`, `bench.expert.expert_sizes`), the
+            rates, and the timings.
+    """
+    keys = ("read_bytes_per_s", "product_flop_per_s", "fp8_product_flop_per_s")
+    # A product's slow runs are the card's, not the work's.
+    read, product, fp8 = (statistics.median(raw[keys[0]]), *(third_quartile(raw[key]) for key in keys[1:]))
+    rates, rows = Rates(read, product, fp8), []
+    for part, times in format_parts(raw).items():
+        for name, counts in raw["counts"].items():
+            line = _format_work(part, counts, raw["prompt_tokens"])
+            if line is not None:
+                what, count, work = line
+                rows.append(_row(rates, what, name, statistics.median(times[name]), (count, work)))
+    return dict(zip(keys, (read, product, fp8), strict=True)) | {"rows": rows}
+
+
+def _format_work(part: str, counts: Mapping[str, Any], prompt: int) -> tuple[str, int, Work] | None:
+    """What a part is, how often which work is done; None of whole windows."""
+    shape, expert = TextShape(**counts["shape"]), TextShape(**counts["expert_shape"])
+    kind, *number = part.removesuffix("_ms").split("_")
+    if kind == "vision":
+        products = counts["vision_product_operations"] if counts["vision_fp8"] else 0
+        return kind, 1, Work(counts["vision_bytes"], counts["vision_operations"], products)
+    if kind == "prompt":
+        return "prompt's pass", 1, prefill_work(shape, prompt)
+    if kind == "verify":
+        return f"pass, {number[0]} rows", 1, pass_work(shape, prompt, int(number[0]))
+    if kind == "expert":
+        samples, steps = int(number[0]), counts["steps"]
+        work = expert_work(expert, counts["expert_prompt_tokens"], samples * counts["waypoints"])
+        return _of(f"action expert, {steps} steps", samples), steps, work
+    return None
 
 
 def window_floors(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,17 +189,17 @@ def window_floors(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     read = statistics.median(raw["read_bytes_per_s"])
     product = third_quartile(raw["product_flop_per_s"])
-    rows = []
+    rates, rows = Rates(read, product, product), []
     for name, times in raw.get("expert_ms", {}).items():
         form, _, samples = name.partition("_")
         step = Work(raw["expert_bytes"], raw["expert_operations"][samples])
         what = _of(f"action expert, {raw['steps']} steps", int(samples))
-        rows.append(_row(read, product, what, form, statistics.median(times), (raw["steps"], step)))
+        rows.append(_row(rates, what, form, statistics.median(times), (raw["steps"], step)))
     parts = {}
     for part, (rounds, *works) in _part_works(raw).items():
         arm = _REPLAYED if part == "decode" else "project"
         measured = statistics.median(raw["window_parts_ms"]["1"][part])
-        row = _row(read, product, f"window, {part}", arm, measured, *((rounds, work) for work in works))
+        row = _row(rates, f"window, {part}", arm, measured, *((rounds, work) for work in works))
         parts[part] = row["floor_ms"]
         rows.append(row)
     if "copy_ms" in raw:
@@ -146,13 +221,12 @@ def _part_works(raw: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _row(
-    read: float, product: float, what: str, arm: str, measured: float, *works: tuple[float, Work]
-) -> dict[str, Any]:
+def _row(rates: Rates, what: str, arm: str, measured: float, *works: tuple[float, Work]) -> dict[str, Any]:
     """A row whose work is done so many times."""
-    by_bytes = sum(times * work.bytes for times, work in works) / read * 1e3
-    by_operations = sum(times * work.operations for times, work in works) / product * 1e3
-    floor = sum(times * max(w.bytes / read, w.operations / product) for times, w in works) * 1e3
+    by_bytes, by_operations, floor = (
+        sum(times * seconds(work) for times, work in works) * 1e3
+        for seconds in (rates.by_bytes, rates.by_operations, rates.least)
+    )
     return {
         "what": what,
         "arm": arm,
@@ -216,25 +290,34 @@ def _of(what: str, samples: int) -> str:
 
 def prefill_work(shape: TextShape, prompt: int) -> Work:
     """A prompt's causal pass, one row of logits."""
-    decoder, head = shape.layers * shape.layer_weights, shape.vocab * shape.hidden
+    head = shape.vocab * shape.hidden
     seen = shape.layers * shape.attention_operations(prompt, prompt) / 2
-    return Work((decoder + head) * shape.element_bytes, 2 * decoder * prompt + 2 * head + seen)
+    layers = _layers_work(shape, prompt)
+    read, done = layers.bytes + head * shape.element_bytes, layers.operations + 2 * head + seen
+    return Work(read, done, layers.fp8_operations)
+
+
+def _layers_work(shape: TextShape, rows: int) -> Work:
+    """The products of all layers over so many rows."""
+    done = 2 * shape.layers * shape.layer_weights * rows
+    return Work(shape.layers * shape.layer_bytes, done, done if shape.fp8 else 0.0)
 
 
 def pass_work(shape: TextShape, prompt: int, rows: int) -> Work:
     """A verify pass of so many rows, all with logits, after a prompt."""
-    weights = shape.layers * shape.layer_weights + shape.vocab * shape.hidden
+    head, layers = shape.vocab * shape.hidden, _layers_work(shape, rows)
     seen = shape.layers * shape.attention_operations(rows, prompt)
     cached = shape.layers * prompt * shape.entry_bytes
-    return Work(weights * shape.element_bytes + cached, 2 * weights * rows + seen)
+    read = layers.bytes + head * shape.element_bytes + cached
+    return Work(read, layers.operations + 2 * head * rows + seen, layers.fp8_operations)
 
 
 def expert_work(shape: TextShape, prompt: int, rows: int) -> Work:
     """A step of the action expert, the projections left out: so many way-points after one prompt."""
-    weights = shape.layers * shape.layer_weights
+    layers = _layers_work(shape, rows)
     seen = shape.layers * shape.attention_operations(rows, prompt)
     cached = shape.layers * prompt * shape.entry_bytes
-    return Work(weights * shape.element_bytes + cached, 2 * weights * rows + seen)
+    return Work(layers.bytes + cached, layers.operations + seen, layers.fp8_operations)
 
 
 def draft_work(shape: TextShape, draft: DraftShape, layers: int, samples: int) -> Work:

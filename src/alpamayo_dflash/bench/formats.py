@@ -15,11 +15,12 @@ from typing import Any, Final
 
 import torch
 
-from alpamayo_dflash.bench.clocks import ceilings, in_turns
+from alpamayo_dflash.bench.clocks import ceilings, fp8_ceiling, in_turns
 from alpamayo_dflash.bench.config import BenchConfig
-from alpamayo_dflash.bench.decode import rows_call
-from alpamayo_dflash.bench.expert import expert_steps
+from alpamayo_dflash.bench.decode import rows_call, shapes
+from alpamayo_dflash.bench.expert import expert_sizes, expert_steps
 from alpamayo_dflash.bench.figures import SIX, format_figures, format_parts, medians, spread, timing_quartiles
+from alpamayo_dflash.bench.floors import format_floors
 from alpamayo_dflash.bench.setup import Bench, gpu
 from alpamayo_dflash.bench.vision import ready
 from alpamayo_dflash.bench.window import Windows
@@ -53,6 +54,8 @@ def run(config: BenchConfig) -> dict[str, Any]:
     benches = {FP8: quantised, STORED: stored}
     with torch.inference_mode(), current(device):
         raw: dict[str, Any] = ceilings(config.repeats, device, stored.target.dtype)
+        raw |= fp8_ceiling(config.repeats, device)
+        raw |= {"prompt_tokens": len(stored.prompt), "counts": {n: _counts(b) for n, b in benches.items()}}
         windows = {name: Windows(bench) for name, bench in benches.items()}
         for part, calls in _calls(benches, windows).items():
             raw[part] = in_turns(calls, config.repeats, device)
@@ -61,6 +64,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
         "figures": format_figures(raw) | memory,
         "spread": spread(raw, format_figures),
         "beside": medians(format_parts(raw)),
+        "floors": format_floors(raw),
         "target_weights": {name: bench.target.weight_formats for name, bench in benches.items()},
         "lossless": None,
         "gpu": gpu(device),
@@ -77,6 +81,11 @@ def run(config: BenchConfig) -> dict[str, Any]:
         write()
     same = found["lossless"]
     return found | {"out": str(config.out), "passed": same is None or same["equal"] == same["texts"]}
+
+
+def _counts(bench: Bench) -> dict[str, Any]:
+    """What floors are counted from."""
+    return shapes(bench) | expert_sizes(bench.target)
 
 
 def needed(bench: Bench) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from alpamayo_dflash.bench.clocks import ceilings, graph_ms, wall_ms
+from alpamayo_dflash.bench.clocks import ceilings, fp8_ceiling, graph_ms, wall_ms
 from alpamayo_dflash.bench.config import BenchKernelsConfig
 from alpamayo_dflash.bench.figures import medians
 from alpamayo_dflash.bench.setup import gpu
@@ -26,11 +27,14 @@ from alpamayo_dflash.common.machine import check_device, current
 from alpamayo_dflash.common.options import generator_seed
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.sampling import Chooser
+from alpamayo_dflash.kernels import fp8
 from alpamayo_dflash.standins.blueprint import TargetShape
 from alpamayo_dflash.target.weights import padded_rows
 
 _ENOUGH_BYTES = 400 * 2**20  # several times the largest cache of a GPU
 _TAIL = 64
+_OFTEN = 20
+"""Calls of a graph whose start would take longer than one."""
 
 ArmTimings = dict[str, dict[str, list[float]]]
 """By rows, then by arm: milliseconds."""
@@ -56,6 +60,13 @@ def run(config: BenchKernelsConfig) -> dict[str, Any]:
             "products_ms": {
                 name: _products(config, device, name, *shape) for name, shape in weight_shapes().items()
             },
+            **fp8_ceiling(config.repeats, device),
+            "fp8_products_ms": {
+                name: _fp8_products(config, device, name, *shape)
+                for name, shape in (weight_shapes() | _expert_shapes()).items()
+                if name != "head"
+            },
+            "fp8_casts_ms": _casts(config, device),
             "attention_36_layers_ms": _attention(config, device),
             "choice_ms": _choice(config, device),
         }
@@ -101,6 +112,78 @@ def _products(
 
         out[str(rows)] = {
             label: _each(graph_ms(lambda arm=arm: every(arm), config.repeats, device), copies)  # type: ignore[misc]
+            for label, arm in arms.items()
+        }
+    return out
+
+
+def _expert_shapes() -> dict[str, tuple[int, int]]:
+    """[N, I] of the action expert's fused weights."""
+    shape = TargetShape()
+    hidden, mlp = shape.expert_hidden, shape.expert_mlp
+    heads, kv = shape.expert_heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "expert qkv": (heads + 2 * kv, hidden),
+        "expert out": (hidden, heads),
+        "expert gate_up": (2 * mlp, hidden),
+        "expert down": (hidden, mlp),
+    }
+
+
+def _fp8_products(
+    config: BenchKernelsConfig, device: torch.device, name: str, columns: int, inner: int
+) -> ArmTimings:
+    """One product of e4m3 by e4m3, by the kernel (of gate and up gated) and by the library."""
+    from alpamayo_dflash.kernels.fp8_fused import product
+    from alpamayo_dflash.kernels.fp8_product import few_rows_gated_product, few_rows_product
+
+    copies = math.ceil(_ENOUGH_BYTES / (columns * inner))
+    weights = [fp8.cast_rows(torch.randn(columns, inner, device=device)) for _ in range(copies)]
+    ours = few_rows_gated_product if name.endswith("gate_up") else few_rows_product
+    out: ArmTimings = {}
+    for rows in config.row_counts:
+        x = fp8.cast_rows(torch.randn(rows, inner, device=device))
+        out[str(rows)] = {
+            label: _each(graph_ms(partial(_every, arm, x, weights), config.repeats, device), copies)
+            for label, arm in (("project", ours), ("cublaslt", product))
+        }
+    return out
+
+
+def _every(
+    arm: Callable[..., Tensor], x: tuple[Tensor, Tensor], weights: list[tuple[Tensor, Tensor]]
+) -> None:
+    for weight in weights:
+        arm(*x, *weight, torch.bfloat16)
+
+
+def _often(call: Callable[[], object]) -> None:
+    for _ in range(_OFTEN):
+        call()
+
+
+def _gate_and_cast(both_RN: Tensor) -> tuple[Tensor, Tensor]:
+    from alpamayo_dflash.kernels.rows import gate
+
+    return fp8.cast_rows(gate(both_RN))
+
+
+def _casts(config: BenchKernelsConfig, device: torch.device) -> ArmTimings:
+    """Rows of a gated MLP cast to e4m3, alone and with the gate, by the kernels and by plain operations."""
+    from alpamayo_dflash.kernels.fp8_triton import cast_gated, cast_rows
+
+    out: ArmTimings = {}
+    for rows in (*config.row_counts, config.prompt):
+        both = torch.randn(rows, 2 * TargetShape().mlp, device=device, dtype=torch.bfloat16)
+        half = both[:, : TargetShape().mlp].contiguous()
+        arms: dict[str, Callable[[], object]] = {
+            "project": partial(cast_rows, half),
+            "project, gated": partial(cast_gated, both),
+            "plain": partial(fp8.cast_rows, half),
+            "plain, gated": partial(_gate_and_cast, both),
+        }
+        out[str(rows)] = {
+            label: _each(graph_ms(partial(_often, arm), config.repeats, device), _OFTEN)
             for label, arm in arms.items()
         }
     return out

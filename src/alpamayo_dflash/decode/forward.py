@@ -23,7 +23,7 @@ from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.target.qwen3 import AfterLayer, run_layers
 from alpamayo_dflash.target.qwen3_fused import FusedDecoder, FusedLayer, why_plain
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
-from alpamayo_dflash.target.weights import Linear, hooked, padded, why_module
+from alpamayo_dflash.target.weights import Linear, Rows, hooked, padded, why_module
 
 Rotary = tuple[Tensor, Tensor]
 FLASH_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -209,9 +209,10 @@ class FusedModel:
         cache = self._cache
         entries_R = slots_R + cache.length_1
 
-        def attention(index: int, layer: FusedLayer, normed_RC: Tensor) -> Tensor:
+        def attention(index: int, layer: FusedLayer, normed_RC: Rows) -> Rows:
             q_RHD = self._store(index, layer, normed_RC, rotary, entries_R)
-            return attend(q_RHD, cache.layer_keys[index], cache.layer_values[index], cache.length_1, seen_RT)
+            keys, values = cache.layer_keys[index], cache.layer_values[index]
+            return attend(q_RHD, keys, values, cache.length_1, seen_RT, cast=layer.out.by_row)
 
         hidden = functional.embedding(tokens_R, self._target.embedding)
         return self._decoder(hidden, attention, after_layer)
@@ -221,7 +222,7 @@ class FusedModel:
         return self._head(normed_RC)
 
     def _store(
-        self, index: int, layer: FusedLayer, normed_RC: Tensor, rotary: Rotary, entries_R: Tensor
+        self, index: int, layer: FusedLayer, normed_RC: Rows, rotary: Rotary, entries_R: Tensor
     ) -> Tensor:
         """Keys and values of rows to the cache; their queries [R, H, D]."""
         keys, values = self._cache.layer_keys[index], self._cache.layer_values[index]

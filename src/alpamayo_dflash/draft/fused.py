@@ -22,7 +22,7 @@ from alpamayo_dflash.draft.blocks import DraftLogits
 from alpamayo_dflash.draft.config import DraftConfig
 from alpamayo_dflash.draft.heads import ChainedLogits
 from alpamayo_dflash.target.qwen3_fused import FusedDecoder, FusedLayer
-from alpamayo_dflash.target.weights import Linear, padded
+from alpamayo_dflash.target.weights import Linear, Rows, padded
 
 
 class DraftState(Protocol):
@@ -202,10 +202,10 @@ class FusedDraft:
         add_norm(None, features, self._draft.hidden_norm.weight.detach(), self._eps, self._inputs[:rows])
         self._tokens[:, 0] = functional.embedding(places.anchors, self._draft.embedding)
 
-        def attention(index: int, layer: FusedLayer, _: Tensor) -> Tensor:
+        def attention(index: int, layer: FusedLayer, _: Rows) -> Rows:
             q = self._store(index, layer, self._inputs, (cos, sin), entries)
             keys, values = self._keys[index], self._values[index]
-            return attend(q[rows:], keys, values, self._nothing, seen, prompt=False)
+            return attend(q[rows:], keys, values, self._nothing, seen, prompt=False, cast=layer.out.by_row)
 
         # The block's normed input lands after the new features, and one product serves both.
         normed = self._decoder(self._tokens.flatten(0, 1), attention, inputs_RC=self._inputs[rows:])

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alpamayo_dflash.kernels.fp8 import CastRows
+from alpamayo_dflash.kernels.fp8_triton import MOST_STRETCHES, cast_rows, merge_cast
 from alpamayo_dflash.kernels.limits import fitting_stages, shared_memory
 
 
@@ -235,7 +237,8 @@ def attend(
     mask_RT: Tensor,
     *,
     prompt: bool = True,
-) -> Tensor:
+    cast: bool = False,
+) -> Tensor | CastRows:
     """Attention of rows over a prompt and a tail after it in the cache.
 
     Args:
@@ -245,6 +248,7 @@ def attend(
         length_1: int64 [1] on the device, the prompt's entries.
         mask_RT: uint8, 1 where a row sees a slot of the tail. Every row must see something.
         prompt: whether there may be a prompt; without, `length_1` is 0.
+        cast: to rows in e4m3.
 
     Returns:
         [R, H·D].
@@ -258,7 +262,6 @@ def attend(
     count = stretches + tail
     out = torch.empty(count, rows, heads, dim, dtype=torch.float32, device=q_RHD.device)
     tops = torch.empty(2, count, rows, heads, dtype=torch.float32, device=q_RHD.device)
-    merged = torch.empty(rows, heads * dim, dtype=q_RHD.dtype, device=q_RHD.device)
     stretches_kernel[(kv_heads, count, tiles)](
         q_RHD,
         keys_EKD,
@@ -281,19 +284,22 @@ def attend(
         num_warps=plan.warps,
         num_stages=plan.stages,
     )
-    merge(out, tops, merged)
-    return merged
+    return merge(out, tops, q_RHD, cast=cast)
 
 
-def merge(out_JRHD: Tensor, tops_2JRH: Tensor, merged_RN: Tensor) -> None:
-    """Merge stretches' partial outputs.
+def merge(out_JRHD: Tensor, tops_2JRH: Tensor, q_RHD: Tensor, *, cast: bool = False) -> Tensor | CastRows:
+    """Merge stretches' partial outputs, [R, H·D] in the queries' dtype.
 
     Args:
         out_JRHD: float32, unnormalised.
         tops_2JRH: float32, each one's largest scores and masses.
-        merged_RN: [R, H·D], where the outcome is written.
+        q_RHD: the queries.
+        cast: to rows in e4m3.
     """
     count, rows, heads, dim = out_JRHD.shape
+    if cast and heads & (heads - 1) == 0 and count <= MOST_STRETCHES:
+        return merge_cast(out_JRHD, tops_2JRH, q_RHD)
+    merged_RN = torch.empty(rows, heads * dim, dtype=q_RHD.dtype, device=q_RHD.device)
     stretches = triton.next_power_of_2(count)
     # A warp for a few places: sums over stretches then need no other warp (docs/log.md, 2026-11-27).
     together = max(1, min(_MOST_MERGED, _MERGED // stretches))
@@ -309,3 +315,4 @@ def merge(out_JRHD: Tensor, tops_2JRH: Tensor, merged_RN: Tensor) -> None:
         BLOCK_P=together,
         num_warps=1 if stretches <= _MERGED else 2,
     )
+    return CastRows(*cast_rows(merged_RN), merged_RN.dtype) if cast else merged_RN

@@ -54,7 +54,9 @@ def row_scales(x_RI: Tensor) -> Tensor:
     A row of zeros, or one so small that its scale would have fewer bits than others, has scale 1. A row that
     is not finite has a scale that is not.
     """
-    scales = x_RI.abs().amax(-1, keepdim=True).float() / LARGEST
+    largest = x_RI.abs().amax(-1, keepdim=True).float()
+    # By a tensor: a GPU multiplies by the reciprocal of a number, which rounds otherwise.
+    scales = largest / torch.full_like(largest, LARGEST)
     return torch.where(scales < _SMALLEST_SCALE, torch.ones_like(scales), scales)
 
 

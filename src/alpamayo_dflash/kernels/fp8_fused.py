@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.kernels import fp8, fp8_product, fp8_triton
+from alpamayo_dflash.kernels.rows import gate
 
 
 def cast(x_RI: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -21,10 +22,32 @@ def cast(x_RI: Tensor, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def product_parts(x: fp8.CastRows, weight_NI: Tensor, weight_scales_N1: Tensor) -> Tensor:
     """The scaled product X @ weight.T as parts [J, R, N] still to be summed; few rows by the kernel."""
-    few = len(x) <= fp8_product.FEW_ROWS and fp8_triton.converts(x.values.device)
-    if few and fp8_product.fits(weight_NI.shape[1]):
+    if _few(x.values, weight_NI):
         return fp8_product.few_rows_product(x.values, x.scales, weight_NI, weight_scales_N1, x.dtype)
     return product(x.values, x.scales, weight_NI, weight_scales_N1, x.dtype).unsqueeze(0)
+
+
+def gated(x: fp8.CastRows, weight_NI: Tensor, weight_scales_N1: Tensor) -> Tensor:
+    """silu(x @ gate.T) · (x @ up.T), scaled, [R, N/2], of a weight that holds gate's rows, then up's."""
+    if _few(x.values, weight_NI):
+        return fp8_product.few_rows_gated_product(x.values, x.scales, weight_NI, weight_scales_N1, x.dtype)
+    return gate(product(x.values, x.scales, weight_NI, weight_scales_N1, x.dtype))
+
+
+def gated_cast(x: fp8.CastRows, weight_NI: Tensor, weight_scales_N1: Tensor) -> fp8.CastRows:
+    """`gated`, cast by row."""
+    if _few(x.values, weight_NI):
+        rows = fp8_triton.cast_rows(gated(x, weight_NI, weight_scales_N1))
+    else:
+        both_RN = product(x.values, x.scales, weight_NI, weight_scales_N1, x.dtype)
+        rows = fp8_triton.cast_gated(both_RN)
+    return fp8.CastRows(*rows, x.dtype)
+
+
+def _few(x_RI: Tensor, weight_NI: Tensor) -> bool:
+    """Whether the kernel for few rows multiplies these."""
+    few = len(x_RI) <= fp8_product.FEW_ROWS and fp8_triton.converts(x_RI.device)
+    return few and fp8_product.fits(weight_NI.shape[1])
 
 
 def product(
@@ -51,6 +74,10 @@ def product(
     """
     if x_RI.device.type == "cpu":
         return fp8.product(x_RI, x_scales_R1, weight_NI, weight_scales_N1, dtype, bias_N)
+    if bias_N is not None and native is not False and _few(x_RI, weight_NI):
+        # The library takes few rows of many inputs without a bias alone.
+        rest = x_scales_R1, weight_NI, weight_scales_N1, torch.float32
+        return (fp8_product.few_rows_product(x_RI, *rest).sum(0) + bias_N.float()).to(dtype)
     if fp8_triton.converts(x_RI.device) if native is None else native:
         return torch._scaled_mm(
             x_RI,

@@ -17,6 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from alpamayo_dflash.kernels.fp8 import CastRows
+from alpamayo_dflash.kernels.fp8_triton import (
+    cast_storage,
+    codes_of,
+    converts,
+    halves,
+    largest_bits,
+    scale_of,
+)
+
 AttentionKind = Literal["flash", "cudnn", "efficient"]
 LIBRARY: dict[AttentionKind, SDPBackend] = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -33,22 +43,26 @@ def add_layer_norm_kernel(
     shift_ptr,
     sum_ptr,
     normed_ptr,
+    scales_ptr,
     hidden_rows,
     width,
     eps,
     ADD: tl.constexpr,
+    CAST: tl.constexpr,
+    NATIVE: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     """Program r: sum = hidden + added, normed = layer norm of the sum. ADD false: of hidden alone.
 
+    CAST: normed is in e4m3 (its bits), with a scale a row; see `kernels.fp8_triton`.
     The first BLOCK_A columns are all there, the rest lie in BLOCK_B: 1,152 as 1,024 and 128, not as 2,048.
     """
     row = tl.program_id(0).to(tl.int64)
     a = tl.arange(0, BLOCK_A)
     b = BLOCK_A + tl.arange(0, BLOCK_B)
     inside = b < width
-    dtype = normed_ptr.dtype.element_ty
+    dtype = weight_ptr.dtype.element_ty
     hidden = hidden_ptr + row % hidden_rows * width
     x = tl.load(hidden + a).to(tl.float32)
     y = tl.load(hidden + b, mask=inside, other=0.0).to(tl.float32)
@@ -68,8 +82,15 @@ def add_layer_norm_kernel(
     weight_a, shift_a = tl.load(weight_ptr + a).to(tl.float32), tl.load(shift_ptr + a).to(tl.float32)
     weight_b = tl.load(weight_ptr + b, mask=inside, other=0.0).to(tl.float32)
     shift_b = tl.load(shift_ptr + b, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + row * width + a, (x * scale * weight_a + shift_a).to(dtype))
-    tl.store(normed_ptr + row * width + b, (y * scale * weight_b + shift_b).to(dtype), mask=inside)
+    x = (x * scale * weight_a + shift_a).to(dtype)
+    y = (y * scale * weight_b + shift_b).to(dtype)
+    if CAST:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+        row_scale = scale_of(tl.maximum(largest_bits(x), largest_bits(y)))
+        x, y = codes_of(x, row_scale, NATIVE), codes_of(y, row_scale, NATIVE)
+        tl.store(scales_ptr + row, row_scale)
+    tl.store(normed_ptr + row * width + a, x)
+    tl.store(normed_ptr + row * width + b, y, mask=inside)
 
 
 @triton.jit
@@ -117,27 +138,54 @@ def add_layer_norm(
     Returns:
         The sum [R, C] (hidden itself where nothing is added) and the norm [R, C].
     """
+    normed = torch.empty_like(hidden_RC if added_RC is None else added_RC)
+    return _add_layer_norm(hidden_RC, added_RC, weight_C, shift_C, eps, normed, None), normed
+
+
+def add_layer_norm_cast(
+    hidden_RC: Tensor, added_RC: Tensor | None, weight_C: Tensor, shift_C: Tensor, eps: float
+) -> tuple[Tensor, CastRows]:
+    """`add_layer_norm` whose norm is cast as `kernels.fp8.cast_rows` casts it."""
     like = hidden_RC if added_RC is None else added_RC
-    rows, width = like.shape
-    normed = torch.empty_like(like)
+    values, scales = cast_storage(*like.shape, like.device)
+    codes = values.view(torch.uint8)
+    total = _add_layer_norm(hidden_RC, added_RC, weight_C, shift_C, eps, codes, scales)
+    return total, CastRows(values, scales, weight_C.dtype)
+
+
+def _add_layer_norm(
+    hidden_RC: Tensor,
+    added_RC: Tensor | None,
+    weight_C: Tensor,
+    shift_C: Tensor,
+    eps: float,
+    normed_RC: Tensor,
+    scales_R1: Tensor | None,
+) -> Tensor:
+    """Write the norm, with scales as e4m3's bits, and return the sum."""
+    rows, width = normed_RC.shape
+    like = hidden_RC if added_RC is None else added_RC
     total = hidden_RC if added_RC is None else torch.empty_like(like)
-    most = 1 << width.bit_length() - 1  # the largest power of two in it
+    first, rest = halves(width)
     add_layer_norm_kernel[(rows,)](
         hidden_RC,
         like,
         weight_C,
         shift_C,
         total,
-        normed,
+        normed_RC,
+        normed_RC if scales_R1 is None else scales_R1,
         len(hidden_RC),
         width,
         eps,
         ADD=added_RC is not None,
-        BLOCK_A=most,
-        BLOCK_B=max(16, triton.next_power_of_2(width - most)),
+        CAST=scales_R1 is not None,
+        NATIVE=converts(normed_RC.device),
+        BLOCK_A=first,
+        BLOCK_B=max(16, rest),
         num_warps=4 if width <= 2048 else 8,
     )
-    return total, normed
+    return total
 
 
 def rotate_in_place(qkv_RN: Tensor, cos_TD: Tensor, sin_TD: Tensor, heads: int) -> None:

@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from alpamayo_dflash.kernels.attention import LOG2_E, Plan, merge, over_prompt, weigh
+from alpamayo_dflash.kernels.fp8 import CastRows
+from alpamayo_dflash.kernels.fp8_triton import cast_rows
 from alpamayo_dflash.kernels.limits import shared_memory
 
 
@@ -169,7 +171,9 @@ def attend_waypoints(
     texts_S: Tensor,
     slots_ST: Tensor,
     plan: WaypointPlan | None = None,
-) -> Tensor:
+    *,
+    cast: bool = False,
+) -> Tensor | CastRows:
     """Attention of every sample's way-points.
 
     Args:
@@ -180,6 +184,7 @@ def attend_waypoints(
         texts_S: int32 on the device, tokens that each sample's way-points see.
         slots_ST: int32 on the device, the slots of these tokens; what is behind a text is not read.
         plan: how it is cut; by default what suits so many rows.
+        cast: to rows in e4m3.
 
     Returns:
         [R, H·D].
@@ -190,10 +195,8 @@ def attend_waypoints(
     plan = plan or plan_of(rows * group)
     plan = plan.fitted(dim, shared_memory(q_RHD.device), q_RHD.element_size())
     count, device = plan.count, q_RHD.device
-    merged = torch.empty(rows, heads * dim, dtype=q_RHD.dtype, device=device)
-    out = merged
-    if count > 1:
-        out = torch.empty(count, rows, heads, dim, dtype=torch.float32, device=device)
+    out_dtype = torch.float32 if count > 1 else q_RHD.dtype
+    out = torch.empty(count, rows, heads, dim, dtype=out_dtype, device=device)
     tops = torch.empty(2, count, rows, heads, dtype=torch.float32, device=device)
     waypoints_kernel[(samples * triton.cdiv(waypoints * group, plan.rows), kv_heads, count)](
         q_RHD,
@@ -222,5 +225,6 @@ def attend_waypoints(
         maxnreg=plan.registers,
     )
     if count > 1:
-        merge(out, tops, merged)
-    return merged
+        return merge(out, tops, q_RHD, cast=cast)
+    merged = out.view(rows, heads * dim)
+    return CastRows(*cast_rows(merged), merged.dtype) if cast else merged

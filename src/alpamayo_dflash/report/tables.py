@@ -72,30 +72,13 @@ def bench_tables(result: Mapping[str, Any]) -> list[Table]:
     if "training" in result:
         return [training(result)]
     if "beside" in result:
-        return [formats(result)]
-    found = result["floors"]
-    read, product = found["read_bytes_per_s"] / 1e9, found["product_flop_per_s"] / 1e9
-    timings = tuple(
-        (
-            row["what"],
-            row["arm"],
-            _number(row["measured_ms"], 2),
-            _number(row["floor_ms"], 2),
-            row["bound"],
-            _times(row["over_floor"]),
-        )
-        for row in found["rows"]
-    )
+        return [formats(result), *([_over_floors(result["floors"])] if "floors" in result else [])]
     figures = tuple(
         (name, _number(value, 3), "replayed" if name in result["replayed"] else "")
         for name, value in result["figures"].items()
     )
     tables = [
-        Table(
-            f"Times (ms) over their floors, at {read:,.0f} GB/s and {product:,.0f} GFLOP/s, measured too",
-            ("what", "arm", "time", "floor", "bound by", "over floor"),
-            timings,
-        ),
+        _over_floors(result["floors"]),
         Table("Figures", ("figure", "value", ""), figures),
     ]
     whole = window(result)
@@ -107,6 +90,27 @@ def bench_tables(result: Mapping[str, Any]) -> list[Table]:
         rows = tuple(tuple(str(cell) for cell in row.values()) for row in lengths)
         tables.append(Table("Decode (ms, means) of CoCs of the lengths of real ones", header, rows))
     return tables
+
+
+def _over_floors(found: Mapping[str, Any]) -> Table:
+    """Timings beside what bounds them, of `bench.floors`."""
+    read, product = found["read_bytes_per_s"] / 1e9, found["product_flop_per_s"] / 1e9
+    rates = f"{read:,.0f} GB/s and {product:,.0f} GFLOP/s"
+    if "fp8_product_flop_per_s" in found:
+        rates += f" ({found['fp8_product_flop_per_s'] / 1e9:,.0f} in FP8)"
+    rows = tuple(
+        (
+            row["what"],
+            row["arm"],
+            _number(row["measured_ms"], 2),
+            _number(row["floor_ms"], 2),
+            row["bound"],
+            _times(row["over_floor"]),
+        )
+        for row in found["rows"]
+    )
+    header = ("what", "arm", "time", "floor", "bound by", "over floor")
+    return Table(f"Times (ms) over their floors, at {rates}, measured too", header, rows)
 
 
 def training(result: Mapping[str, Any]) -> Table:

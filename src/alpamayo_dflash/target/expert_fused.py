@@ -26,7 +26,7 @@ from alpamayo_dflash.target.motion import initial_speed
 from alpamayo_dflash.target.qwen3 import inverse_frequencies, text_rotary_tables
 from alpamayo_dflash.target.qwen3_fused import FusedDecoder, FusedLayer, why_plain
 from alpamayo_dflash.target.rotary import rope_settings
-from alpamayo_dflash.target.weights import fused_linear, why_module
+from alpamayo_dflash.target.weights import Rows, fused_linear, why_module
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Samples that a graph is made for; more of them are run in turns."""
@@ -260,10 +260,12 @@ class _Flow:
             torch.empty(rows, *self._shape, dtype=self.dtype, device=self.device),
         )
 
-        def attend(index: int, layer: FusedLayer, normed_RC: Tensor) -> Tensor:
+        def attend(index: int, layer: FusedLayer, normed_RC: Rows) -> Rows:
             q_RHD = layer.queries(normed_RC, rotary, *own, entries)
             cached = cache.layer_keys[index], cache.layer_values[index]
-            return attend_waypoints(q_RHD, cached, own, cache.length_1, batch.texts, batch.slots)
+            return attend_waypoints(
+                q_RHD, cached, own, cache.length_1, batch.texts, batch.slots, cast=layer.out.by_row
+            )
 
         for time, step in self._steps:
             normed = self._decoder(self._project(x_R2, time), attend)

@@ -95,8 +95,10 @@ class FusedLayer:
         return rotate_store(parts_JRN, self.qk_norms, self.eps, rotary, keys_EKD, values_EKD, entries_R)
 
 
-FusedAttend = Callable[[int, FusedLayer, Any], Tensor]
-"""(layer index, layer, normed input [R, C]) -> [R, H·D]; it multiplies by the layer's `qkv` itself."""
+FusedAttend = Callable[[int, FusedLayer, Any], Rows]
+"""(layer index, layer, normed input [R, C]) -> [R, H·D]; it multiplies by the layer's `qkv` itself.
+
+Where the layer's `out` takes cast rows it may return these."""
 
 
 class FusedDecoder:

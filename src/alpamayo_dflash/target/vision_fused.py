@@ -35,7 +35,9 @@ from alpamayo_dflash.target.vlm import Qwen3VLTarget
 from alpamayo_dflash.target.weights import (
     BiasedLinear,
     FP8BiasedLinear,
+    Rows,
     biased_linear,
+    gelu_mlp,
     plain_parameters,
     why_module,
     why_projection,
@@ -93,11 +95,14 @@ class _Norm:
         """Read one of the tower's norms."""
         return cls(norm.weight.detach(), norm.bias.detach(), float(norm.eps))
 
-    def after(self, hidden_RC: Tensor, added_RC: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The sum of both, and its norm; see `add_layer_norm`."""
-        from alpamayo_dflash.kernels.vision import add_layer_norm
+    def after(
+        self, hidden_RC: Tensor, added_RC: Tensor | None, reader: _Biased | None = None
+    ) -> tuple[Tensor, Any]:
+        """The sum of both and its norm (`add_layer_norm`), cast where the layer that reads it takes that."""
+        from alpamayo_dflash.kernels.vision import add_layer_norm, add_layer_norm_cast
 
-        return add_layer_norm(hidden_RC, added_RC, self.weight, self.shift, self.eps)
+        norm = add_layer_norm if reader is None or not reader.by_row else add_layer_norm_cast
+        return norm(hidden_RC, added_RC, self.weight, self.shift, self.eps)
 
 
 @dataclass(frozen=True)
@@ -161,9 +166,10 @@ class _Tower:
         """Merged and deepstack features, [R / M, text hidden] each."""
         hidden_RC, added_RC = tables.positions, self._patch(pixels_RK)
         deepstack: list[Tensor] = []
-        norms = [*(block.attention_norm for block in self._blocks), self._merger.norm]
-        for index, norm in enumerate(norms):
-            hidden_RC, normed_RC = norm.after(hidden_RC, added_RC)
+        # Each norm and what reads it; a merger sees its rows as others, which are cast only then.
+        norms = [(block.attention_norm, block.qkv) for block in self._blocks]
+        for index, (norm, reader) in enumerate([*norms, (self._merger.norm, None)]):
+            hidden_RC, normed_RC = norm.after(hidden_RC, added_RC, reader)
             if index - 1 in self._levels:  # of the block before, whose sum this is
                 merger = self._levels[index - 1]
                 merged = hidden_RC.view(-1, merger.up.weight.shape[1])
@@ -173,7 +179,7 @@ class _Tower:
         return self._merger.merge(normed_RC), deepstack
 
     def _run(
-        self, block: _Block, hidden_RC: Tensor, normed_RC: Tensor, tables: GridTables
+        self, block: _Block, hidden_RC: Tensor, normed_RC: Rows, tables: GridTables
     ) -> tuple[Tensor, Tensor]:
         """A block from its normed input to what its MLP adds: hidden, and what is to be added to it."""
         from alpamayo_dflash.kernels.vision import attend_images, rotate_in_place
@@ -181,8 +187,8 @@ class _Tower:
         qkv = block.qkv(normed_RC)
         rotate_in_place(qkv, tables.cos, tables.sin, self._heads)
         attended = attend_images(qkv, len(tables.cos), self._heads, self._attention)
-        hidden_RC, normed_RC = block.mlp_norm.after(hidden_RC, block.out(attended))
-        return hidden_RC, block.down(block.up.gelu_tanh(normed_RC, rounded=self._gelu == "rounded"))
+        hidden_RC, normed_RC = block.mlp_norm.after(hidden_RC, block.out(attended), block.up)
+        return hidden_RC, gelu_mlp(block.up, block.down, normed_RC, rounded=self._gelu == "rounded")
 
 
 class FusedVision:

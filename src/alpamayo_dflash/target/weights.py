@@ -309,17 +309,18 @@ class FP8Product:
 
     def gated(self, x: Rows) -> Tensor:
         """See Product."""
-        from alpamayo_dflash.kernels.rows import gate
+        from alpamayo_dflash.kernels.fp8_fused import gated
 
-        return gate(self(x))
+        return gated(self._cast(x), self._weight, self._scales)
+
+    def gated_cast(self, x: Rows) -> CastRows:
+        """`gated`, cast by row."""
+        from alpamayo_dflash.kernels.fp8_fused import gated_cast
+
+        return gated_cast(self._cast(x), self._weight, self._scales)
 
     def _cast(self, x: Rows) -> CastRows:
-        from alpamayo_dflash.kernels.fp8_fused import cast
-
-        if isinstance(x, CastRows):
-            assert self.by_row
-            return x
-        return CastRows(*cast(x, self._input_scale), x.dtype)
+        return _cast_rows(x, self._input_scale)
 
 
 class SeparateProducts:
@@ -374,12 +375,9 @@ def _fp8_product(linear: FP8Linear, weight: Tensor, scales: Tensor) -> FP8Produc
 
 def mlp_parts(gate_up: Product, down: Product, x: Rows) -> Tensor:
     """An MLP's output as parts (`Product.parts`): down of silu(gate) · up."""
-    if not down.by_row or isinstance(gate_up, Linear):
-        return down.parts(gate_up.gated(x))
-    from alpamayo_dflash.kernels.fp8_triton import cast_gated
-
-    both_RN = gate_up(x)
-    return down.parts(CastRows(*cast_gated(both_RN), both_RN.dtype))
+    if down.by_row and isinstance(gate_up, FP8Product):
+        return down.parts(gate_up.gated_cast(x))
+    return down.parts(gate_up.gated(x))
 
 
 def add_norm_for(
@@ -418,14 +416,16 @@ class BiasedLinear:
         bias: [N], added before the product is rounded.
     """
 
+    by_row = False
+
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight, self.bias = weight, bias
 
-    def __call__(self, x_RI: Tensor) -> Tensor:
+    def __call__(self, x_RI: Any) -> Tensor:
         """X @ weight.T + bias, [R, N]."""
         return functional.linear(x_RI, self.weight, self.bias)
 
-    def gelu_tanh(self, x_RI: Tensor, *, rounded: bool = True) -> Tensor:
+    def gelu_tanh(self, x_RI: Any, *, rounded: bool = True) -> Tensor:
         """The product's GELU in its tanh form, [R, N].
 
         Args:
@@ -452,22 +452,60 @@ class FP8BiasedLinear:
         self._scales = linear.weight_scale.detach()
         self._input_scale = None if linear.input_scale is None else linear.input_scale.detach()
 
-    def __call__(self, x_RI: Tensor) -> Tensor:
+    @property
+    def by_row(self) -> bool:
+        """Whether `CastRows` are taken; see `FP8Product`."""
+        return self._input_scale is None
+
+    def __call__(self, x: Rows) -> Tensor:
         """X @ weight.T + bias, [R, N]."""
-        from alpamayo_dflash.kernels.fp8_fused import cast, product
+        from alpamayo_dflash.kernels.fp8_fused import product
 
-        rows, scales = cast(x_RI, self._input_scale)
-        return product(rows, scales, self.weight, self._scales, x_RI.dtype, self.bias)
+        rows = _cast_rows(x, self._input_scale)
+        return product(rows.values, rows.scales, self.weight, self._scales, rows.dtype, self.bias)
 
-    def gelu_tanh(self, x_RI: Tensor, *, rounded: bool = True) -> Tensor:
+    def gelu_tanh(self, x: Rows, *, rounded: bool = True) -> Tensor:
         """The product's GELU in its tanh form, [R, N]; the product is rounded before it in any case.
 
         Args:
-            x_RI: the rows.
+            x: the rows.
             rounded: as `BiasedLinear.gelu_tanh` has it; the library has no such epilogue for scales a row.
         """
         del rounded
-        return functional.gelu(self(x_RI), approximate="tanh")
+        return functional.gelu(self(x), approximate="tanh")
+
+    def gelu_tanh_cast(self, x: Rows) -> CastRows:
+        """`gelu_tanh`, cast by row."""
+        from alpamayo_dflash.kernels.fp8_triton import cast_gelu
+
+        product_RN = self(x)
+        return CastRows(*cast_gelu(product_RN), product_RN.dtype)
+
+
+def gelu_mlp(
+    up: BiasedLinear | FP8BiasedLinear, down: BiasedLinear | FP8BiasedLinear, x: Rows, *, rounded: bool
+) -> Tensor:
+    """An MLP with biases and a GELU in its tanh form between, [R, N].
+
+    Args:
+        up: its first layer.
+        down: its second.
+        x: the rows, as `up` takes them.
+        rounded: see `BiasedLinear.gelu_tanh`.
+    """
+    if down.by_row and isinstance(up, FP8BiasedLinear):
+        return down(up.gelu_tanh_cast(x))
+    return down(up.gelu_tanh(x, rounded=rounded))
+
+
+def _cast_rows(x: Rows, input_scale: Tensor | None) -> CastRows:
+    """Rows as a product in e4m3 takes them: cast here, if not in front."""
+    from alpamayo_dflash.kernels.fp8_fused import cast
+
+    if isinstance(x, CastRows):
+        assert input_scale is None
+        return x
+    return CastRows(*cast(x, input_scale), x.dtype)
 
 
 def biased_linear(module: Any) -> BiasedLinear | FP8BiasedLinear:
