@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -21,6 +22,16 @@ from alpamayo_dflash.distill.config import DEFAULT_HELD_OUT, BadShardRule
 from alpamayo_dflash.target.formats import TargetOptions
 from alpamayo_dflash.train.terms import Term, parse_mix
 
+OptimizerName = Literal["adamw", "muon"]
+
+
+def _best_optimizer() -> OptimizerName:
+    """Muon where the installed torch has it, from 2.9 on; else AdamW."""
+    major, minor = importlib.metadata.version("torch").split(".")[:2]
+    return "muon" if (int(major), int(minor)) >= (2, 9) else "adamw"
+
+
+DEFAULT_OPTIMIZER = _best_optimizer()
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_NUM_LAYERS = 5
 DEFAULT_PREVIOUS_HEAD = "gru"
@@ -215,14 +226,15 @@ class OptimizerOptions:
     """How weights move.
 
     Attributes:
-        optimizer: adamw, or muon: Muon for the matrices of the network, with AdamW for all else.
+        optimizer: adamw, or muon: Muon for the matrices of the network, with AdamW for all else. By default
+            muon, with a torch before 2.9, which has none, adamw.
         learning_rate: peak rate as it is used; not multiplied by the number of processes unless scale_lr.
         scale_lr: multiply the learning rate by the number of processes.
         weight_decay: on matrices but embeddings, decoupled.
         embed_lr_scale: learning rate of those copies, as a part of learning_rate.
     """
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: OptimizerName = DEFAULT_OPTIMIZER
     learning_rate: float = 6e-4
     scale_lr: bool = False
     weight_decay: float = 0.01
