@@ -34,7 +34,7 @@ def _best_optimizer() -> OptimizerName:
 DEFAULT_OPTIMIZER = _best_optimizer()
 DEFAULT_BLOCK_SIZE = 8
 DEFAULT_NUM_LAYERS = 5
-DEFAULT_PREVIOUS_HEAD = "gru"
+DEFAULT_PREVIOUS_HEAD = "bigram"
 
 # Decay of the position weights by block size, as published with DFlash.
 _GAMMA = {8: 4.0, 10: 5.0, 16: 7.0}
@@ -138,7 +138,7 @@ class DraftOptions:
         draft_vocab_size: tokens of a reduced head, the commonest of the training responses and the end marks;
             0 for the whole head; init_from's, or the whole, if left out.
         previous_head: what the pick of one place adds to the logits of the next: bigram, mlp, gru, or none;
-            init_from's, or gru, where it is left out.
+            init_from's, or bigram, where it is left out.
         previous_size: size of that head's code; init_from's, or 64, where it is left out.
         init_from: start from this draft (folder) in place of random weights.
         full_vocab: with init_from: resize the draft to the target's vocabulary.
