@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers_versions import drawn_in_order
 
 from alpamayo_dflash.draft.config import DraftConfig
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.prompt import Prompt, mrope_positions
+from tests.helpers.transformers_versions import drawn_in_order
 
 QWEN_TOKENS = [
     "<|endoftext|>",

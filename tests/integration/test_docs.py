@@ -22,11 +22,6 @@ from typing import Any
 
 import pytest
 import torch
-from documents import Block, blocks, commands
-from hub import Hub
-from loaded_models import TheirAlpamayo, inputs_of
-from public_list import all_fields
-from random_target import random_target
 
 from alpamayo_dflash import Alpamayo, ClipSource
 from alpamayo_dflash.cli import main as cli
@@ -34,6 +29,11 @@ from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
 from alpamayo_dflash.standins.untrained import write_random_checkpoint
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.run import run as write_world
+from tests.helpers.documents import Block, blocks, commands
+from tests.helpers.hub import Hub
+from tests.helpers.loaded_models import TheirAlpamayo, inputs_of
+from tests.helpers.public_list import all_fields
+from tests.helpers.random_target import random_target
 
 ROOT = Path(__file__).parents[2]
 # The log tells of past days' commands; docs/results holds no pages.

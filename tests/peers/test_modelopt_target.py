@@ -8,13 +8,13 @@ import copy
 import json
 
 import pytest
-import target_factory as factory
 import torch
 from safetensors.torch import load_file, save_file
 
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.fp8 import FP8Linear
 from alpamayo_dflash.target.quantised import QUANTIZATION, linears
+from tests.helpers import target_factory as factory
 
 quantization = pytest.importorskip(
     "modelopt.torch.quantization", reason="the package nvidia-modelopt is not installed"

@@ -11,33 +11,34 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import hidden_packages
 import pytest
 from packaging.requirements import Requirement
-from public_list import all_fields
 
 import alpamayo_dflash
 from alpamayo_dflash.cli.main import COMMANDS, _load, main
 from alpamayo_dflash.common.extras import DISTRIBUTIONS, EXTRAS, MissingPackageError, check_extras, needs
+from tests.helpers import hidden_packages
+from tests.helpers.public_list import all_fields
 
 ROOT = Path(alpamayo_dflash.__file__).parent
-PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+CHECKOUT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 BASE = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "tyro", "rich"}
 # Comes with torch where there are GPUs for it; who imports it has looked for it, or is a kernel.
 OPTIONAL = {"triton"}
 # What an import takes beside the package that it names.
 BEHIND = {"torch.utils.tensorboard": "tensorboard"}
 
-HIDE = "import runpy, sys, hidden_packages; hidden_packages.hide(sys.argv[1:]); "
+HIDE = "import runpy, sys; from tests.helpers import hidden_packages; hidden_packages.hide(sys.argv[1:]); "
 
 
 def interpreter(*arguments: str, given: str = "") -> str:
-    """Standard output of a fresh interpreter that finds the tests' helpers."""
-    paths = (str(ROOT.parent), str(Path(hidden_packages.__file__).parent))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    """Standard output of a fresh interpreter, which finds the tests from the checkout's folder."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *arguments],
         input=given,
+        cwd=CHECKOUT,
         env=environment,
         capture_output=True,
         text=True,
@@ -50,7 +51,7 @@ def interpreter(*arguments: str, given: str = "") -> str:
 def said(cases: list[tuple[str, str, list[str]]], *preloaded: str) -> Iterator[tuple[str, str]]:
     """What the command line says of each case with one package hidden; it must end with status 2."""
     given = json.dumps([[[module], arguments] for module, _, arguments in cases])
-    found = json.loads(interpreter(hidden_packages.__file__, *preloaded, given=given))
+    found = json.loads(interpreter("-m", hidden_packages.__name__, *preloaded, given=given))
     for (module, extra, _), (status, text) in zip(cases, found, strict=True):
         assert status == 2, (module, text)
         assert "Traceback" not in text
@@ -63,7 +64,7 @@ def said(cases: list[tuple[str, str, list[str]]], *preloaded: str) -> Iterator[t
 def test_a_window_of_arrays_is_decoded_with_no_extra() -> None:
     """Nor with the parser of arguments. torch itself brings jinja2."""
     hidden = {module for modules in EXTRAS.values() for module in modules} - {"jinja2"}
-    decode = "runpy.run_module('decode_arrays', run_name='__main__')"
+    decode = "runpy.run_module('tests.helpers.decode_arrays', run_name='__main__')"
     assert interpreter("-c", HIDE + decode, *sorted(hidden | {"tyro"})).strip()
 
 

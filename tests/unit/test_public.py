@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import public_list
 import pytest
 
 import alpamayo_dflash
@@ -17,6 +16,7 @@ from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.draft.formats import from_json
 from alpamayo_dflash.evaluate.rows import RowStore
 from alpamayo_dflash.layers.choice import read_choice
+from tests.helpers import public_list
 
 STORED = Path(__file__).parents[1] / "data" / "stored"
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

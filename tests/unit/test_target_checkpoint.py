@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import target_factory as factory
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +16,7 @@ from alpamayo_dflash.target import checkpoint as load
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.expert import log_spaced
+from tests.helpers import target_factory as factory
 
 NAME = "vlm.model.language_model.layers.1.self_attn.k_proj.weight"
 THETA = {"rope_theta": 1e6}

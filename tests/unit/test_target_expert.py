@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import target_factory as factory
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from alpamayo_dflash.target.alpamayo import Alpamayo, time_grid
 from alpamayo_dflash.target.config import ActionSpaceConfig
 from alpamayo_dflash.target.expert import ActionPrefix
 from alpamayo_dflash.target.motion import ActionSpace, initial_speed, yaw_matrices
+from tests.helpers import target_factory as factory
 
 
 @pytest.fixture(scope="module")

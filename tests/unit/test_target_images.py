@@ -4,14 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-import target_factory as factory
 import torch
-from pictures import SIZES, frames, recorded_sizes
 
 from alpamayo_dflash.kernels.taps import cubic_taps, resize_plain
 from alpamayo_dflash.target import images
 from alpamayo_dflash.target.images_fused import why_plain_images
 from alpamayo_dflash.target.prompt import build_prompt
+from tests.helpers import target_factory as factory
+from tests.helpers.pictures import SIZES, frames, recorded_sizes
 
 
 def both(pictures_NYXC, height, width):

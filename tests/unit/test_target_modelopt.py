@@ -7,7 +7,6 @@ has its own.
 import json
 
 import pytest
-import target_factory as factory
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +15,7 @@ from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.fp8 import FP8Linear
 from alpamayo_dflash.target.quantised import linears
 from alpamayo_dflash.target.weights import SeparateProducts, fused_linear
+from tests.helpers import target_factory as factory
 
 LAYERS = "vlm.model.language_model.layers."
 LEFT_OUT = f"{LAYERS}2.self_attn.k_proj"

@@ -7,9 +7,7 @@ import re
 
 import numpy as np
 import pytest
-import target_factory as factory
 import torch
-from transformers_versions import image_features, rope_index
 
 from alpamayo_dflash import SpeculativeDecoder
 from alpamayo_dflash.target.alpamayo import Alpamayo
@@ -18,6 +16,8 @@ from alpamayo_dflash.target.images import patches, resize, smart_size
 from alpamayo_dflash.target.motion import encode_history
 from alpamayo_dflash.target.prompt import fuse_history, mrope_positions, render
 from alpamayo_dflash.target.vlm import extract_section
+from tests.helpers import target_factory as factory
+from tests.helpers.transformers_versions import image_features, rope_index
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import target_factory as factory
 import torch
 from transformers import Qwen3VLConfig
 
@@ -15,6 +14,7 @@ from alpamayo_dflash.standins.blueprint import SHAPES, vlm_config
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.checkpoint import SHIPPED
 from alpamayo_dflash.target.rotary import Rope, rope_settings, rope_values, with_rope
+from tests.helpers import target_factory as factory
 
 GROUP = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 OLD = {"rope_theta": 12345, "rope_scaling": GROUP}
