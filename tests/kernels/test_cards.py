@@ -43,7 +43,7 @@ def compiled():
 @pytest.mark.parametrize("card", CARDS)
 def test_blocks_fit(card, compiled):
     taken, (_, available) = compiled[card], CARDS[card]
-    assert len(taken) == 4 + len(attention._PLANS) + len(waypoints.PLANS) + 2 + 2
+    assert len(taken) == 4 + len(attention._PLANS) + len(waypoints.PLANS) + 2 + 3
     assert max(taken.values()) <= available, taken
     # The loops' loads are in flight together; otherwise nothing was measured.
     assert max(taken.values()) > available // 2
