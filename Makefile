@@ -18,13 +18,17 @@ WHEEL := .venv-wheel
 # Another trainer of drafts, beside this package and in an environment of its own.
 SPECULATORS := .venv-speculators
 
-.PHONY: demo test speed page-bench screenshots golden faults kills fuzz compat compat-quick speculators docs wheel lint types check clean
+.PHONY: demo fast test speed page-bench screenshots golden faults kills fuzz compat compat-quick speculators docs wheel lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The unit tests alone, the slowest named.
+fast: $(STAMP)
+	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile --durations=15
 
 # What is fast over its plain form, on the tiny target on a CPU, beside the kept ratios; fails where one is worse.
 # SPEED=--write keeps the new ones.

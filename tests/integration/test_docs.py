@@ -54,9 +54,9 @@ EXCLUDED = {
         "commands.md",
         "alpamayo-dflash bench-kernels",
     ): "times kernels on a GPU, and refuses a CPU: test_bench.py",
-    ("commands.md", "alpamayo-dflash bench-distill"): "test_bench_distill.py, on clips that are there",
+    ("commands.md", "alpamayo-dflash bench-distill"): "test_bench_distill_runs.py, on clips that are there",
     ("commands.md", "alpamayo-dflash bench --target"): "runs in alpamayo.md",
-    ("commands.md", "alpamayo-dflash bench --train"): "test_bench_train.py",
+    ("commands.md", "alpamayo-dflash bench --train"): "test_bench_runs.py",
     ("commands.md", "alpamayo-dflash bench --beside"): "test_bench_formats.py",
     ("commands.md", "alpamayo-dflash compare-weights"): "runs in fp8.md",
     ("commands.md", "alpamayo-dflash study"): "takes hours; a small one is in test_study.py",
@@ -91,7 +91,7 @@ SUBSTITUTIONS = {
         "--target DIR": "--target random",
         "--out FILE": "--out figures.json",
         "--size r1-10b": "--size small",
-        # Not quick it runs in test_bench.py.
+        # Not quick it runs in test_bench_runs.py.
         "--target random:r1-10b --device cuda": "--target random:small --device cpu --repeats 2 --texts 3 "
         "--windows 3 --quick",
         "--device cuda": "--device cpu",

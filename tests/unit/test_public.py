@@ -10,7 +10,6 @@ import pytest
 
 import alpamayo_dflash
 from alpamayo_dflash import SpeculativeDecoder
-from alpamayo_dflash.cli.main import main
 from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.draft.formats import from_json
@@ -72,16 +71,6 @@ def test_stored_data_are_read():
 def test_a_stored_drafts_config_is_read():
     path = STORED / "train" / "draft" / "config.json"
     assert from_json(read_json(path), str(path)).block_size == 8
-
-
-@pytest.mark.parametrize(
-    ("evaluation", "recorded"),
-    [(STORED / "evaluation" / "evaluation.json", False), (RESULTS / "demo_tiny.json", True)],
-)
-def test_a_stored_evaluation_is_reported(evaluation, recorded, tmp_path, capsys):
-    assert main(["report", "--evaluation", str(evaluation), "--out", str(tmp_path)]) == 0
-    page = Path(json.loads(capsys.readouterr().out)["report"]).read_text()
-    assert ("not recorded" in page) is not recorded
 
 
 def test_an_unfinished_evaluation_of_an_earlier_version_is_refused():
