@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,14 @@ def test_the_citation_is_of_this_package() -> None:
     cited = {reference["url"].rpartition("/")[2] for reference in citation["references"]}
     assert cited == {"2602.06036", "2511.00088"}
     assert all({"type", "title", "authors"} <= reference.keys() for reference in citation["references"])
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+@pytest.mark.parametrize("module", ["alpamayo_dflash.decode.loop", "tests.unit.test_hub"])
+def test_what_our_own_code_calls_is_not_deprecated(module: str, category: type[Warning]) -> None:
+    """Such a warning at a line of ours fails a test; pyproject.toml's filters say so."""
+    line = compile("warnings.warn('is deprecated', category)", module, "exec")
+    with pytest.raises(category, match="is deprecated"):
+        exec(line, {"__name__": module, "warnings": warnings, "category": category})
+    with warnings.catch_warnings(record=True):  # shown, where pytest shows it, and no error
+        exec(line, {"__name__": "testsuite.of_another", "warnings": warnings, "category": category})
