@@ -134,9 +134,9 @@ def test_tables_are_kept_up_to_a_number(monkeypatch):
 
 def test_a_target_takes_them_where_they_run(tmp_path, monkeypatch):
     from alpamayo_dflash.target import alpamayo
-    from tests.helpers import target_factory
+    from tests.helpers.random_target import odd_target, odd_window
 
-    target, window = target_factory.build(tmp_path), target_factory.window((0, 1, 6))
+    target, window = odd_target(tmp_path), odd_window((0, 1, 6))
     expected = target.prompt(window)
     monkeypatch.setattr(alpamayo, "why_plain_images", lambda _: None)
     found = target.prompt(window)
