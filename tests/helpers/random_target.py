@@ -331,9 +331,9 @@ def odd_config(version: str = "r1", **changes: Any) -> dict[str, Any]:
     return raw | changes
 
 
-def odd_target(folder: Path, version: str = "r1", seed: int = 0) -> Alpamayo:
+def odd_target(folder: Path, version: str = "r1", seed: int = 0, *, layers: int = 3) -> Alpamayo:
     """A random target of `ODD` sizes whose Qwen3-VL files lie in folder/vlm."""
-    write_vlm(folder / "vlm", ODD)
+    write_vlm(folder / "vlm", replace(ODD, text={**ODD.text, "num_hidden_layers": layers}))
     torch.manual_seed(seed)
     return Alpamayo.from_config(AlpamayoConfig.from_dict(odd_config(version)), folder / "vlm")
 

@@ -96,10 +96,10 @@ def test_an_euler_step():
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    """Five way-points and two steps, so that little is interpreted."""
+    """Two layers, five way-points and two steps, so that little is interpreted."""
     from tests.helpers.random_target import odd_target
 
-    target = odd_target(tmp_path_factory.mktemp("expert"))
+    target = odd_target(tmp_path_factory.mktemp("expert"), layers=2)
     space = replace(target.config.action_space, n_waypoints=5)
     target.config = replace(target.config, num_inference_steps=2, action_space=space)
     return target.requires_grad_(False)

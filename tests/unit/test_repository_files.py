@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 TEMPLATES = sorted(
@@ -102,3 +104,10 @@ def test_what_our_own_code_calls_is_not_deprecated(module: str, category: type[W
         exec(line, {"__name__": module, "warnings": warnings, "category": category})
     with warnings.catch_warnings(record=True):  # shown, where pytest shows it, and no error
         exec(line, {"__name__": "testsuite.of_another", "warnings": warnings, "category": category})
+
+
+def test_the_longest_test_files_are_there() -> None:
+    """A name that no file has any more would start as late as a short one's, and nobody would see it."""
+    files = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(files) == len(set(files)) and len(LONGEST) == len(set(LONGEST))
+    assert set(LONGEST) <= set(files)
