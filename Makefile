@@ -18,7 +18,7 @@ WHEEL := .venv-wheel
 # Another trainer of drafts, beside this package and in an environment of its own.
 SPECULATORS := .venv-speculators
 
-.PHONY: demo test speed page-bench screenshots golden faults kills fuzz compat compat-quick speculators docs wheel lint types check clean
+.PHONY: demo fast test speed page-bench screenshots golden faults kills fuzz compat compat-quick speculators docs wheel lint types check clean
 
 demo: $(STAMP)
 	$(BIN)/alpamayo-dflash demo --out $(DEMO_OUT)
@@ -26,18 +26,22 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# The unit tests alone, the slowest named.
+fast: $(STAMP)
+	$(BIN)/python -m pytest tests/unit -n 2 --dist loadfile --durations=15
+
 # What is fast over its plain form, on the tiny target on a CPU, beside the kept ratios; fails where one is worse.
 # SPEED=--write keeps the new ones.
 speed: $(STAMP)
-	OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(BIN)/python tests/speed/ratios.py $(SPEED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.speed.ratios $(SPEED)
 
 # The page of a thousand clips in Chromium (Debian's package), made of the demo's run.
 page-bench: $(STAMP)
-	PYTHONPATH=tests/helpers $(BIN)/python tests/browser/page_bench.py $(DEMO_OUT) --out docs/results/page_tiny.json
+	$(BIN)/python -m tests.browser.page_bench $(DEMO_OUT) --out docs/results/page_tiny.json
 
 # Pictures of the demo's page for the documentation.
 screenshots: $(STAMP)
-	PYTHONPATH=tests/helpers $(BIN)/python tests/browser/screenshots.py $(DEMO_OUT) --out docs/images
+	$(BIN)/python -m tests.browser.screenshots $(DEMO_OUT) --out docs/images
 
 # The parity tests alone; ALPAMAYO_GOLDEN names the fixtures' folder (default: ../shared/golden).
 golden: $(STAMP)
@@ -49,7 +53,7 @@ faults: $(STAMP)
 
 # Stages killed 200 times and before each change of a file, and on full and read-only disks (as root).
 kills: $(STAMP)
-	$(BIN)/python tests/faults/kills.py --kills 200 --disks
+	$(BIN)/python -m tests.faults.kills --kills 200 --disks
 
 # Every reader with 60,000 damaged and hostile inputs; ALPAMAYO_FUZZ_SEED takes others.
 fuzz: $(STAMP)

@@ -1,7 +1,8 @@
 """One browser for all tests of a process; without it they are skipped, but not in CI."""
 
 import pytest
-from chromium import REQUIRED, chromium, is_required, missing
+
+from tests.helpers.chromium import REQUIRED, chromium, is_required, missing
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """`make page-bench`: the page of a thousand clips, opened from disk in Chromium.
 
-python tests/browser/page_bench.py RUN --out docs/results/page_tiny.json
+python -m tests.browser.page_bench RUN --out docs/results/page_tiny.json
 
 RUN is a finished demo's folder; its clips are repeated under new ids. The last line printed is the figures.
 """
@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chromium import Opened, axe_violations, chromium, opened
-
 from alpamayo_dflash.common.artefacts import file_hash, provenance, read_json, write_json, write_record
 from alpamayo_dflash.report.page import page
 from alpamayo_dflash.report.page.runs import read_runs
+from tests.helpers.chromium import Opened, axe_violations, chromium, opened
 
 USABLE = """() => {
     const lines = document.querySelectorAll("#clip-list tbody tr").length;

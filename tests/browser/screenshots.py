@@ -1,6 +1,6 @@
 """`make screenshots`: pictures of a run's page for the documentation.
 
-python tests/browser/screenshots.py RUN --out docs/images
+python -m tests.browser.screenshots RUN --out docs/images
 
 Each is a PNG of at most `MOST_BYTES`; where 24-bit colour takes more it has 256 colours.
 """
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chromium import Opened, chromium, opened
 from PIL import Image
 
 from alpamayo_dflash.report.page import page
 from alpamayo_dflash.report.page.runs import Run, read_runs
+from tests.helpers.chromium import Opened, chromium, opened
 
 MOST_BYTES = 300_000
 

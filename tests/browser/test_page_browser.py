@@ -6,12 +6,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from chromium import axe_violations, opened
 
 from alpamayo_dflash.common.artefacts import read_json, write_record
 from alpamayo_dflash.report.page import page as page_module
 from alpamayo_dflash.report.page.islands import visible
 from alpamayo_dflash.report.page.runs import read_runs
+from tests.helpers.chromium import axe_violations, opened
 
 RUN = Path(__file__).parents[1] / "data" / "run"
 LOOKS = [(1440, False), (1440, True), (390, False), (390, True)]

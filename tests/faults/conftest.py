@@ -12,7 +12,7 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def _trap(tmp_path_factory):
     """A module of the trap's name can be imported, so that who imports what a file names is caught."""
-    from fuzzing import TRAP
+    from tests.helpers.fuzzing import TRAP
 
     folder = tmp_path_factory.mktemp("trap")
     (folder / f"{TRAP}.py").write_text("raise SystemExit('imported')\n")
@@ -27,11 +27,10 @@ _STARTED = time.time()
 def pytest_sessionfinish(session):
     """Write what each reader was given and what came of it."""
     out = os.environ.get("ALPAMAYO_FUZZ_OUT")
-    if not out or "fuzzing" not in sys.modules:
+    if not out or "tests.helpers.fuzzing" not in sys.modules:
         return
-    from fuzzing import COUNTS, LARGE, SEED
-
     from alpamayo_dflash.common.artefacts import git_revision, versions, write_json
+    from tests.helpers.fuzzing import COUNTS, LARGE, SEED
 
     total = sum(COUNTS.values(), Counter())
     profile = "ALPAMAYO_FUZZ=large " if LARGE else ""

@@ -1,6 +1,6 @@
 """Kill stages at random moments and before each of their file operations, resume them, compare what is made.
 
-    python tests/faults/kills.py --kills 200 --out kills.json
+    python -m tests.faults.kills --kills 200 --out kills.json
 
 A process that has imported everything forks one worker a trial. Each stage's artefacts must equal those of a
 run that nobody disturbed: the same samples and tokens, the same weights, none twice, none missing, nothing
@@ -29,10 +29,8 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a thread that pyarrow's import starts
-sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
-from random_target import random_draft, random_target
 
 from alpamayo_dflash.cli.main import main
 from alpamayo_dflash.common.artefacts import file_hash, git_revision, read_json, versions, write_json
@@ -41,6 +39,7 @@ from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.evaluate import run as _evaluate  # noqa: F401
 from alpamayo_dflash.layers import run as _layers  # noqa: F401
 from alpamayo_dflash.train import run as _train  # noqa: F401
+from tests.helpers.random_target import random_draft, random_target
 
 # What the stages import only when they need it; else every fork would import it again.
 LATE = ("huggingface_hub.hf_file_system", "physical_ai_av", "torch.utils.tensorboard", "tyro.extras")

@@ -15,10 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fuzzing import TEXTS, TRAP, VALUES, changed_values, damaged, fuzz_file, fuzzed, tried
 from hypothesis import given
 from hypothesis import strategies as st
-from small_artefacts import write_distill
 
 from alpamayo_dflash.clips.cache import find_snapshot
 from alpamayo_dflash.clips.lists import chosen_clips, parse_cameras, parse_chunks, read_clip_list
@@ -30,6 +28,8 @@ from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.read import SCENES_FILE, read_scenes
 from alpamayo_dflash.world.run import run
+from tests.helpers.fuzzing import TEXTS, TRAP, VALUES, changed_values, damaged, fuzz_file, fuzzed, tried
+from tests.helpers.small_artefacts import write_distill
 
 CAMERA, MOTION = "camera_front_wide_120fov", "egomotion"
 NAMES = (

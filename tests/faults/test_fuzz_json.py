@@ -8,22 +8,9 @@ import shutil
 from functools import partial
 
 import pytest
-from fuzzing import fuzz_file, fuzzed, json_files, tried
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from small_artefacts import (
-    CLIPS,
-    MADE,
-    PICTURE,
-    clip_row,
-    clip_trace,
-    evaluation,
-    write_checkpoint,
-    write_distill,
-    write_draft,
-    write_scores,
-)
 
 from alpamayo_dflash import Alpamayo, DFlashDraft
 from alpamayo_dflash.clips.lists import read_clip_list
@@ -69,6 +56,19 @@ from alpamayo_dflash.train.checkpoint import read_state
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.world import run as world_run
 from alpamayo_dflash.world.config import WorldConfig
+from tests.helpers.fuzzing import fuzz_file, fuzzed, json_files, tried
+from tests.helpers.small_artefacts import (
+    CLIPS,
+    MADE,
+    PICTURE,
+    clip_row,
+    clip_trace,
+    evaluation,
+    write_checkpoint,
+    write_distill,
+    write_draft,
+    write_scores,
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,7 @@ from functools import partial
 
 import pytest
 import torch
-from fuzzing import TRAP, VALUES, changed_values, damaged, encoded, fuzz_file
 from hypothesis import strategies as st
-from small_artefacts import write_checkpoint, write_distill, write_draft
 
 from alpamayo_dflash import Alpamayo, DFlashDraft
 from alpamayo_dflash.common.artefacts import file_hash, read_json, write_json
@@ -26,6 +24,8 @@ from alpamayo_dflash.standins.untrained import write_random_checkpoint
 from alpamayo_dflash.target.checkpoint import read_target
 from alpamayo_dflash.train.checkpoint import OPTIMIZER, load_training
 from alpamayo_dflash.train.config import TrainConfig
+from tests.helpers.fuzzing import TRAP, VALUES, changed_values, damaged, encoded, fuzz_file
+from tests.helpers.small_artefacts import write_checkpoint, write_distill, write_draft
 
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4")
 DTYPES += ("F8_E8M0", "C64", "U64", "U32", "U16", "", "f32", None, 7)
@@ -138,7 +138,7 @@ def test_weights_of_a_draft(tmp_path):
 
 
 def test_weights_of_a_draft_with_a_reduced_head(tmp_path):
-    from small_artefacts import draft_config
+    from tests.helpers.small_artefacts import draft_config
 
     shape = DraftConfig(**{**draft_config().__dict__, "draft_vocab_size": 7})
     DFlashDraft.random(shape).save_pretrained(tmp_path / "draft")

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.mark.slow
 def test_killed_stages_go_on_as_if_undisturbed():
-    script = Path(__file__).parent / "kills.py"
     # In a process of its own: what it forks must have no threads behind it.
     done = subprocess.run(
-        [sys.executable, script, "--kills", "10", "--forced-every", "40"],
+        [sys.executable, "-m", "tests.faults.kills", "--kills", "10", "--forced-every", "40"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=600,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from random_target import random_draft
 
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
@@ -10,6 +9,7 @@ from alpamayo_dflash.decode.observer import Recorder
 from alpamayo_dflash.draft.heads import KINDS
 from alpamayo_dflash.standins.validate import held_out
 from alpamayo_dflash.target.alpamayo import Alpamayo
+from tests.helpers.random_target import random_draft
 
 pytestmark = [
     pytest.mark.gpu,

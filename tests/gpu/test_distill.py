@@ -4,7 +4,6 @@ import threading
 
 import pytest
 import torch
-from random_target import random_draft
 
 from alpamayo_dflash.common.machine import Download
 from alpamayo_dflash.decode.config import DecodeConfig, Sampling
@@ -17,6 +16,7 @@ from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.images import lie_pinned, staged
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.run import run as write_world
+from tests.helpers.random_target import random_draft
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from proposers import Oracle
 from torch import nn
 from torch.nn import functional
 
@@ -26,6 +25,7 @@ from alpamayo_dflash.target.quantised import make_fp8
 from alpamayo_dflash.target.vision import encode_images
 from alpamayo_dflash.target.vision_fused import FusedVision, why_plain_vision
 from alpamayo_dflash.target.weights import fused_linear, mlp_parts
+from tests.helpers.proposers import Oracle
 
 pytestmark = [
     pytest.mark.gpu,

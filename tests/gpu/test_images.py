@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from pictures import SIZES, frames, recorded_sizes
 
 from alpamayo_dflash.kernels.taps import cubic_taps, resize_plain
 from alpamayo_dflash.standins.validate import held_out
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.images import FrameStaging, PatchShape, lie_pinned, plain_patches
 from alpamayo_dflash.target.images_fused import DevicePatches, why_plain_images
+from tests.helpers.pictures import SIZES, frames, recorded_sizes
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from toy_training import make_toy, options
 
 from alpamayo_dflash.train import trainer as trainer_module
 from alpamayo_dflash.train.run import run
+from tests.helpers.toy_training import make_toy, options
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,6 @@ os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 import numpy as np
 import pytest
 import torch
-from small_vision import small_vision
 from torch.nn import functional
 
 from alpamayo_dflash.decode.config import DecodeConfig
@@ -20,6 +19,7 @@ from alpamayo_dflash.standins.validate import held_out
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.vision import encode_images
 from alpamayo_dflash.target.vision_fused import FusedVision, VisionPlan, why_plain_vision
+from tests.helpers.small_vision import small_vision
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,8 +2,8 @@
 
 Losslessness compares two loops of one revision, so a slip in both would go unseen. The file was made once, by
 the revision that it names. To make it again, which only a new tiny target or another noise justifies:
-`python tests/helpers/frozen_texts.py tests/data/texts_tiny.json REVISION`; for those of the FP8 target, of
-fewer clips: `python tests/helpers/frozen_texts.py tests/data/texts_tiny_fp8.json REVISION fp8`.
+`python -m tests.helpers.frozen_texts tests/data/texts_tiny.json REVISION`; for those of the FP8 target, of
+fewer clips: `python -m tests.helpers.frozen_texts tests/data/texts_tiny_fp8.json REVISION fp8`.
 """
 
 import json
@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import torch
-from proposers import Oracle
 
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.standins.validate import held_out
 from alpamayo_dflash.target.alpamayo import Alpamayo
+from tests.helpers.proposers import Oracle
 
 FILE = Path(__file__).parents[1] / "data" / "texts_tiny.json"
 FP8_FILE = FILE.with_name("texts_tiny_fp8.json")

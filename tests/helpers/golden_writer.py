@@ -30,7 +30,8 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers_versions import forward_inputs, rope_index
+
+from tests.helpers.transformers_versions import forward_inputs, rope_index
 
 Json = dict[str, Any]
 Weights = dict[str, Tensor]

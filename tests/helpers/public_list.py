@@ -1,6 +1,6 @@
 """Writes `tests/data/commands.json`: every subcommand's flags with their defaults, as a stored list.
 
-`python tests/helpers/public_list.py` after a flag was added. A flag that is gone, or has another default,
+`python -m tests.helpers.public_list` after a flag was added. A flag that is gone, or has another default,
 needs a word in `CHANGELOG.md`.
 """
 

@@ -1,6 +1,6 @@
 """Remakes tests/data/run: a small run of six clips with two samples each, by the commands' own stages.
 
-python tests/helpers/stored_run.py FOLDER
+python -m tests.helpers.stored_run FOLDER
 
 About two minutes on a CPU. The folder is what a demo leaves, without weights, data and pictures of plots: the
 layers' scores, the training's numbers, a sampled evaluation with traces and a greedy one.

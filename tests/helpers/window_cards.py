@@ -1,4 +1,4 @@
-"""Writes the cards' windows that ship with the package: `python tests/helpers/window_cards.py`.
+"""Writes the cards' windows that ship with the package: `python -m tests.helpers.window_cards`.
 
 Run it after `docs/results/window_*.json` has changed.
 """

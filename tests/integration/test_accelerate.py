@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from loaded_models import TheirAlpamayo, inputs_of
-from proposers import Random
-from random_target import random_prompt, random_target
 from torch import Tensor, nn
 
 from alpamayo_dflash import Alpamayo, SpeculativeDecoder, accelerate
 from alpamayo_dflash.decode.handover import Handover
 from alpamayo_dflash.target.prompt import Prompt
+from tests.helpers.loaded_models import TheirAlpamayo, inputs_of
+from tests.helpers.proposers import Random
+from tests.helpers.random_target import random_prompt, random_target
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from random_target import random_draft, random_target
 
 from alpamayo_dflash.cli.main import main
 from alpamayo_dflash.common.artefacts import read_json, write_record
@@ -18,6 +17,7 @@ from alpamayo_dflash.decode.tree import walk
 from alpamayo_dflash.evaluate.arms import Arms
 from alpamayo_dflash.evaluate.audit import drawn
 from alpamayo_dflash.evaluate.config import EvaluateConfig
+from tests.helpers.random_target import random_draft, random_target
 
 CLIPS, LIMIT = 3, 12
 SAMPLED = ["--temperature", "0.6", "--num-traj-samples", "2"]

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from random_target import random_target
 
 from alpamayo_dflash.cli.main import main
 from alpamayo_dflash.clips.source import ClipSource
@@ -23,6 +22,7 @@ from alpamayo_dflash.evaluate.arms import Arms
 from alpamayo_dflash.evaluate.hardness import BOUNDS
 from alpamayo_dflash.standins import config as standins_config
 from alpamayo_dflash.target import checkpoint
+from tests.helpers.random_target import random_target
 
 LAYERS, WIDTH = 4, 32
 SHORT = ["--max-tokens", "10"]

@@ -10,7 +10,6 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
-from random_target import random_draft, random_target
 
 from alpamayo_dflash.cli.main import main
 from alpamayo_dflash.clips.window import CAMERAS, DEFAULT_CAMERAS, FRAMES_PER_CAMERA, Window
@@ -20,6 +19,7 @@ from alpamayo_dflash.evaluate import clip_traces
 from alpamayo_dflash.evaluate.clip_traces import FRAME_WIDTH, MOST_FRAME_BYTES, encoded_frames
 from alpamayo_dflash.report.clip_trace import FILE, Places, frame_bytes, probability, read_clip_trace
 from alpamayo_dflash.report.evaluation import read_evaluation
+from tests.helpers.random_target import random_draft, random_target
 
 CLIPS, LIMIT, SAMPLES = 2, 12, 2
 

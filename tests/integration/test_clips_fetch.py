@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hub import Hub
 from huggingface_hub.errors import HfHubHTTPError
 
 from alpamayo_dflash.cli.main import main
@@ -15,6 +14,7 @@ from alpamayo_dflash.clips.cache import find_snapshot, repo_folder
 from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.run import run
+from tests.helpers.hub import Hub
 
 
 @pytest.fixture(scope="module")

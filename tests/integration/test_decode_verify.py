@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from random_target import random_prompt, random_target
 
 from alpamayo_dflash.decode.cache import ROOT
 from alpamayo_dflash.decode.config import Sampling
@@ -15,6 +14,7 @@ from alpamayo_dflash.decode.sampling import distribution, mask_bias
 from alpamayo_dflash.decode.tree import Tree
 from alpamayo_dflash.decode.verify import Verifier
 from alpamayo_dflash.evaluate.distribution import joint_distribution
+from tests.helpers.random_target import random_prompt, random_target
 
 TOLERANCE = 2e-5
 

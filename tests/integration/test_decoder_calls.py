@@ -9,8 +9,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from proposers import NotANumber, Random
-from random_target import random_draft, random_prompt, random_target
 
 from alpamayo_dflash import Alpamayo, DecodeConfig, Observer, SpeculativeDecoder
 from alpamayo_dflash.clips.window import Window
@@ -18,6 +16,8 @@ from alpamayo_dflash.decode.cache import Cache, Tail
 from alpamayo_dflash.decode.noise import TokenNoise, token_noise
 from alpamayo_dflash.decode.rollouts import Rollouts
 from alpamayo_dflash.evaluate.arms import acceptance_of
+from tests.helpers.proposers import NotANumber, Random
+from tests.helpers.random_target import random_draft, random_prompt, random_target
 
 
 @pytest.fixture(scope="module")

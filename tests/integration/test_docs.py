@@ -22,11 +22,6 @@ from typing import Any
 
 import pytest
 import torch
-from documents import Block, blocks, commands
-from hub import Hub
-from loaded_models import TheirAlpamayo, inputs_of
-from public_list import all_fields
-from random_target import random_target
 
 from alpamayo_dflash import Alpamayo, ClipSource
 from alpamayo_dflash.cli import main as cli
@@ -34,6 +29,11 @@ from alpamayo_dflash.standins.blueprint import RandomCheckpointConfig
 from alpamayo_dflash.standins.untrained import write_random_checkpoint
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.run import run as write_world
+from tests.helpers.documents import Block, blocks, commands
+from tests.helpers.hub import Hub
+from tests.helpers.loaded_models import TheirAlpamayo, inputs_of
+from tests.helpers.public_list import all_fields
+from tests.helpers.random_target import random_target
 
 ROOT = Path(__file__).parents[2]
 # The log tells of past days' commands; docs/results holds no pages.
@@ -54,9 +54,9 @@ EXCLUDED = {
         "commands.md",
         "alpamayo-dflash bench-kernels",
     ): "times kernels on a GPU, and refuses a CPU: test_bench.py",
-    ("commands.md", "alpamayo-dflash bench-distill"): "test_bench_distill.py, on clips that are there",
+    ("commands.md", "alpamayo-dflash bench-distill"): "test_bench_distill_runs.py, on clips that are there",
     ("commands.md", "alpamayo-dflash bench --target"): "runs in alpamayo.md",
-    ("commands.md", "alpamayo-dflash bench --train"): "test_bench_train.py",
+    ("commands.md", "alpamayo-dflash bench --train"): "test_bench_runs.py",
     ("commands.md", "alpamayo-dflash bench --beside"): "test_bench_formats.py",
     ("commands.md", "alpamayo-dflash compare-weights"): "runs in fp8.md",
     ("commands.md", "alpamayo-dflash study"): "takes hours; a small one is in test_study.py",
@@ -91,7 +91,7 @@ SUBSTITUTIONS = {
         "--target DIR": "--target random",
         "--out FILE": "--out figures.json",
         "--size r1-10b": "--size small",
-        # Not quick it runs in test_bench.py.
+        # Not quick it runs in test_bench_runs.py.
         "--target random:r1-10b --device cuda": "--target random:small --device cpu --repeats 2 --texts 3 "
         "--windows 3 --quick",
         "--device cuda": "--device cpu",

@@ -3,11 +3,8 @@
 import json
 from pathlib import Path
 
-import frozen_texts
 import pytest
 import torch
-from proposers import Oracle, Random
-from random_target import random_draft, random_prompt, random_target
 
 from alpamayo_dflash.cli.main import main
 from alpamayo_dflash.common.artefacts import read_json
@@ -18,6 +15,9 @@ from alpamayo_dflash.evaluate.config import CompareWeightsConfig
 from alpamayo_dflash.evaluate.distance import _Clip, summary
 from alpamayo_dflash.target.formats import TargetFormat
 from alpamayo_dflash.target.quantised import make_fp8
+from tests.helpers import frozen_texts
+from tests.helpers.proposers import Oracle, Random
+from tests.helpers.random_target import random_draft, random_prompt, random_target
 
 LIMIT = 20
 LOOPS = pytest.mark.parametrize("loop", ["host", "device"])

@@ -2,12 +2,12 @@
 
 import json
 
-import frozen_texts
 import pytest
 import torch
 
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from tests.helpers import frozen_texts
 
 # Rounding alone, by another processor or other threads, moves a far way-point (50 m) by up to 2.9e-3 m.
 TO_M = 1e-2

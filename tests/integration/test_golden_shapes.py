@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from golden_writer import SET_B, SET_C, write_set
 from safetensors.torch import load_file, save_file
 
 from alpamayo_dflash.target.alpamayo import Alpamayo
+from tests.helpers.golden_writer import SET_B, SET_C, write_set
 
 GOLDEN_TESTS = Path(__file__).with_name("test_golden.py")
 

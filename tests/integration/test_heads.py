@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_target import random_draft, random_prompt, random_target
 
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.observer import Recorder
 from alpamayo_dflash.draft.heads import KINDS
 from alpamayo_dflash.draft.model import DFlashDraft
+from tests.helpers.random_target import random_draft, random_prompt, random_target
 
 LIMIT = 20
 

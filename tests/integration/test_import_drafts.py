@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from random_target import random_prompt, random_target
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from alpamayo_dflash import Alpamayo, DFlashDraft, SpeculativeDecoder
 from alpamayo_dflash.decode.verify import Verifier
 from alpamayo_dflash.draft.config import FULL_CONTEXT, DraftConfig
 from alpamayo_dflash.draft.formats import to_json
+from tests.helpers.random_target import random_prompt, random_target
 
 TAPS = [0, 2]
 BLOCK = 5

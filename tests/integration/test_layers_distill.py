@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from random_target import random_draft, random_target
 from torch.nn import functional
 
 from alpamayo_dflash.cli.distill import run as run_distill
@@ -26,6 +25,7 @@ from alpamayo_dflash.layers.config import LayersConfig
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.run import run as write_world
+from tests.helpers.random_target import random_draft, random_target
 
 LAYERS, MAX_TOKENS, CONTEXT = 4, 12, 5
 

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 import transformers
-from random_target import random_draft
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from alpamayo_dflash import Alpamayo, DecodeConfig, SpeculativeDecoder, accelerate
 from alpamayo_dflash.target.checkpoint import checkpoint_folder
+from tests.helpers.random_target import random_draft
 
 CONFIG = json.loads((checkpoint_folder("tiny") / "vlm" / "config.json").read_text())
 CONFIG["text_config"]["vocab_size"] = 1215

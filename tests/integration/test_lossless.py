@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from proposers import NotANumber, Oracle, Random, Reduced
-from random_target import random_prompt, random_target
 
 from alpamayo_dflash.decode import round_device
 from alpamayo_dflash.decode.config import DecodeConfig, Request, Sampling
@@ -22,6 +20,8 @@ from alpamayo_dflash.decode.stops import StopReason
 from alpamayo_dflash.draft.config import FULL_CONTEXT
 from alpamayo_dflash.evaluate.config import DistributionConfig
 from alpamayo_dflash.evaluate.distribution import chi_square, first_tokens, joint_distribution
+from tests.helpers.proposers import NotANumber, Oracle, Random, Reduced
+from tests.helpers.random_target import random_prompt, random_target
 
 LIMIT = 20
 PROMPT_SEEDS = (0, 1, 3, 5)

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from proposers import Oracle
-from random_target import random_prompt, random_target
 
 from alpamayo_dflash.decode.cache import ROOT
 from alpamayo_dflash.decode.config import Sampling
@@ -20,6 +18,8 @@ from alpamayo_dflash.evaluate.near_ties import Loop, choices_within, parting
 from alpamayo_dflash.evaluate.run import _identity
 from alpamayo_dflash.standins.validate import held_out
 from alpamayo_dflash.target.alpamayo import Alpamayo
+from tests.helpers.proposers import Oracle
+from tests.helpers.random_target import random_prompt, random_target
 
 BLOCK, PROMPTS, LIMIT, OFF = 8, 24, 24, 0.02
 

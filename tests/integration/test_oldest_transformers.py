@@ -3,15 +3,15 @@
 import json
 import os
 
-import frozen_texts
 import pytest
 import torch
 import transformers
-from proposers import Oracle
 
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.evaluate.reference import greedy_tokens
 from alpamayo_dflash.standins.validate import held_out
+from tests.helpers import frozen_texts
+from tests.helpers.proposers import Oracle
 
 
 def test_the_version_that_was_asked_for_runs():

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from proposers import Known, Oracle, Random
-from random_target import random_prompt, random_target
 
 from alpamayo_dflash import DecodeConfig, Proposed, Recorder, SpeculativeDecoder
 from alpamayo_dflash.decode.proposer import DRAFT, END_RULE, SOURCES, TARGET, unite
 from alpamayo_dflash.decode.stops import StopReason, StopRules
+from tests.helpers.proposers import Known, Oracle, Random
+from tests.helpers.random_target import random_prompt, random_target
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_proposer.py"
 LOOPS = pytest.mark.parametrize("loop", ["host", "device"])

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-from random_target import random_draft
 
 from alpamayo_dflash.cli.study import PEER_FILE, PeerDraft, StudyConfig, ceilings, run
 from alpamayo_dflash.common.artefacts import read_json, write_json
@@ -16,6 +15,7 @@ from alpamayo_dflash.evaluate.acceptance import PEERS, study_figures
 from alpamayo_dflash.evaluate.ceilings import Continuations, IndependentOracle
 from alpamayo_dflash.standins.validate import held_out
 from alpamayo_dflash.target.alpamayo import Alpamayo
+from tests.helpers.random_target import random_draft
 
 SAMPLING = Sampling(0.6, 0.98)
 

@@ -4,8 +4,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from proposers import Known, NotANumber, Oracle, Random, Reduced
-from random_target import random_draft, random_prompt, random_target
 
 from alpamayo_dflash import DecodeConfig, Recorder, SpeculativeDecoder
 from alpamayo_dflash.decode.config import Sampling
@@ -13,6 +11,8 @@ from alpamayo_dflash.decode.rollouts import teacher_forced
 from alpamayo_dflash.decode.sampling import Choice, Chooser, distribution, mask_bias
 from alpamayo_dflash.decode.scores import NOTHING_CHOSEN, TOP, RoundScores, Scorer, place_scores, score_all
 from alpamayo_dflash.report.clip_trace import probability
+from tests.helpers.proposers import Known, NotANumber, Oracle, Random, Reduced
+from tests.helpers.random_target import random_draft, random_prompt, random_target
 
 LOOPS = pytest.mark.parametrize("loop", ["host", "device"])
 LIMIT = 20

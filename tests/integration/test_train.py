@@ -10,19 +10,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy_training import (
-    CONTEXT,
-    LAYERS,
-    PHRASES,
-    TAPS,
-    V,
-    identity_of,
-    make_toy,
-    options,
-    weights,
-    write_target,
-    write_vlm,
-)
 
 from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.distill.data import DistillData
@@ -35,6 +22,19 @@ from alpamayo_dflash.train.checkpoint import load_training
 from alpamayo_dflash.train.optimizer import make_optimizer
 from alpamayo_dflash.train.run import run
 from alpamayo_dflash.train.start import first_draft
+from tests.helpers.toy_training import (
+    CONTEXT,
+    LAYERS,
+    PHRASES,
+    TAPS,
+    V,
+    identity_of,
+    make_toy,
+    options,
+    weights,
+    write_target,
+    write_vlm,
+)
 
 HAS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9 has no Muon")
 

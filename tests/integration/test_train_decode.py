@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_target import random_prompt, random_target
 
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
@@ -19,6 +18,7 @@ from alpamayo_dflash.train.checkpoint import load_training
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.optimizer import make_optimizer
 from alpamayo_dflash.train.run import run
+from tests.helpers.random_target import random_prompt, random_target
 
 TAPS, CONTEXT, TOKENS, PROMPTS = (0, 2), 24, 18, 6  # the prompts are shorter than the context
 

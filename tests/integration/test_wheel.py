@@ -9,13 +9,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import frozen_texts
 import pytest
 from packaging.requirements import Requirement
 
 import alpamayo_dflash
 from alpamayo_dflash.bench.cards import cards_path
 from alpamayo_dflash.common.extras import DISTRIBUTIONS, EXTRAS
+from tests.helpers import frozen_texts
 
 ROOT = Path(__file__).parents[2]
 CLIPS = 2

@@ -96,10 +96,10 @@ def test_an_euler_step():
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    """Five way-points and two steps, so that little is interpreted."""
-    import target_factory
+    """Two layers, five way-points and two steps, so that little is interpreted."""
+    from tests.helpers.random_target import odd_target
 
-    target = target_factory.build(tmp_path_factory.mktemp("expert"))
+    target = odd_target(tmp_path_factory.mktemp("expert"), layers=2)
     space = replace(target.config.action_space, n_waypoints=5)
     target.config = replace(target.config, num_inference_steps=2, action_space=space)
     return target.requires_grad_(False)
@@ -108,7 +108,7 @@ def target(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wide_target(tmp_path_factory):
     """As many way-points as R1 has, two layers and one step."""
-    from random_target import random_target
+    from tests.helpers.random_target import random_target
 
     target = random_target(tmp_path_factory.mktemp("wide"), layers=2)
     target.config = replace(target.config, num_inference_steps=1)
@@ -208,10 +208,9 @@ def test_projections_that_are_more_than_their_weights(target):
 
 
 def test_the_decoder_takes_the_fast_expert_where_it_runs(wide_target, monkeypatch):
-    from random_target import random_prompt
-
     from alpamayo_dflash.decode import trajectory
     from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+    from tests.helpers.random_target import random_prompt
 
     target, options = wide_target, {"num_traj_samples": 2, "max_new_tokens": 5, "seed": 3}
     monkeypatch.setattr(waypoints, "PLANS", {2048: waypoints.WaypointPlan(128, 32, 2, 4, 2)})

@@ -96,7 +96,7 @@ def test_the_fast_draft_says_what_the_plain_one_says(window):
 @pytest.mark.parametrize(("loop", "together"), [("host", False), ("device", True)])
 def test_the_fused_model_writes_what_the_plain_one_writes(monkeypatch, tmp_path, loop, together):
     """Weights as another's model has them, one by one, or together as our loader lays them."""
-    from random_target import random_prompt, random_target
+    from tests.helpers.random_target import random_prompt, random_target
 
     target = random_target(tmp_path, push=1.5, sharpness=4.0)
     if together:
@@ -126,7 +126,7 @@ def test_the_fused_model_writes_what_the_plain_one_writes(monkeypatch, tmp_path,
 
 
 def test_the_fused_model_in_fp8_writes_what_the_plain_one_writes(monkeypatch, tmp_path):
-    from random_target import random_prompt, random_target
+    from tests.helpers.random_target import random_prompt, random_target
 
     target = random_target(tmp_path, push=1.5, sharpness=4.0)
     make_fp8(target, TargetFormat(text="fp8"))
@@ -144,7 +144,7 @@ def test_the_fused_model_in_fp8_writes_what_the_plain_one_writes(monkeypatch, tm
 @pytest.mark.parametrize("context", [8, FULL_CONTEXT])
 def test_both_forms_of_a_draft_propose_the_same_in_a_decoder(monkeypatch, tmp_path, context):
     """The plain form asked by the host's loop, the fast one in the device's rounds."""
-    from random_target import random_prompt, random_target
+    from tests.helpers.random_target import random_prompt, random_target
 
     target = random_target(tmp_path, push=1.5, sharpness=4.0)
     draft = draft_of(target, context=context, heads=2, kv_heads=2, dim=target.head_dim)

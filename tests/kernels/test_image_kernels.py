@@ -7,12 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from pictures import frames
 
 from alpamayo_dflash.kernels.taps import cubic_taps, resize_plain
 from alpamayo_dflash.target import images_fused
 from alpamayo_dflash.target.images import PatchShape, patches, plain_patches, scale_of_levels
 from alpamayo_dflash.target.images_fused import DevicePatches
+from tests.helpers.pictures import frames
 
 resize = pytest.importorskip("alpamayo_dflash.kernels.resize")
 CPU = torch.device("cpu")
@@ -133,11 +133,10 @@ def test_tables_are_kept_up_to_a_number(monkeypatch):
 
 
 def test_a_target_takes_them_where_they_run(tmp_path, monkeypatch):
-    import target_factory
-
     from alpamayo_dflash.target import alpamayo
+    from tests.helpers.random_target import odd_target, odd_window
 
-    target, window = target_factory.build(tmp_path), target_factory.window((0, 1, 6))
+    target, window = odd_target(tmp_path), odd_window((0, 1, 6))
     expected = target.prompt(window)
     monkeypatch.setattr(alpamayo, "why_plain_images", lambda _: None)
     found = target.prompt(window)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from small_vision import small_vision
 from torch.nn import functional
 
 from alpamayo_dflash.kernels import fp8
 from alpamayo_dflash.target.qwen3 import rotate
 from alpamayo_dflash.target.vision import encode_images, rotary_tables_2d
 from alpamayo_dflash.target.vision_fused import FusedVision, VisionPlan
+from tests.helpers.small_vision import small_vision
 
 vision = pytest.importorskip("alpamayo_dflash.kernels.vision")
 

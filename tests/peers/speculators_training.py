@@ -1,7 +1,7 @@
 """Trains DFlash drafts with speculators 0.9.0, the field's own trainer, on a distillation set of ours.
 
-    .venv-speculators/bin/python tests/peers/speculators_training.py documents --data D --world W --out S
-    .venv-speculators/bin/python tests/peers/speculators_training.py train --documents S --out F \\
+    .venv-speculators/bin/python -m tests.peers.speculators_training documents --data D --world W --out S
+    .venv-speculators/bin/python -m tests.peers.speculators_training train --documents S --out F \\
         --row equal-steps --steps 1256
 
 `make speculators` makes the environment. What is written to F is what `alpamayo-dflash study --peer-drafts F`

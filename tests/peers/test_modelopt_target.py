@@ -8,13 +8,13 @@ import copy
 import json
 
 import pytest
-import target_factory as factory
 import torch
 from safetensors.torch import load_file, save_file
 
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.fp8 import FP8Linear
 from alpamayo_dflash.target.quantised import QUANTIZATION, linears
+from tests.helpers import random_target as factory
 
 quantization = pytest.importorskip(
     "modelopt.torch.quantization", reason="the package nvidia-modelopt is not installed"
@@ -27,13 +27,13 @@ def exported(tmp_path_factory):
     from modelopt.torch.export import export_hf_checkpoint
 
     root = tmp_path_factory.mktemp("modelopt")
-    target = factory.build(root)
+    target = factory.odd_target(root)
     target.save_pretrained(root / "checkpoint", dtype=torch.bfloat16)
     # In bfloat16 for the export, in float32 for the logits that are compared.
     target = Alpamayo.from_pretrained(root / "checkpoint", dtype="bfloat16")
     wide = Alpamayo.from_pretrained(root / "checkpoint", dtype="float32")
-    inputs = target.transformers_inputs(target.prompt(factory.window()))
-    wide_inputs = wide.transformers_inputs(wide.prompt(factory.window()))
+    inputs = target.transformers_inputs(target.prompt(factory.odd_window()))
+    wide_inputs = wide.transformers_inputs(wide.prompt(factory.odd_window()))
     with torch.no_grad():
         for model, given in ((target.vlm, inputs), (wide.vlm, wide_inputs)):
             config = copy.deepcopy(quantization.FP8_DEFAULT_CFG)
@@ -81,7 +81,7 @@ def test_their_export_loads_and_gives_their_logits(exported, where):
     layers = [target.get_submodule(name) for name in linears(target, "text")]
     assert all(isinstance(layer, FP8Linear) for layer in layers)
     with torch.no_grad():
-        got = target.vlm(**target.transformers_inputs(target.prompt(factory.window()))).logits
+        got = target.vlm(**target.transformers_inputs(target.prompt(factory.odd_window()))).logits
     # A value on the border of two of e4m3 may fall to either side.
     assert (got - logits).norm() / logits.norm() < 0.005  # 1e-5 was seen; 0.1 with scales a row
     assert (got.argmax(-1) == logits.argmax(-1)).float().mean() > 0.98
@@ -90,14 +90,14 @@ def test_their_export_loads_and_gives_their_logits(exported, where):
 def test_a_scaled_cache_of_theirs_is_refused(tmp_path):
     from modelopt.torch.export import export_hf_checkpoint
 
-    target = factory.build(tmp_path).to(torch.bfloat16)
-    inputs = target.transformers_inputs(target.prompt(factory.window()))
+    target = factory.odd_target(tmp_path).to(torch.bfloat16)
+    inputs = target.transformers_inputs(target.prompt(factory.odd_window()))
     config = copy.deepcopy(quantization.FP8_DEFAULT_CFG)
     config["quant_cfg"] = [*config["quant_cfg"], *quantization.FP8_KV_CFG["quant_cfg"]]
     with torch.no_grad():
         quantization.quantize(target.vlm, config, lambda m: m(**inputs))
         export_hf_checkpoint(target.vlm, export_dir=tmp_path / "export")
-    factory.build(tmp_path).save_pretrained(tmp_path / "checkpoint", dtype=torch.bfloat16)
+    factory.odd_target(tmp_path).save_pretrained(tmp_path / "checkpoint", dtype=torch.bfloat16)
     (tmp_path / "checkpoint/hf_quant_config.json").write_text(
         (tmp_path / "export/hf_quant_config.json").read_text()
     )

@@ -17,7 +17,7 @@ from alpamayo_dflash.draft.config import FULL_CONTEXT
 
 pytest.importorskip("speculators", reason="the package speculators 0.9.0 is not installed")
 
-from speculators_training import (
+from tests.peers.speculators_training import (
     SET,
     TrainPeerConfig,
     batch_flags,

@@ -1,6 +1,6 @@
 """`make speed`: what is fast over its plain form, on the tiny target on a CPU, beside the kept ratios.
 
-PYTHONPATH=tests/helpers python tests/speed/ratios.py [--write] [--results FILE] [--turns N]
+python -m tests.speed.ratios [--write] [--results FILE] [--turns N]
 
 A ratio that is worse than the kept one by more than the tolerance ends it with exit status 1. Every arm runs
 once a turn, so that what else the machine does falls on all alike. Ratios of another processor differ: there
@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from speed_ratios import RATIOS, TEXTS, most, speed_figures, worse
 
 from alpamayo_dflash import DecodeConfig, Observer, SpeculativeDecoder
 from alpamayo_dflash.bench.baselines import TransformersWindow
@@ -36,6 +35,7 @@ from alpamayo_dflash.decode.vision import VisionReader
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.target.checkpoint import SHIPPED, VLMFiles, target_identity
 from alpamayo_dflash.target.vision import encode_images
+from tests.helpers.speed_ratios import RATIOS, TEXTS, most, speed_figures, worse
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "speed_tiny_cpu.json"
 WARM = 2

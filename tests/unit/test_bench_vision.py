@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from random_target import random_prompt, random_target
 
 from alpamayo_dflash.bench import vision as bench
 from alpamayo_dflash.target.vision_fused import FusedVision
+from tests.helpers.random_target import random_prompt, random_target
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from public_list import all_fields
 
 from alpamayo_dflash.cli import main as cli
 from alpamayo_dflash.cli.demo import DemoConfig, stages
@@ -18,6 +17,7 @@ from alpamayo_dflash.cli.overview import GROUPS, overview
 from alpamayo_dflash.common.artefacts import to_plain
 from alpamayo_dflash.evaluate.config import EvaluateConfig
 from alpamayo_dflash.target.checkpoint import SHIPPED, checkpoint_folder
+from tests.helpers.public_list import all_fields
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "commands.md"
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_target import random_prompt, random_target
 
 from alpamayo_dflash.decode.config import DecodeConfig
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
 from alpamayo_dflash.decode.vision import VisionReader, vision_tower
 from alpamayo_dflash.target.vision import encode_images
+from tests.helpers.random_target import random_prompt, random_target
 
 GRIDS = {16: (4, 4), 24: (4, 6)}
 

@@ -4,7 +4,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_draft_config import GOOD
 
 from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.draft.formats import (
@@ -16,6 +15,7 @@ from alpamayo_dflash.draft.formats import (
     write_draft,
 )
 from alpamayo_dflash.draft.model import DFlashDraft
+from tests.unit.test_draft_config import GOOD
 
 ZLAB_LAYER = {
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),

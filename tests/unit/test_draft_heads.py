@@ -77,7 +77,7 @@ def test_a_new_head_adds_nothing_and_every_weight_gets_a_gradient_once_it_does(k
 
 
 def small(kind, **changes):
-    from small_artefacts import draft_config
+    from tests.helpers.small_artefacts import draft_config
 
     size = {} if kind is None else {"previous_size": R}
     return replace(draft_config(), previous_head=kind, **size, **changes)

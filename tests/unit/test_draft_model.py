@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 import torch
-from test_draft_config import GOOD
 
 from alpamayo_dflash.draft.model import DFlashDraft
+from tests.unit.test_draft_config import GOOD
 
 V, C, X, B = GOOD.vocab_size, GOOD.hidden_size, GOOD.context_len, GOOD.block_size
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 
 from rich.console import Console
-from traces import chain_trace
 
 from alpamayo_dflash.decode.observer import RoundTrace
 from alpamayo_dflash.evaluate.trace import RoundPrinter, round_line
+from tests.helpers.traces import chain_trace
 
 WORDS = ["Keep", "␣lane", "␣now", ".", "<end>"]
 

@@ -3,83 +3,27 @@
 from __future__ import annotations
 
 import ast
-import json
-import os
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import hidden_packages
 import pytest
 from packaging.requirements import Requirement
-from public_list import all_fields
 
 import alpamayo_dflash
 from alpamayo_dflash.cli.main import COMMANDS, _load, main
 from alpamayo_dflash.common.extras import DISTRIBUTIONS, EXTRAS, MissingPackageError, check_extras, needs
+from tests.helpers.public_list import all_fields
 
 ROOT = Path(alpamayo_dflash.__file__).parent
-PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+CHECKOUT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 BASE = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "tyro", "rich"}
 # Comes with torch where there are GPUs for it; who imports it has looked for it, or is a kernel.
 OPTIONAL = {"triton"}
 # What an import takes beside the package that it names.
 BEHIND = {"torch.utils.tensorboard": "tensorboard"}
-
-HIDE = "import runpy, sys, hidden_packages; hidden_packages.hide(sys.argv[1:]); "
-
-
-def interpreter(*arguments: str, given: str = "") -> str:
-    """Standard output of a fresh interpreter that finds the tests' helpers."""
-    paths = (str(ROOT.parent), str(Path(hidden_packages.__file__).parent))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        input=given,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def said(cases: list[tuple[str, str, list[str]]], *preloaded: str) -> Iterator[tuple[str, str]]:
-    """What the command line says of each case with one package hidden; it must end with status 2."""
-    given = json.dumps([[[module], arguments] for module, _, arguments in cases])
-    found = json.loads(interpreter(hidden_packages.__file__, *preloaded, given=given))
-    for (module, extra, _), (status, text) in zip(cases, found, strict=True):
-        assert status == 2, (module, text)
-        assert "Traceback" not in text
-        name = DISTRIBUTIONS.get(module, module)
-        assert f"{name} is not installed" in text, module
-        assert text.rstrip().endswith(f"pip install 'alpamayo-dflash[{extra}]'"), text
-        yield module, extra
-
-
-def test_a_window_of_arrays_is_decoded_with_no_extra() -> None:
-    """Nor with the parser of arguments. torch itself brings jinja2."""
-    hidden = {module for modules in EXTRAS.values() for module in modules} - {"jinja2"}
-    decode = "runpy.run_module('decode_arrays', run_name='__main__')"
-    assert interpreter("-c", HIDE + decode, *sorted(hidden | {"tyro"})).strip()
-
-
-def test_every_missing_package_is_named_with_what_brings_it(tmp_path: Path) -> None:
-    from alpamayo_dflash.world.config import WorldConfig
-    from alpamayo_dflash.world.run import run as write_world
-
-    write_world(WorldConfig(tmp_path / "world", num_chunks=1, clips_per_chunk=1, workers=1))
-    clips = ["clips", "--cache-dir", str(tmp_path / "world")]
-    cases = [(module, "clips", clips) for module in ("physical_ai_av", "pandas")]
-    world = ["world", "--num-chunks", "1", "--clips-per-chunk", "1", "--workers", "1", "--out"]
-    writers = ("pyarrow", "scipy", "av", "PIL")
-    cases += [(module, "clips", [*world, str(tmp_path / f"without-{module}")]) for module in writers]
-    cases += [(module, "report", ["report", str(tmp_path)]) for module in EXTRAS["report"]]
-    found = set(said(cases, "alpamayo_dflash.cli.main", "tyro", "rich.progress", "numpy"))
-    assert found == {(module, extra) for extra in ("clips", "report") for module in EXTRAS[extra]}
 
 
 @pytest.mark.parametrize("module", EXTRAS["train"])

@@ -1,9 +1,5 @@
 """Calls to the hub end, whatever the other side does."""
 
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -49,33 +45,3 @@ def test_a_limit_that_is_none_is_named(monkeypatch, tmp_path, text):
     monkeypatch.setenv(STALL_VARIABLE, text)
     with pytest.raises(ValueError, match=f"{STALL_VARIABLE} is '{text}'"):
         ended(lambda: 5, "a number", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["clips", "--prefetch", "--chunks", "0", "--cache-dir", "none"], "tables cannot be had"),
-        (["train", "--target-model", "nobody/none", "--data-dir", "a", "--output-dir", "b"], "nothing came"),
-    ],
-    ids=["dataset", "model"],
-)
-def test_a_hub_that_never_answers_ends_a_command(tmp_path, arguments, said):
-    """A server that takes connections and says nothing."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        settings = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}",
-            "HF_HOME": str(tmp_path / "home"),
-            STALL_VARIABLE: "1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "alpamayo_dflash.cli.main", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, **settings},
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr

@@ -7,12 +7,12 @@ import sys
 import textwrap
 
 import pytest
-from small_artefacts import clip_row
 
 from alpamayo_dflash.common import locks
 from alpamayo_dflash.common.artefacts import atomic_file, atomic_folder, recover_folder
 from alpamayo_dflash.common.locks import mark_of, owned
 from alpamayo_dflash.evaluate.rows import RowStore
+from tests.helpers.small_artefacts import clip_row
 
 
 def holder(folder, mark, rank):

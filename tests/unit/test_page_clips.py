@@ -6,7 +6,6 @@ import json
 import math
 
 import pytest
-from small_artefacts import PICTURE, clip_row, clip_trace
 
 from alpamayo_dflash.common.artefacts import write_record
 from alpamayo_dflash.report.clip_trace import FILE
@@ -17,6 +16,7 @@ from alpamayo_dflash.report.page.islands import island
 from alpamayo_dflash.report.page.palette import SOURCE_LOOKS
 from alpamayo_dflash.report.page.rounds import lanes
 from alpamayo_dflash.report.page.runs import Run
+from tests.helpers.small_artefacts import PICTURE, clip_row, clip_trace
 
 
 def place(ids, logits, chosen, temperature=1.0):

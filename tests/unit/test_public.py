@@ -6,18 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import public_list
 import pytest
 
 import alpamayo_dflash
 from alpamayo_dflash import SpeculativeDecoder
-from alpamayo_dflash.cli.main import main
 from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.draft.formats import from_json
 from alpamayo_dflash.evaluate.rows import RowStore
 from alpamayo_dflash.layers.choice import read_choice
 from alpamayo_dflash.train.config import DEFAULT_OPTIMIZER
+from tests.helpers import public_list
 
 STORED = Path(__file__).parents[1] / "data" / "stored"
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -74,16 +73,6 @@ def test_stored_data_are_read():
 def test_a_stored_drafts_config_is_read():
     path = STORED / "train" / "draft" / "config.json"
     assert from_json(read_json(path), str(path)).block_size == 8
-
-
-@pytest.mark.parametrize(
-    ("evaluation", "recorded"),
-    [(STORED / "evaluation" / "evaluation.json", False), (RESULTS / "demo_tiny.json", True)],
-)
-def test_a_stored_evaluation_is_reported(evaluation, recorded, tmp_path, capsys):
-    assert main(["report", "--evaluation", str(evaluation), "--out", str(tmp_path)]) == 0
-    page = Path(json.loads(capsys.readouterr().out)["report"]).read_text()
-    assert ("not recorded" in page) is not recorded
 
 
 def test_an_unfinished_evaluation_of_an_earlier_version_is_refused():

@@ -15,14 +15,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small_artefacts import (
-    CLIPS,
-    clip_row,
-    evaluation,
-    write_checkpoint,
-    write_distill,
-    write_scores,
-)
 
 from alpamayo_dflash.cli import main as cli
 from alpamayo_dflash.common import locks
@@ -39,6 +31,14 @@ from alpamayo_dflash.report.terminal import clock, duration, sparkline, visible
 from alpamayo_dflash.report.watch import Watcher
 from alpamayo_dflash.train.checkpoint import save_training
 from alpamayo_dflash.train.config import TrainConfig
+from tests.helpers.small_artefacts import (
+    CLIPS,
+    clip_row,
+    evaluation,
+    write_checkpoint,
+    write_distill,
+    write_scores,
+)
 
 STORED = Path(__file__).parents[1] / "data" / "stored"
 HOSTILE = "\x1b[2J\u202eeg\u200f[red]Stop[/red]\r\nnow\ud800"

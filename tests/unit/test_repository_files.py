@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import tomllib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.conftest import LONGEST
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -90,3 +93,21 @@ def test_the_citation_is_of_this_package() -> None:
     cited = {reference["url"].rpartition("/")[2] for reference in citation["references"]}
     assert cited == {"2602.06036", "2511.00088"}
     assert all({"type", "title", "authors"} <= reference.keys() for reference in citation["references"])
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+@pytest.mark.parametrize("module", ["alpamayo_dflash.decode.loop", "tests.unit.test_hub"])
+def test_what_our_own_code_calls_is_not_deprecated(module: str, category: type[Warning]) -> None:
+    """Such a warning at a line of ours fails a test; pyproject.toml's filters say so."""
+    line = compile("warnings.warn('is deprecated', category)", module, "exec")
+    with pytest.raises(category, match="is deprecated"):
+        exec(line, {"__name__": module, "warnings": warnings, "category": category})
+    with warnings.catch_warnings(record=True):  # shown, where pytest shows it, and no error
+        exec(line, {"__name__": "testsuite.of_another", "warnings": warnings, "category": category})
+
+
+def test_the_longest_test_files_are_there() -> None:
+    """A name that no file has any more would start as late as a short one's, and nobody would see it."""
+    files = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(files) == len(set(files)) and len(LONGEST) == len(set(LONGEST))
+    assert set(LONGEST) <= set(files)

@@ -1,13 +1,13 @@
 """`make speed`: its figures, what it calls worse, and the results that ship."""
 
-import runpy
 from pathlib import Path
 
 import pytest
-from speed_ratios import RATIOS, TEXTS, speed_figures, worse
 
 from alpamayo_dflash.common.artefacts import read_json
 from alpamayo_dflash.target.checkpoint import SHIPPED, VLMFiles, target_identity
+from tests.helpers.speed_ratios import RATIOS, TEXTS, speed_figures, worse
+from tests.speed import ratios
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "speed_tiny_cpu.json"
@@ -43,10 +43,9 @@ def test_a_ratio_that_is_not_kept_is_an_error():
 
 
 def test_turns_hold_every_text_equally_often():
-    script = runpy.run_path(str(ROOT / "tests" / "speed" / "ratios.py"))
-    assert script["RESULTS"] == RESULTS
+    assert ratios.RESULTS == RESULTS
     with pytest.raises(ValueError, match="turns is 9; it must be a multiple of 8"):
-        script["SpeedConfig"](9)
+        ratios.SpeedConfig(9)
 
 
 def test_the_shipped_ratios_follow_from_their_times_and_are_the_shipped_targets():

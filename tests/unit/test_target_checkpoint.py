@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import target_factory as factory
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +16,7 @@ from alpamayo_dflash.target import checkpoint as load
 from alpamayo_dflash.target.alpamayo import Alpamayo, open_target
 from alpamayo_dflash.target.config import AlpamayoConfig
 from alpamayo_dflash.target.expert import log_spaced
+from tests.helpers import random_target as factory
 
 NAME = "vlm.model.language_model.layers.1.self_attn.k_proj.weight"
 THETA = {"rope_theta": 1e6}
@@ -25,7 +25,7 @@ THETA = {"rope_theta": 1e6}
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("target")
-    factory.build(folder).save_pretrained(folder / "checkpoint")
+    factory.odd_target(folder).save_pretrained(folder / "checkpoint")
     return folder / "checkpoint"
 
 
@@ -68,11 +68,11 @@ def same(first: Alpamayo, second: Alpamayo) -> None:
 
 
 def test_round_trip_keeps_every_tensor(tmp_path: Path):
-    built = factory.build(tmp_path)
+    built = factory.odd_target(tmp_path)
     built.save_pretrained(tmp_path / "out")
     loaded = Alpamayo.from_pretrained(tmp_path / "out")
     same(built, loaded)
-    assert loaded.config == AlpamayoConfig.from_dict(factory.raw_config() | {"model_dtype": "float32"})
+    assert loaded.config == AlpamayoConfig.from_dict(factory.odd_config() | {"model_dtype": "float32"})
     loaded.save_pretrained(tmp_path / "again")
     first, second = tmp_path / "out", tmp_path / "again"
     for file in ("model.safetensors", "config.json", "vlm/tokenizer.json", "vlm/config.json"):
@@ -80,10 +80,10 @@ def test_round_trip_keeps_every_tensor(tmp_path: Path):
 
 
 def test_a_loaded_target_computes_what_the_built_one_does(tmp_path: Path):
-    built = factory.build(tmp_path)
+    built = factory.odd_target(tmp_path)
     built.save_pretrained(tmp_path / "out")
     loaded = Alpamayo.from_pretrained(tmp_path / "out")
-    inputs = built.transformers_inputs(built.prompt(factory.window()))
+    inputs = built.transformers_inputs(built.prompt(factory.odd_window()))
     with torch.no_grad():
         # Through transformers' own forward, which also reads the buffers that no file holds.
         assert torch.equal(built.vlm(**inputs).logits, loaded.vlm(**inputs).logits)
@@ -166,7 +166,7 @@ def test_missing_weights_are_refused(copy: Path):
 
 
 def test_a_wrong_vocabulary_size_is_refused(copy: Path):
-    size = factory.raw_config()["vocab_size"]
+    size = factory.odd_config()["vocab_size"]
     edit_config(copy / "config.json", vocab_size=size + 1)
     with pytest.raises(ValueError, match=rf"vocab_size is {size + 1} .* has {size}$"):
         Alpamayo.from_pretrained(copy)
@@ -180,7 +180,7 @@ def test_a_head_of_another_vocabulary_is_refused(copy: Path):
 
 
 def test_ids_that_do_not_fit_are_refused(copy: Path):
-    ids = factory.raw_config()["traj_token_ids"] | {"future_start": 7}
+    ids = factory.odd_config()["traj_token_ids"] | {"future_start": 7}
     edit_config(copy / "config.json", traj_token_ids=ids)
     with pytest.raises(ValueError, match=r"<\|traj_future_start\|> is 293, the checkpoint says 7"):
         Alpamayo.from_pretrained(copy)
@@ -310,7 +310,7 @@ def test_dtypes(saved: Path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_constants_that_the_file_lacks_are_computed(tmp_path: Path, dtype: torch.dtype):
     """1.5 stores none; its official loader computes them in bfloat16 in a bfloat16 run (spec 1.5)."""
-    factory.build(tmp_path, "1.5").save_pretrained(tmp_path / "out")
+    factory.odd_target(tmp_path, "1.5").save_pretrained(tmp_path / "out")
     rewrite(tmp_path / "out", lambda t: {n: v for n, v in t.items() if n not in load.OPTIONAL_TENSORS})
     target = Alpamayo.from_pretrained(tmp_path / "out", dtype=dtype)
     freqs = log_spaced(4, 30.0).to(dtype).float()
@@ -329,14 +329,14 @@ def test_constants_of_the_file_win(copy: Path):
 def test_release_constants_round_as_the_specification_says():
     freqs = log_spaced(10, 100.0).bfloat16().flatten().tolist()
     assert freqs == [1, 1.671875, 2.78125, 4.65625, 7.75, 12.9375, 21.5, 36, 60, 100]
-    space = AlpamayoConfig.from_dict(factory.raw_config(action_space_cfg={})).action_space
+    space = AlpamayoConfig.from_dict(factory.odd_config(action_space_cfg={})).action_space
     values = [space.accel_mean, space.accel_std, space.curvature_mean, space.curvature_std]
     rounded = torch.tensor(values).bfloat16().tolist()
     assert rounded == [0.029052734375, 0.6796875, 0.0002689361572265625, 0.026123046875]
 
 
 def test_special_tokens_of_both_versions_have_the_same_ids(tmp_path: Path):
-    r1, later = factory.build(tmp_path / "a"), factory.build(tmp_path / "b", "1.5")
+    r1, later = factory.odd_target(tmp_path / "a"), factory.odd_target(tmp_path / "b", "1.5")
     assert r1.special == later.special
     assert r1.special.traj_ids == r1.config.traj_ids
     assert r1.tokenizer.token_to_id("<|image_pre_tkn|>") == later.tokenizer.token_to_id("<|_padding_0|>")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import target_factory as factory
 import torch
 from torch import Tensor
 
@@ -15,11 +14,12 @@ from alpamayo_dflash.target.alpamayo import Alpamayo, time_grid
 from alpamayo_dflash.target.config import ActionSpaceConfig
 from alpamayo_dflash.target.expert import ActionPrefix
 from alpamayo_dflash.target.motion import ActionSpace, initial_speed, yaw_matrices
+from tests.helpers import random_target as factory
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Alpamayo:
-    return factory.build(tmp_path_factory.mktemp("expert"))
+    return factory.odd_target(tmp_path_factory.mktemp("expert"))
 
 
 def make_prefix(target: Alpamayo, lengths: list[int], entries: int, seed: int = 0) -> ActionPrefix:
@@ -192,7 +192,7 @@ def test_yaw_is_unwrapped():
 
 
 def test_trajectory_ignores_autocast(target: Alpamayo):
-    window = factory.window()
+    window = factory.odd_window()
     history = torch.from_numpy(window.ego_history_xyz), torch.from_numpy(window.ego_history_rot)
     plain, _ = target.trajectory(noise(2), *history)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -202,6 +202,6 @@ def test_trajectory_ignores_autocast(target: Alpamayo):
 
 def test_the_random_target_is_the_same_for_one_seed(tmp_path: Path):
     """So that a failure of these tests can be repeated."""
-    first, second = factory.build(tmp_path / "a", seed=3), factory.build(tmp_path / "b", seed=3)
+    first, second = factory.odd_target(tmp_path / "a", seed=3), factory.odd_target(tmp_path / "b", seed=3)
     assert torch.equal(first.head, second.head)
     assert torch.equal(first.action_out_proj.weight, second.action_out_proj.weight)

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import target_factory as factory
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,6 +17,7 @@ from alpamayo_dflash.target.checkpoint import read_target
 from alpamayo_dflash.target.formats import TargetFormat
 from alpamayo_dflash.target.fp8 import FP8Linear
 from alpamayo_dflash.target.quantised import linears, make_fp8
+from tests.helpers import random_target as factory
 
 TEXT = "vlm.model.language_model.layers."
 Q = f"{TEXT}1.self_attn.q_proj"
@@ -29,7 +29,7 @@ FORMAT = TargetFormat("fp8", "fp8", "fp8")
 def saved(tmp_path_factory):
     """A random target in bfloat16, as the official files are."""
     folder = tmp_path_factory.mktemp("fp8")
-    factory.build(folder).save_pretrained(folder / "checkpoint", dtype=torch.bfloat16)
+    factory.odd_target(folder).save_pretrained(folder / "checkpoint", dtype=torch.bfloat16)
     return folder / "checkpoint"
 
 

@@ -4,14 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-import target_factory as factory
 import torch
-from pictures import SIZES, frames, recorded_sizes
 
 from alpamayo_dflash.kernels.taps import cubic_taps, resize_plain
 from alpamayo_dflash.target import images
 from alpamayo_dflash.target.images_fused import why_plain_images
 from alpamayo_dflash.target.prompt import build_prompt
+from tests.helpers import random_target as factory
+from tests.helpers.pictures import SIZES, frames, recorded_sizes
 
 
 def both(pictures_NYXC, height, width):
@@ -112,7 +112,7 @@ def test_a_cpu_takes_the_plain_form():
 
 @pytest.fixture(scope="module")
 def r1(tmp_path_factory):
-    return factory.build(tmp_path_factory.mktemp("images"))
+    return factory.odd_target(tmp_path_factory.mktemp("images"))
 
 
 def build(target, window, **options):
@@ -122,7 +122,7 @@ def build(target, window, **options):
 
 
 def test_a_prompt_takes_the_patches_that_it_is_given(r1):
-    window, asked = factory.window((0, 1, 6)), []
+    window, asked = factory.odd_window((0, 1, 6)), []
 
     def patches_of(*arguments):
         asked.append(arguments)
@@ -138,7 +138,7 @@ def test_a_prompt_takes_the_patches_that_it_is_given(r1):
 
 
 def test_no_frame_is_read_of_a_window_that_does_not_fit(r1):
-    window = factory.window()
+    window = factory.odd_window()
     cut = {"ego_history_xyz": window.ego_history_xyz[1:], "ego_history_rot": window.ego_history_rot[1:]}
     flat = np.zeros((3, 1, 1, 300, 3), dtype=np.uint8)
     bad = {

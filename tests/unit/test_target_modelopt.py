@@ -7,7 +7,6 @@ has its own.
 import json
 
 import pytest
-import target_factory as factory
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +15,7 @@ from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.fp8 import FP8Linear
 from alpamayo_dflash.target.quantised import linears
 from alpamayo_dflash.target.weights import SeparateProducts, fused_linear
+from tests.helpers import random_target as factory
 
 LAYERS = "vlm.model.language_model.layers."
 LEFT_OUT = f"{LAYERS}2.self_attn.k_proj"
@@ -52,7 +52,7 @@ def static(tensors, names):
 @pytest.fixture
 def exported(tmp_path):
     """A folder without any word of its format yet."""
-    target = factory.build(tmp_path)
+    target = factory.odd_target(tmp_path)
     folder = tmp_path / "checkpoint"
     target.save_pretrained(folder, dtype=torch.bfloat16)
     names = [name for name in linears(target, "text") if name != LEFT_OUT]

@@ -7,9 +7,7 @@ import re
 
 import numpy as np
 import pytest
-import target_factory as factory
 import torch
-from transformers_versions import image_features, rope_index
 
 from alpamayo_dflash import SpeculativeDecoder
 from alpamayo_dflash.target.alpamayo import Alpamayo
@@ -18,20 +16,22 @@ from alpamayo_dflash.target.images import patches, resize, smart_size
 from alpamayo_dflash.target.motion import encode_history
 from alpamayo_dflash.target.prompt import fuse_history, mrope_positions, render
 from alpamayo_dflash.target.vlm import extract_section
+from tests.helpers import random_target as factory
+from tests.helpers.transformers_versions import image_features, rope_index
 
 
 @pytest.fixture(scope="module")
 def r1(tmp_path_factory: pytest.TempPathFactory) -> Alpamayo:
-    return factory.build(tmp_path_factory.mktemp("r1"))
+    return factory.odd_target(tmp_path_factory.mktemp("r1"))
 
 
 @pytest.fixture(scope="module")
 def later(tmp_path_factory: pytest.TempPathFactory) -> Alpamayo:
-    return factory.build(tmp_path_factory.mktemp("later"), "1.5")
+    return factory.odd_target(tmp_path_factory.mktemp("later"), "1.5")
 
 
 def config(version: str = "r1") -> AlpamayoConfig:
-    return AlpamayoConfig.from_dict(factory.raw_config(version))
+    return AlpamayoConfig.from_dict(factory.odd_config(version))
 
 
 def test_text_of_r1():
@@ -72,7 +72,7 @@ def test_an_unnamed_camera_is_refused():
 
 def test_prompt_fits_transformers(r1: Alpamayo):
     """Positions, rope delta and image features equal what transformers makes of the same inputs."""
-    prompt = r1.prompt(factory.window())
+    prompt = r1.prompt(factory.odd_window())
     inputs = r1.transformers_inputs(prompt)
     positions, delta = rope_index(r1.vlm.model, inputs)
     assert torch.equal(prompt.position_ids, positions[:, 0])
@@ -91,17 +91,17 @@ def test_prompt_fits_transformers(r1: Alpamayo):
 
 
 def test_cameras_are_sorted(r1: Alpamayo):
-    window = factory.window((0, 1, 6))
+    window = factory.odd_window((0, 1, 6))
     shuffled = dataclasses.replace(window, cameras=(6, 0, 1), frames=window.frames[[2, 0, 1]])
     assert torch.equal(r1.prompt(window).pixel_values, r1.prompt(shuffled).pixel_values)
 
 
 def test_history_is_written_over_its_placeholders(r1: Alpamayo):
-    prompt, special = r1.prompt(factory.window()), r1.special
+    prompt, special = r1.prompt(factory.odd_window()), r1.special
     assert (prompt.input_ids != special.traj_history).all()
     start = prompt.input_ids.tolist().index(special.traj_history_start)
     ids = prompt.input_ids[start + 1 : start + 16]
-    window = factory.window()
+    window = factory.odd_window()
     history = torch.from_numpy(window.ego_history_xyz), torch.from_numpy(window.ego_history_rot)
     bins = encode_history(*history, r1.config.history_tokenizer)
     assert torch.equal(ids, bins + factory.BASE + factory.FUTURE_BINS)
@@ -109,7 +109,7 @@ def test_history_is_written_over_its_placeholders(r1: Alpamayo):
 
 
 def test_windows_that_do_not_fit_are_refused(r1: Alpamayo):
-    window = factory.window()
+    window = factory.odd_window()
     bad = {
         "15 history placeholders, but the history gives 12": {
             "ego_history_xyz": window.ego_history_xyz[1:],
@@ -217,11 +217,11 @@ def test_coc_text_of_ids(r1: Alpamayo):
 
 
 def test_prompt_of_1_5_has_the_named_text(later: Alpamayo):
-    prompt = later.prompt(factory.window(), route="left")
+    prompt = later.prompt(factory.odd_window(), route="left")
     text = later.tokenizer.decode(prompt.input_ids.tolist(), skip_special_tokens=False)
     assert "Front left camera: frame 0 <|vision_start|>" in text
     assert "<|route_start|>left<|route_end|>output" in text
-    answer = later.prompt(factory.window(), question="Is it red?")
+    answer = later.prompt(factory.odd_window(), question="Is it red?")
     assert answer.input_ids[-1] == later.special.answer_start
 
 
@@ -232,23 +232,23 @@ CONTROL = ["<|image_pad|>", "<|im_end|>", "<|traj_history|>", "<|cot_end|>", "<i
 @pytest.mark.parametrize("token", CONTROL)
 def test_a_users_text_writes_no_control_token(later: Alpamayo, option: str, token: str):
     with pytest.raises(ValueError, match=f"{option} .* holds the control token {re.escape(token)}"):
-        later.prompt(factory.window(), **{option: f"Turn left {token} now"})
+        later.prompt(factory.odd_window(), **{option: f"Turn left {token} now"})
 
 
 @pytest.mark.parametrize("text", ["", "<|", "<|image_pad", "< |im_end| >", "<|im_end>", "<i 3>", "ü 😀"])
 def test_a_users_text_is_text(later: Alpamayo, text: str):
     plain = later.tokenizer.encode(text, add_special_tokens=False).ids
     start, end = (later.tokenizer.token_to_id(f"<|route_{side}|>") for side in ("start", "end"))
-    ids = later.prompt(factory.window(), route=text).input_ids.tolist()
+    ids = later.prompt(factory.odd_window(), route=text).input_ids.tolist()
     assert ids[ids.index(start) + 1 : ids.index(end)] == plain
 
 
 def test_a_question_asks_for_no_trajectory(later: Alpamayo):
-    prompt = later.prompt(factory.window(), question="Is it red?")
+    prompt = later.prompt(factory.odd_window(), question="Is it red?")
     assert len(prompt.ego_history_xyz) == 0
     decoder = SpeculativeDecoder(later)
     assert decoder.generate(prompt, max_new_tokens=3).pred_xyz is None
     with pytest.raises(ValueError, match="has no ego history"):
         decoder.generate(prompt, trajectories=True)
     with pytest.raises(ValueError, match="route 'left' is given with a question"):
-        later.prompt(factory.window(), question="Is it red?", route="left")
+        later.prompt(factory.odd_window(), question="Is it red?", route="left")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import target_factory as factory
 import torch
 from transformers import Qwen3VLConfig
 
@@ -15,6 +14,7 @@ from alpamayo_dflash.standins.blueprint import SHAPES, vlm_config
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.checkpoint import SHIPPED
 from alpamayo_dflash.target.rotary import Rope, rope_settings, rope_values, with_rope
+from tests.helpers import random_target as factory
 
 GROUP = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 OLD = {"rope_theta": 12345, "rope_scaling": GROUP}
@@ -151,7 +151,7 @@ def factory_config(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_our_own_configs_are_in_the_older_spelling(tmp_path: Path) -> None:
-    factory.build(tmp_path / "built").save_pretrained(tmp_path / "saved")
+    factory.odd_target(tmp_path / "built").save_pretrained(tmp_path / "saved")
     files = [json.loads((path / "vlm" / "config.json").read_text()) for path in (SHIPPED, tmp_path / "saved")]
     for raw in (*files, vlm_config(SHAPES["r1-10b"])):
         text = raw["text_config"]
@@ -163,7 +163,7 @@ def test_our_own_configs_are_in_the_older_spelling(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_whose_config_5_wrote_is_the_same_target(tmp_path: Path) -> None:
-    built = factory.build(tmp_path / "built")
+    built = factory.odd_target(tmp_path / "built")
     built.save_pretrained(tmp_path / "old")
     built.save_pretrained(tmp_path / "new")
     path = tmp_path / "new" / "vlm" / "config.json"
@@ -171,7 +171,7 @@ def test_a_checkpoint_whose_config_5_wrote_is_the_same_target(tmp_path: Path) ->
     old, new = (Alpamayo.from_pretrained(tmp_path / name) for name in ("old", "new"))
     positions = torch.arange(12).reshape(3, 4) ** 2
     assert all(map(torch.equal, old.rotary(positions), new.rotary(positions)))
-    inputs = old.transformers_inputs(old.prompt(factory.window()))
+    inputs = old.transformers_inputs(old.prompt(factory.odd_window()))
     with torch.no_grad():
         assert torch.equal(old.vlm(**inputs).logits, new.vlm(**inputs).logits)
     new.save_pretrained(tmp_path / "again")
@@ -196,7 +196,7 @@ def test_the_spelling_of_5_is_what_it_writes(tmp_path: Path) -> None:
 
 
 def test_rope_type_mrope_loads(tmp_path: Path) -> None:
-    factory.build(tmp_path / "built").save_pretrained(tmp_path / "saved")
+    factory.odd_target(tmp_path / "built").save_pretrained(tmp_path / "saved")
     path = tmp_path / "saved" / "vlm" / "config.json"
     raw = json.loads(path.read_text())
     raw["text_config"]["rope_scaling"]["rope_type"] = "mrope"

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from small_vision import small_vision
 from torch import nn
-from transformers_versions import image_features
 
 from alpamayo_dflash.target.fp8 import FP8Linear
 from alpamayo_dflash.target.vision import encode_images
 from alpamayo_dflash.target.vision_fused import misfit_vision, why_plain_vision
+from tests.helpers.small_vision import small_vision
+from tests.helpers.transformers_versions import image_features
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_refuses_video(visual):
 
 
 def test_why_a_tower_runs_in_its_plain_form(tmp_path):
-    from random_target import random_target
+    from tests.helpers.random_target import random_target
 
     target = random_target(tmp_path)
     assert why_plain_vision(target) == "the weights are on the cpu, not on a GPU"

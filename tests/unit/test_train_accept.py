@@ -2,7 +2,6 @@ import dataclasses
 
 import pytest
 import torch
-from test_train_data import CONFIG, PROMPT, Set, block_data
 
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.accept import (
@@ -13,6 +12,7 @@ from alpamayo_dflash.train.accept import (
     simulate,
     walk_responses,
 )
+from tests.unit.test_train_data import CONFIG, PROMPT, Set, block_data
 
 
 def test_the_prefix_ends_at_the_first_miss_or_missing_label():

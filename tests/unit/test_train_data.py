@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_draft_config import GOOD
 
 from alpamayo_dflash.common.ahead import read_ahead
 from alpamayo_dflash.distill.shards import DistillSample, is_held_out
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.data import BlockData, Blocks, split_samples, step_count, step_share
+from tests.unit.test_draft_config import GOOD
 
 CONFIG = GOOD  # taps (0, 2), context 5, block 4, vocabulary 40
 LENGTHS = (7, 1, 2, 9, 4)

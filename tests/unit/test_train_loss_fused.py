@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_draft_config import GOOD
-from test_train_data import LENGTHS, Set, block_data
 
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.loss import BlockLoss, padded_head, row_losses
 from alpamayo_dflash.train.loss_fused import Part, parts_of, sums_with_gradients
 from alpamayo_dflash.train.terms import parse_mix
+from tests.unit.test_draft_config import GOOD
+from tests.unit.test_train_data import LENGTHS, Set, block_data
 
 KEPT = torch.arange(0, 40, 2)
 

@@ -1,7 +1,7 @@
 """What `bench --window` gave on the cards whose results the repository keeps, for a user to compare with.
 
 They ship as `cards.json`, because an installed package has no `docs/results`; a test holds the two equal, and
-`python tests/helpers/window_cards.py` writes the file.
+`python -m tests.helpers.window_cards` writes the file.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def pooled_acceptance(rows: Sequence[ClipRow]) -> dict[str, Any]:
         None.
     """
     counts = {
-        name: sum(row["acceptance"][name] for row in rows)  # type: ignore[literal-required]
+        name: sum(row["acceptance"][name] for row in rows)
         for name in ("tokens_after_first", "passes", "drafted", "accepted")
     }
     samples = sum(len(row["coc"]) for row in rows)

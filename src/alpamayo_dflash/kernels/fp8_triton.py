@@ -64,17 +64,20 @@ def codes_of(x, scale, NATIVE: tl.constexpr):
     functions on the IBM RISC System/6000 processor", 1990). What is left is exact while it is a normal
     number, so rows of tiny values are lifted first. An infinite scale has reciprocal 0 and corrects nothing.
     """
-    if not NATIVE:
-        return e4m3_bits(tl.div_rn(x, tl.zeros_like(x) + scale))
-    lift = tl.where(scale < _TINY_SCALE, _LIFT, 1.0)
-    scale *= lift
-    x *= lift
-    inverse = tl.div_rn(1.0, scale)
-    divisor = tl.where(scale == float("inf"), 0.0, scale)
-    quotient = x * inverse
-    # What is too much, times the negative reciprocal: so a zero keeps its sign.
-    quotient = tl.fma(tl.fma(quotient, divisor, -x), -inverse, quotient)
-    return quotient.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    # Both arms are written out: Triton compiles what stands after a return too, and `float8e4nv` fails there.
+    if NATIVE:
+        lift = tl.where(scale < _TINY_SCALE, _LIFT, 1.0)
+        scale *= lift
+        x *= lift
+        inverse = tl.div_rn(1.0, scale)
+        divisor = tl.where(scale == float("inf"), 0.0, scale)
+        quotient = x * inverse
+        # What is too much, times the negative reciprocal: so a zero keeps its sign.
+        quotient = tl.fma(tl.fma(quotient, divisor, -x), -inverse, quotient)
+        codes = quotient.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        codes = e4m3_bits(tl.div_rn(x, tl.zeros_like(x) + scale))
+    return codes
 
 
 @triton.jit

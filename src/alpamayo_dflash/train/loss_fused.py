@@ -72,7 +72,7 @@ class _Sums(torch.autograd.Function):
     """The graph's one node: gradients are made in its forward pass."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         sums_of: Callable[[Part, Sequence[Tensor], Sequence[Tensor]], Sums],
         parts: Sequence[Part],
@@ -102,7 +102,7 @@ class _Sums(torch.autograd.Function):
         return tuple(totals)
 
     @staticmethod
-    def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
         found: list[Tensor | None] = [None] * ctx.num_tensors
         for term, gradients in zip(ctx.graded, ctx.gradients, strict=True):
             scale = given[term]

@@ -1,0 +1,1 @@
+"""Tests on a small target, and of whole commands."""

@@ -1,0 +1,1 @@
+"""Tests beside another's package, in an environment with it."""

@@ -1,0 +1,1 @@
+"""Ratios of speed against kept ones."""
