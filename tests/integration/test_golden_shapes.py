@@ -45,7 +45,7 @@ def run_golden(monkeypatch: pytest.MonkeyPatch) -> Golden:
         out = StringIO()
         with monkeypatch.context() as changes, redirect_stdout(out):
             changes.setenv("ALPAMAYO_GOLDEN", str(folder))
-            for name in ("conftest", GOLDEN_TESTS.stem):
+            for name in ("tests.conftest", f"tests.integration.{GOLDEN_TESTS.stem}"):
                 changes.setitem(sys.modules, name, ModuleType(name))
                 del sys.modules[name]
             status = pytest.main(["-p", "no:cacheprovider", "-p", "no:xdist", str(GOLDEN_TESTS), *options])

@@ -217,8 +217,8 @@ def test_a_reduced_head_is_chosen_anew_kept_or_dropped(small, tmp_path, capsys):
     assert result["draft_vocab"]["counted"] == different
     assert 36 <= result["draft_vocab"]["filled"] <= 40  # end marks may stand in no response
     assert "fill up" in capsys.readouterr().err
-    # Every token of the responses is kept, so the first walk is the whole draft's best.
-    assert result["evaluations"][0]["acceptance_length"] == whole["acceptance_length"]
+    # Every token of the responses is kept; one that is left out was wrong wherever the whole draft chose it.
+    assert result["evaluations"][0]["acceptance_length"] >= whole["acceptance_length"] > 1
     again = {**from_whole, "init_from": Path(result["draft"])}
     for size, expected in ((None, different + 40), (0, None), (12, 12)):
         out = tmp_path / f"again{size}"

@@ -63,8 +63,8 @@ def test_the_first_environments_versions_are_admitted() -> None:
         assert tested[package] in requirement.specifier, package
 
 
-def test_the_readme_names_the_tested_versions() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_documents_name_the_tested_versions() -> None:
+    text = (ROOT / "docs" / "versions.md").read_text()
     newest, oldest = pinned("constraints.txt"), pinned("constraints-oldest.txt")
     gpu = read_json(ROOT / "docs" / "results" / "cuda_tests_h100.json")["versions"]
     for package in ("torch", "transformers", "physical-ai-av"):
