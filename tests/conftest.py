@@ -8,8 +8,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-# The files that take longest, in seconds of a CPU from some 300 down to 15.
-LONGEST = ("test_kills.py",)
+# The files that take longest, in seconds of a CPU from some 120 down to 15.
+LONGEST = (
+    *("test_lossless.py", "test_audit.py", "test_kills.py", "test_expert_kernels.py", "test_docs.py"),
+    *("test_cli.py", "test_fast_forms.py", "test_frozen_texts.py", "test_train.py", "test_results.py"),
+    *("test_study.py", "test_bench_runs.py", "test_prompt_pass.py", "test_step_kernels.py"),
+    *("test_baselines.py", "test_heads.py", "test_train_decode.py", "test_identity.py", "test_near_ties.py"),
+    *("test_fp8_decode.py", "test_choose_kernels.py", "test_fuzz_json.py", "test_image_kernels.py"),
+    *(
+        "test_tiny.py",
+        "test_fuzz_clips.py",
+        "test_bench_formats.py",
+        "test_wheel.py",
+        "test_layers_distill.py",
+    ),
+)
 
 
 def pytest_configure(config):
