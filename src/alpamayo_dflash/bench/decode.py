@@ -27,6 +27,7 @@ from alpamayo_dflash.decode.verify import Prefilled, Verifier
 from alpamayo_dflash.draft.heads import KINDS
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.evaluate.reference import generate
+from alpamayo_dflash.target.quantised import is_fp8
 
 _END_MARKS = 2
 _SAMPLES = (1, SIX)
@@ -72,7 +73,7 @@ def shapes(bench: Bench) -> dict[str, Any]:
         mlp=int(target.vlm.config.text_config.intermediate_size),
         vocab=target.vocab_size,
         element_bytes=target.embedding.element_size(),
-        fp8=target.weight_formats["text"].startswith("fp8"),
+        fp8=is_fp8(target.weight_formats["text"]),
     )
     heads = DraftShape(
         taps=len(draft.target_layer_ids),
@@ -88,9 +89,11 @@ def shapes(bench: Bench) -> dict[str, Any]:
         "vision_bytes": sum(p.numel() * p.element_size() for p in target.vlm.model.visual.parameters()),
         "vision_operations": counter.get_total_flops(),
         "vision_product_operations": sum(
-            flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op)
+            flops
+            for op, flops in counter.get_flop_counts()["Global"].items()
+            if op in (torch.ops.aten.mm, torch.ops.aten.addmm)  # a batched one would be attention's
         ),
-        "vision_fp8": target.weight_formats["vision"].startswith("fp8"),
+        "vision_fp8": is_fp8(target.weight_formats["vision"]),
     }
 
 

@@ -20,6 +20,7 @@ from alpamayo_dflash.bench.floors import TextShape, expert_work
 from alpamayo_dflash.decode.cache import Cache
 from alpamayo_dflash.target.alpamayo import Alpamayo
 from alpamayo_dflash.target.expert_fused import FusedExpert, SampleTexts, why_plain_expert
+from alpamayo_dflash.target.quantised import is_fp8
 
 _PROMPT = 3007
 """Tokens of R1's prompt with 16 images."""
@@ -136,7 +137,7 @@ def expert_shape(target: Alpamayo) -> TextShape:
         mlp=config.intermediate_size,
         vocab=0,
         element_bytes=target.embedding.element_size(),
-        fp8=target.weight_formats["expert"].startswith("fp8"),
+        fp8=is_fp8(target.weight_formats["expert"]),
     )
 
 

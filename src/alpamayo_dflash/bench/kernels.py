@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from alpamayo_dflash.bench.clocks import ceilings, fp8_ceiling, graph_ms, wall_ms
 from alpamayo_dflash.bench.config import BenchKernelsConfig
 from alpamayo_dflash.bench.figures import medians
+from alpamayo_dflash.bench.plans import expert_shapes, layer_shapes
 from alpamayo_dflash.bench.setup import gpu
 from alpamayo_dflash.common.artefacts import provenance, write_json
 from alpamayo_dflash.common.machine import check_device, current
@@ -62,9 +63,7 @@ def run(config: BenchKernelsConfig) -> dict[str, Any]:
             },
             **fp8_ceiling(config.repeats, device),
             "fp8_products_ms": {
-                name: _fp8_products(config, device, name, *shape)
-                for name, shape in (weight_shapes() | _expert_shapes()).items()
-                if name != "head"
+                name: _fp8_products(config, device, name, *shape) for name, shape in _fp8_shapes().items()
             },
             "fp8_casts_ms": _casts(config, device),
             "attention_36_layers_ms": _attention(config, device),
@@ -79,14 +78,8 @@ def run(config: BenchKernelsConfig) -> dict[str, Any]:
 def weight_shapes() -> dict[str, tuple[int, int]]:
     """[N, I] of a layer's fused weights and of the padded head."""
     shape = TargetShape()
-    heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return {
-        "qkv": (heads + 2 * kv, shape.hidden),
-        "out": (shape.hidden, heads),
-        "gate_up": (2 * shape.mlp, shape.hidden),
-        "down": (shape.hidden, shape.mlp),
-        "head": (padded_rows(shape.vocab_size), shape.hidden),
-    }
+    head = {"head": (padded_rows(shape.vocab_size), shape.hidden)}
+    return layer_shapes(shape.hidden, shape.heads, shape.mlp) | head
 
 
 def _products(
@@ -117,17 +110,10 @@ def _products(
     return out
 
 
-def _expert_shapes() -> dict[str, tuple[int, int]]:
-    """[N, I] of the action expert's fused weights."""
-    shape = TargetShape()
-    hidden, mlp = shape.expert_hidden, shape.expert_mlp
-    heads, kv = shape.expert_heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return {
-        "expert qkv": (heads + 2 * kv, hidden),
-        "expert out": (hidden, heads),
-        "expert gate_up": (2 * mlp, hidden),
-        "expert down": (hidden, mlp),
-    }
+def _fp8_shapes() -> dict[str, tuple[int, int]]:
+    """[N, I] of what can be in FP8: the text model's layers, and the expert's."""
+    text = {name: shape for name, shape in weight_shapes().items() if name != "head"}
+    return text | {f"expert {name}": shape for name, shape in expert_shapes().items()}
 
 
 def _fp8_products(

@@ -136,18 +136,28 @@ def attention_plans(folded: int, kv_heads: int) -> Iterator[Any]:
                 yield WaypointPlan(rows, keys, stretches, warps, stages, apart=apart, registers=registers)
 
 
+def layer_shapes(hidden: int, heads: int, mlp: int) -> dict[str, tuple[int, int]]:
+    """[N, I] of a layer's fused weights, with R1's KV heads and width of a head."""
+    shape = TargetShape()
+    queries, kv = heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return {
+        "qkv": (queries + 2 * kv, hidden),
+        "out": (hidden, queries),
+        "gate_up": (2 * mlp, hidden),
+        "down": (hidden, mlp),
+    }
+
+
+def expert_shapes() -> dict[str, tuple[int, int]]:
+    """`layer_shapes` of the action expert."""
+    shape = TargetShape()
+    return layer_shapes(shape.expert_hidden, shape.expert_heads, shape.expert_mlp)
+
+
 def _products(config: BenchKernelsConfig, device: torch.device) -> Timings:
     """The expert's products, by weight and rows: milliseconds of one, its gate included."""
-    shape = TargetShape()
-    heads, kv = shape.expert_heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    weights = {
-        "qkv": (heads + 2 * kv, shape.expert_hidden),
-        "out": (shape.expert_hidden, heads),
-        "gate_up": (2 * shape.expert_mlp, shape.expert_hidden),
-        "down": (shape.expert_hidden, shape.expert_mlp),
-    }
     out: Timings = {}
-    for name, (columns, inner) in weights.items():
+    for name, (columns, inner) in expert_shapes().items():
         copies = math.ceil(_ENOUGH_BYTES / (2 * columns * inner))
         several = [torch.randn(columns, inner, device=device).bfloat16() for _ in range(copies)]
         for samples in BUCKETS:

@@ -48,7 +48,7 @@ from alpamayo_dflash.target.images import PatchesOf, plain_patches
 from alpamayo_dflash.target.images_fused import DevicePatches, why_plain_images
 from alpamayo_dflash.target.motion import ActionSpace, encode_history
 from alpamayo_dflash.target.prompt import Prompt, build_prompt, fuse_history
-from alpamayo_dflash.target.quantised import QUANTIZATION, describe, fp8_config, linears
+from alpamayo_dflash.target.quantised import QUANTIZATION, describe, fp8_config, is_fp8, linears
 from alpamayo_dflash.target.qwen3 import AfterLayer, Attend, run_layers
 from alpamayo_dflash.target.tokenizer import SpecialTokens, load_tokenizer, special_tokens
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
@@ -213,7 +213,7 @@ class Alpamayo(nn.Module, Qwen3VLTarget):
         Raises:
             ValueError: layers are in FP8; the command `convert` writes such a checkpoint.
         """
-        if fp8 := {part: found for part, found in self.weight_formats.items() if found.startswith("fp8")}:
+        if fp8 := {part: found for part, found in self.weight_formats.items() if is_fp8(found)}:
             raise ValueError(
                 f"save_pretrained: the target's {' and '.join(fp8)} are in FP8, which this does not write; "
                 "`convert` writes FP8 from the official files"

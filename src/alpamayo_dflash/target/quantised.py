@@ -244,10 +244,15 @@ def describe(target: nn.Module) -> dict[str, str]:
     return {part: _described(target, linears(target, part)) for part in PARTS}
 
 
+def is_fp8(described: str) -> bool:
+    """Whether a part is in FP8, or some of its layers are, by what `describe` says of it."""
+    return described.startswith("fp8")
+
+
 def fp8_formats(target: nn.Module) -> dict[str, Any]:
     """`describe` under its key, for settings that are compared; nothing where no part is in FP8."""
     found = describe(target)
-    return {"target_weights": found} if any(each.startswith("fp8") for each in found.values()) else {}
+    return {"target_weights": found} if any(map(is_fp8, found.values())) else {}
 
 
 def _described(target: nn.Module, names: list[str]) -> str:
