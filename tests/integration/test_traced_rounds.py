@@ -229,14 +229,15 @@ def test_masked_tokens_are_never_named():
 def test_a_choice_that_is_not_settled_is_not_named():
     """On a GPU a choice after a rejected token may stay open; its place is scored all the same."""
     device = torch.device("cpu")
-    scores = RoundScores((12, range(10, 12)), Sampling(0.6), samples=2, block=3, device=device)
-    logits = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))  # rows and columns of padding
-    columns = torch.arange(8)
-    settled = torch.tensor([True, False, True, True, True, True, True, True])
+    scores = RoundScores((12, range(10, 12)), Sampling(0.6), samples=2, rows=4, places=2, device=device)
+    logits = torch.randn(10, 16, generator=torch.Generator().manual_seed(0))  # rows and columns of padding
+    columns = torch.arange(10) % 9
+    settled = torch.arange(10) != 1
     draft = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
     scores(logits, columns, settled, (draft, None))
-    (target, by_draft), _ = scores.read()
-    assert [place.chosen for place in target] == [0, None, 2]
+    (target, by_draft), (second, _) = scores.read()
+    assert [place.chosen for place in target] == [0, None, 2, 3]
     assert [place.chosen for place in by_draft] == [0, None]
+    assert [place.chosen for place in second] == [4, 5, 6, 7]
     alone = Scorer((12, range(10, 12)), Sampling(0.6), device=device)
     assert target[2] == place_scores(alone(logits[2:3], columns[2:3])[0].tolist())

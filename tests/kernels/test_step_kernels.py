@@ -19,10 +19,28 @@ def rules(mode="hint", marks=True):
     return StopRules(E if marks else None, T if marks else None, (EOS, OTHER_EOS), PERIOD, mode)
 
 
-def state_of(seed, samples=3, block=5, limit=12):
+def drawn_tokens(samples, places, generator):
+    """Tokens of which few end a text before the last, and many of those lead to its end."""
+    tokens = torch.randint(0, 9, (samples, places), generator=generator)
+    tokens[torch.rand(tokens.shape, generator=generator) < 0.85] = 7
+    lots = torch.rand(samples, generator=generator)
+    tokens[lots < 0.4, -1] = PERIOD
+    tokens[lots > 0.7, -1] = E
+    return tokens
+
+
+def state_of(seed, samples=3, block=5, limit=12, beyond=0):
+    """A round's state after some rounds; `beyond` of each sample's rows stand beyond the block."""
     generator = torch.Generator().manual_seed(seed)
+    rows = block + beyond
     state = steps.State(
-        samples=samples, block=block, width=samples * block + 2, per_sample=20, slots=20 * samples, device=CPU
+        samples=samples,
+        block=block,
+        sample_rows=rows,
+        width=samples * rows + 2,
+        per_sample=20,
+        slots=20 * samples,
+        device=CPU,
     )
     state.tokens.copy_(torch.randint(0, 9, state.tokens.shape, generator=generator))
     state.lengths.copy_(torch.randint(1, limit + 1, (samples,), generator=generator))
@@ -31,8 +49,9 @@ def state_of(seed, samples=3, block=5, limit=12):
     state.limit.fill_(limit)
     state.bases.copy_(torch.arange(samples) * 20)
     chains, lengths = state.listed
-    chains.copy_(torch.randint(0, 9, chains.shape, generator=generator))
+    chains.copy_(drawn_tokens(samples, chains.shape[1], generator))
     lengths.copy_(torch.randint(0, block, (samples,), generator=generator))
+    lengths[torch.rand(samples, generator=generator) < 0.5] = block - 1
     lengths[torch.rand(samples, generator=generator) < 0.5] = 0
     for name in ("proposed", "drafted", "offered", "failed", "pending", "previous"):
         getattr(state, name).fill_(77)  # poison: every element must be written
@@ -57,17 +76,27 @@ def test_without_a_draft_what_others_offer_is_proposed(mode):
     check_steps(mode, marks=True, reduced=False, nobody=True)
 
 
-def check_steps(mode, marks, reduced, *, nobody):
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_end_marks_have_as_many_rows_beyond_the_block_as_there_are(beyond):
+    assert rules().most_forced == 2 and rules("off").most_forced == 1 and not rules(marks=False).most_forced
+    check_steps("hint", marks=True, reduced=False, nobody=False, beyond=beyond)
+
+
+def check_steps(mode, marks, reduced, *, nobody, beyond=None):
     rule = rules(mode, marks)
+    beyond = rule.most_forced if beyond is None else beyond
+    longest = 0
     known = steps.Marks.of(rule)
-    for seed in range(25):
-        state, generator = state_of(seed)
+    for seed in range(40 if nobody else 25):
+        state, generator = state_of(seed, beyond=beyond)
         state.note(known)
         other = copy.deepcopy(state)
-        samples, block = state.samples, state.block
-        columns = torch.randint(0, 9, (samples * (block - 1),), generator=generator)
+        samples, block, count = state.samples, state.block, state.sample_rows
+        columns = drawn_tokens(samples, block - 1, generator).flatten()
         agreeing = torch.rand(samples, 1, generator=generator) < 0.5  # with what others offer
-        if not reduced:
+        if reduced:
+            columns = 8 - columns  # as `IDS` is turned round
+        else:
             columns = torch.where(agreeing, state.listed[0], columns.view(samples, -1)).flatten()
         finite = torch.rand(samples * (block - 1), generator=generator) > 0.05
         ids = IDS.flip(0) if reduced else None
@@ -81,9 +110,12 @@ def check_steps(mode, marks, reduced, *, nobody):
         picks = (columns if ids is None else ids[columns]).view(samples, -1).tolist()
         sound = torch.logical_and(finite.view(samples, -1).all(1), torch.tensor(not nobody)).tolist()
         for s in range(samples):
-            proposed, drafted_count, offered = expected_proposal(rule, before, s, picks[s], sound[s])
-            count = int(state.proposed[s])
-            assert state.row_tokens[s * block : s * block + count + 1].tolist()[1:] == proposed, seed
+            proposed, drafted_count, offered = expected_proposal(
+                rule, before, s, picks[s] if sound[s] else None, most=block - 1 + beyond
+            )
+            rows = state.row_tokens[s * count : (s + 1) * count].tolist()
+            assert rows[1 : 1 + int(state.proposed[s])] == proposed, seed
+            longest = max(longest, len(proposed))
             assert (int(state.drafted[s]), int(state.offered[s])) == (drafted_count, offered), seed
 
         choices = state.row_tokens.clone()
@@ -103,10 +135,11 @@ def check_steps(mode, marks, reduced, *, nobody):
         assert not state.pending.any()
         for name, value in snapshot(state).items():
             assert torch.equal(value, snapshot(other)[name]), (name, seed)
+    assert longest == block - 1 + beyond  # some proposal fills every row
 
 
-def expected_proposal(rule, before, s, picks, sound):
-    """What the plain loop proposes, as a chain and cut to the block, and how much of it is whose."""
+def expected_proposal(rule, before, s, picks, *, most):
+    """What the plain loop proposes, as a chain and cut to its rows, and how much of it is whose."""
     length, limit = int(before["lengths"][s]), int(before["limit"])
     if before["done"][s]:
         return [], 0, 0
@@ -114,10 +147,10 @@ def expected_proposal(rule, before, s, picks, sound):
     if rule.reason(anchor):
         return [], 0, 0
     chain = before["chains"][s, : int(before["chain_lengths"][s])].tolist()
-    asked = sound and rule.forced(anchor) is None
+    asked = picks is not None and rule.forced(anchor) is None
     offers = [Proposed(chain, source="listed"), Proposed(picks if asked else (), source="draft")]
     tree = unite(offers, anchor, rule, room=room, most=99)
-    nodes = tree.first_chain()[: len(picks)]
+    nodes = tree.first_chain()[:most]
     tokens = [tree.tokens[node] for node in nodes]
     drafted = sum(tree.drafted[node] for node in nodes)
     return tokens, drafted, common(tokens, chain)

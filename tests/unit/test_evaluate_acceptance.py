@@ -75,7 +75,11 @@ def test_figures_of_a_study():
 
 def test_the_best_recipe_is_the_one_of_least_ms():
     """A head that accepts more but costs more than it saves is not chosen."""
-    study = results() | {"bench_raw": {"verify_ms": {"8": [5.0]}, "picks_ms": {"no": [0.5], "gru": [5.5]}}}
+    study = (
+        results()
+        | {"round_rows": 10}
+        | {"bench_raw": {"verify_ms": {"10": [5.0]}, "picks_ms": {"no": [0.5], "gru": [5.5]}}}
+    )
     study["units"]["2"]["validation"] = {"tokens": 60, "passes": 15}
     found = study_figures(study)["all"]
     assert found["recipes"]["gru kl"]["ms_per_coc"] == 26.25

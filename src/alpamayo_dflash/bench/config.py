@@ -30,7 +30,8 @@ class BenchConfig(TargetOptions):
         target: `random:r1-10b`, `random:medium`, `random:small` (random weights of that size), or
             folder or hub id of a checkpoint, or tiny.
         device: torch device.
-        rows: rows of the verify passes that are timed, with commas between; the block's own are timed too.
+        rows: rows of the verify passes that are timed, with commas between; the block's own and a round's are
+            timed too.
         draft_layers: layers of the drafts that are timed; the first one's drafts decode.
         block_size: of the drafts.
         context_len: of the drafts.

@@ -41,6 +41,7 @@ def timings(bench: Bench) -> dict[str, Any]:
     with torch.inference_mode():
         raw: dict[str, Any] = {
             "block_size": config.block_size,
+            "round_rows": bench.round_rows,
             "coc_tokens": config.text_tokens,
             "prompt_tokens": len(bench.prompt.input_ids),
             "weight_bytes": _weight_bytes(bench),
@@ -133,9 +134,9 @@ def _passes(bench: Bench) -> dict[str, list[float]]:
     config, device = bench.config, bench.device
     verifier = bench.decoder(None).verifier
     prefilled = verifier.prefill(bench.prompt)
-    least = per_sample_slots(config.text_tokens, config.block_size)
+    least = per_sample_slots(config.text_tokens, bench.round_rows)
     out = {}
-    for rows in config.row_counts:
+    for rows in sorted({*config.row_counts, bench.round_rows}):
         slots = max(least, per_sample_slots(rows, 0))
         call = rows_call(verifier, prefilled, rows, slots)
         out[str(rows)] = graph_ms(call, config.repeats, device)
@@ -193,7 +194,7 @@ def _begun(bench: Bench, draft: DFlashDraft, samples: int) -> tuple[StaticBlock,
     """A draft's block, and the state that it finds after a round that accepted five tokens."""
     config, verifier = bench.config, bench.decoder(draft).verifier
     prefilled = verifier.prefill(bench.prompt)
-    per_sample = per_sample_slots(config.text_tokens, config.block_size)
+    per_sample = per_sample_slots(config.text_tokens, bench.round_rows)
     slots = samples * per_sample
     verifier.begin(prefilled, slots)
     state = State(

@@ -244,7 +244,8 @@ class Writing:
             decoder = SpeculativeDecoder(bench.target, draft)
             step = 1 if draft is None else config.block_size
             read = decoder.prefill(window)
-            loops.append(Loop(decoder, read, text, step, step * config.samples_per_clip))
+            rows = decoder.device_rounds.sample_rows * config.samples_per_clip
+            loops.append(Loop(decoder, read, text, step, rows))
         # The first text is greedy, and the k-th after it has the noise of sample k.
         sampling = Sampling(0.0) if index == 0 else self._distill("0").sampling
         found = parting(*loops, sampling=sampling, seed=config.seed, sample=max(0, index - 1))

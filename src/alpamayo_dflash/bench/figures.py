@@ -35,19 +35,21 @@ def figures(raw: Mapping[str, Any]) -> dict[str, float]:
     Args:
         raw: lists of milliseconds: `verify_ms` by rows, `draft_ms` by draft, `picks_ms` by its head on
             previous picks (older runs have none), `round_ms` by samples, `text_ms` by arm and samples,
-            `prefill_ms` by arm; `text_rounds`, passes after the first token, like `text_ms`; `block_size`,
-            `weight_bytes`, and the list `read_bytes_per_s`.
+            `prefill_ms` by arm; `text_rounds`, passes after the first token, like `text_ms`; `round_rows`, a
+            sample's rows of a round (older runs have none, and `block_size` of them); `weight_bytes`, and the
+            list `read_bytes_per_s`.
     """
     median, mean = statistics.median, statistics.fmean
     floor = raw["weight_bytes"] / median(raw["read_bytes_per_s"]) * 1e3
     verify, texts = raw["verify_ms"], raw["text_ms"]
-    draft, block = median(next(iter(raw["draft_ms"].values()))), median(verify[str(raw["block_size"])])
+    draft = median(next(iter(raw["draft_ms"].values())))
+    one_pass = median(verify[str(raw.get("round_rows", raw["block_size"]))])
     one, six = (median(raw["round_ms"][str(samples)]) for samples in (1, SIX))
     keys = {f"verify_{rows}_over_floor": median(times) / floor for rows, times in verify.items()}
     keys |= {
-        "draft_over_verify": draft / block,
-        **_picks_figures(raw, block),
-        "round_overhead": (one - draft - block) / one,
+        "draft_over_verify": draft / one_pass,
+        **_picks_figures(raw, one_pass),
+        "round_overhead": (one - draft - one_pass) / one,
         "round_six_over_one": six / one,
         "decode_six_over_one": mean(texts[f"speculative_{SIX}"]) / mean(texts["speculative_1"]),
         "decode_vs_autoregressive": mean(texts["autoregressive_1"]) / mean(texts["speculative_1"]),
@@ -61,10 +63,10 @@ def figures(raw: Mapping[str, Any]) -> dict[str, float]:
     return {key: round(value, 4) for key, value in keys.items()}
 
 
-def _picks_figures(raw: Mapping[str, Any], block: float) -> dict[str, float]:
+def _picks_figures(raw: Mapping[str, Any], one_pass: float) -> dict[str, float]:
     """A draft with the choice of its tokens over a pass, by its head."""
     times: Mapping[str, Sequence[float]] = raw.get("picks_ms", {})
-    return {f"picks_{kind}_head_over_verify": statistics.median(ms) / block for kind, ms in times.items()}
+    return {f"picks_{kind}_head_over_verify": statistics.median(ms) / one_pass for kind, ms in times.items()}
 
 
 def _text_over_ours(raw: Mapping[str, Any], arm: str) -> float:

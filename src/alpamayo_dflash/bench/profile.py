@@ -27,7 +27,7 @@ def profile(bench: Bench) -> dict[str, Any] | None:
     replay.load([[1] * bench.config.text_tokens], 0)
     round_ = next(iter(fast.device_rounds.kept.values()))
     with torch.inference_mode():
-        sample, most = Sample(0), round_.shape.per_sample - round_.block
+        sample, most = Sample(0), round_.shape.per_sample - round_.shape.sample_rows
         round_.open(read, Request(round_.shape.sampling, max_new_tokens=most), [sample], Observer())
         sample.tokens += round_.first([sample])
         round_.begin([sample])

@@ -45,6 +45,7 @@ class Bench:
         prompt: of noise, with the real number of images.
         draft: the one that decodes, random.
         rate: of right tokens that the replay proposes.
+        round_rows: W, a sample's rows in a round's pass.
         coc_lengths: of real CoCs, by quantile.
 
     Raises:
@@ -62,7 +63,8 @@ class Bench:
         if config.target.startswith("random:"):
             self._widen()
         self.draft = self.make_draft(config.layer_counts[0])
-        self.decoder(self.draft)  # whatever does not fit is said before anything is timed
+        # Whatever does not fit is said before anything is timed.
+        self.round_rows = self.decoder(self.draft).device_rounds.sample_rows
 
     def _widen(self) -> None:
         """Margins as a trained head has them: the head's rows are the embedding's, permuted.

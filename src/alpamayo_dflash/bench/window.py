@@ -121,6 +121,7 @@ def counted(bench: Bench) -> dict[str, Any]:
         **shapes(bench),
         **expert_counts(bench.target),
         "draft_layers": bench.draft.config.num_layers,
+        "round_rows": bench.round_rows,
         "prompt_tokens": len(bench.prompt),
     }
 

@@ -263,12 +263,25 @@ def run(config: StudyConfig) -> dict[str, Any]:
     results = study.results
     parts = read_json(config.bench, "raw")["raw"] if config.bench else results.get("bench_raw")
     if parts is not None:
-        results["bench_raw"] = {key: parts[key] for key in ("verify_ms", "picks_ms")}
+        results["bench_raw"] = _bench_parts(parts, results["round_rows"], str(config.bench or config.results))
     results["figures"] = study_figures(results)
     results["provenance"] = provenance(config, started, {"target": results["target"]})
     write_record(config.results, results)
     left = len(todo) - done
     return {"results": str(config.results), "units_done": done, "units_left": left, **results["figures"]}
+
+
+def _bench_parts(raw: Mapping[str, Any], rows: int, where: str) -> dict[str, Any]:
+    """Of a benchmark's times those that a round's milliseconds are made of.
+
+    Raises:
+        ValueError: it has none of a pass of so many rows, or of the draft's picks.
+    """
+    for key in ("verify_ms", "picks_ms"):
+        value_of(raw, key, dict, where=where)
+    if str(rows) not in raw["verify_ms"]:
+        raise ValueError(f"{where}: no pass of {rows} rows was timed, which is a round's; see bench --rows")
+    return {key: raw[key] for key in ("verify_ms", "picks_ms")}
 
 
 def _units(config: StudyConfig) -> Iterator[Unit]:
@@ -285,7 +298,8 @@ class _Study:
     def __init__(self, config: StudyConfig) -> None:
         from alpamayo_dflash.clips.lists import parse_chunks
         from alpamayo_dflash.clips.source import ClipSource
-        from alpamayo_dflash.decode.config import Sampling
+        from alpamayo_dflash.decode.config import DecodeConfig, Sampling
+        from alpamayo_dflash.decode.stops import stop_rules
         from alpamayo_dflash.target.alpamayo import open_target
 
         self.config = config
@@ -317,6 +331,7 @@ class _Study:
             "temperature": drawn.temperature,
             "top_p": drawn.top_p,
             "block_size": demo.block_size,
+            "round_rows": demo.block_size + stop_rules(self.target, DecodeConfig()).most_forced,
             "decoding_seeds": DECODING_SEEDS,
             "validation_seeds": VALIDATION_SEEDS,
             "epochs": config.epochs,

@@ -3,10 +3,11 @@
 On a GPU a round is captured once as a CUDA graph and replayed; the host reads one small report a round. What
 it does is what `round_host`, its plain form, does, but for two things that show only in the counts: each
 sample has its own rows (they are nearly free), so samples with equal texts neither share rows nor profit from
-each other's proposals; and what is proposed is a chain of at most b − 1 tokens, end marks included. What runs
-on the host alone: `sentence_end=force`, and drafts that see every state of a prompt and have no fused form.
+each other's proposals; and what is proposed is a chain: at most b − 1 tokens, and the end marks that follow
+by rule, for which each sample has rows beyond the block. What runs on the host alone: `sentence_end=force`,
+and drafts that see every state of a prompt and have no fused form.
 
-Shapes: S sample, R rows, b block, X context, V vocabulary, E slots of the tail.
+Shapes: S sample, R rows, b block, W rows of one sample, X context, V vocabulary, E slots of the tail.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class RoundShape:
 
     Attributes:
         samples: S.
-        rows: R, at least S·b.
+        sample_rows: W.
+        rows: R, at least S·W.
         pass_rows: how many of them run together.
         per_sample: slots of one sample.
         slots: slots of the tail.
@@ -71,6 +73,7 @@ class RoundShape:
     """
 
     samples: int
+    sample_rows: int
     rows: int
     pass_rows: int
     per_sample: int
@@ -100,6 +103,7 @@ class DeviceRound:
         self.state = steps.State(
             samples=shape.samples,
             block=self.block,
+            sample_rows=shape.sample_rows,
             width=shape.rows,
             per_sample=shape.per_sample,
             slots=shape.slots,
@@ -133,7 +137,8 @@ class DeviceRound:
                 (target.vocab_size, target.traj_ids),
                 shape.sampling,
                 samples=shape.samples,
-                block=self.block,
+                rows=shape.sample_rows,
+                places=self.block - 1,
                 device=device,
             )
         self._logits: Tensor | None = None
@@ -200,7 +205,8 @@ class DeviceRound:
     def _start(self, samples: Sequence[Sample], first_S: Tensor) -> None:
         """Begin the state and the draft for samples with these first tokens."""
         keys_S2, index = self._keys_of(samples), samples[0].index
-        self._keys[: len(samples) * self.block] = keys_S2.repeat_interleave(self.block, 0)
+        count = self.shape.sample_rows
+        self._keys[: len(samples) * count] = keys_S2.repeat_interleave(count, 0)
         bases = self._first_slots + index * self.shape.per_sample
         self.state.begin(first_S, bases, self._limit, self._marks)
         if self._draft is not None:
@@ -231,7 +237,7 @@ class DeviceRound:
                 self._with_scores(step, scored[i], failed=failed[i])
                 for (i, _), step in zip(live, passed, strict=True)
             ]
-        return Pass(passed, len(rows) * self.block, failures)
+        return Pass(passed, len(rows) * self.shape.sample_rows, failures)
 
     @torch.inference_mode()
     def close(self, samples: Sequence[Sample], cached: Sequence[int]) -> None:
@@ -365,7 +371,7 @@ class DeviceRound:
         rest = row[len(steps.FIELDS) :]
         accepted, drafted, offered = values["accepted"], values["drafted"], values["offered"]
         emitted = tuple(rest[: values["emitted"]])
-        proposed = tuple(rest[self.block : self.block + values["proposed"]])
+        proposed = tuple(rest[self.shape.sample_rows :][: values["proposed"]])
         listed = (
             self._sources[index] or [proposer.source for proposer in self._proposers.captured[:1]] * offered
         )
@@ -452,6 +458,14 @@ class DeviceRounds:
             return None
         return "the draft sees every state of the prompt and has no fused form here"
 
+    @property
+    def sample_rows(self) -> int:
+        """W: a sample's rows in a pass."""
+        block, row_width = self._proposers.block, self._verifier.row_width
+        rows = min(block + self._rules.most_forced, MOST_BLOCK) if block > 1 else block
+        # End marks take no pass of their own.
+        return rows if row_width is None else min(rows, -(-block // row_width) * row_width)
+
     def release(self) -> None:
         """Let go of all buffers and graphs."""
         self.kept.clear()
@@ -469,15 +483,16 @@ class DeviceRounds:
 
     def shape(self, request: Request) -> RoundShape:
         """The shape of the round that serves a request."""
-        block, row_width, count = self._proposers.block, self._verifier.row_width, request.num_samples
+        row_width, count, sample_rows = self._verifier.row_width, request.num_samples, self.sample_rows
         samples = count if row_width is None else 1
-        rows = samples * block
+        rows = samples * sample_rows
         pass_rows = row_width or rows
         # At one row width both loops see keys of one length, whatever the block.
-        room = block if row_width is None else MOST_BLOCK
+        room = sample_rows if row_width is None else MOST_BLOCK
         per_sample = per_sample_slots(request.max_new_tokens, room)
         return RoundShape(
             samples=samples,
+            sample_rows=sample_rows,
             rows=-(-rows // pass_rows) * pass_rows,
             pass_rows=pass_rows,
             per_sample=per_sample,
@@ -486,9 +501,9 @@ class DeviceRounds:
         )
 
 
-def per_sample_slots(max_new_tokens: int, block: int) -> int:
-    """Slots for a text of that length and the block after it, rounded up so that shapes recur."""
-    return -(-(max_new_tokens + block) // _SLOTS_MULTIPLE) * _SLOTS_MULTIPLE
+def per_sample_slots(max_new_tokens: int, rows: int) -> int:
+    """Slots for a text of that length and the rows after it, rounded up so that shapes recur."""
+    return -(-(max_new_tokens + rows) // _SLOTS_MULTIPLE) * _SLOTS_MULTIPLE
 
 
 def static_block(

@@ -3,7 +3,8 @@
 The host's rounds score what they look at; a device round has a second report of its own, `RoundScores`. Both
 ask `Scorer`, after the tokens are chosen, so that it changes none of them.
 
-Shapes: S sample, b block, R rows, V vocabulary (of the target, or of a draft's reduced head).
+Shapes: S sample, b block, W rows of one sample, R rows, V vocabulary (of the target, or of a draft's
+reduced head).
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def score_all(scorer: Scorer, logits_RV: Tensor, chosen: Sequence[int]) -> list[
 
 
 Scored = tuple[list[PlaceScores], list[PlaceScores]]
-"""A sample's places in a device round: after each of the target's b rows, and the draft's b − 1."""
+"""A sample's places in a device round: after each of the target's W rows, and the draft's b − 1."""
 
 
 class RoundScores:
@@ -131,7 +132,8 @@ class RoundScores:
         target_ids: the target's V, and its ids that are never chosen.
         sampling: temperature and top_p.
         samples: S.
-        block: b.
+        rows: W.
+        places: b − 1.
         device: where.
     """
 
@@ -141,17 +143,18 @@ class RoundScores:
         sampling: Sampling,
         *,
         samples: int,
-        block: int,
+        rows: int,
+        places: int,
         device: torch.device,
     ) -> None:
         self._made = target_ids, sampling
-        self._samples, self._block = samples, block
+        self._samples, self._rows, self._places = samples, rows, places
         self._target = Scorer(*self._made, device=device)
         self._draft: Scorer | None = None  # made when the draft's first word tells its columns
         pinned = device.type == "cuda"
         self._report, self._draft_report = (
-            torch.zeros(samples, places, _WIDTH, dtype=torch.float64, device="cpu", pin_memory=pinned)
-            for places in (block, block - 1)
+            torch.zeros(samples, count, _WIDTH, dtype=torch.float64, device="cpu", pin_memory=pinned)
+            for count in (rows, places)
         )
 
     def __call__(
@@ -164,24 +167,24 @@ class RoundScores:
         """Score a round and enqueue the copy to the host.
 
         Args:
-            logits_RV: the target's, [S·b or more, V or more].
+            logits_RV: the target's, [S·W or more, V or more].
             columns_R: int64, the target's choice after each row.
             settled_R: bool, whether that is known.
             draft: its logits [S·(b − 1), V or more] and its `token_ids`; None without one.
         """
-        rows = self._samples * self._block
+        rows = self._samples * self._rows
         chosen = columns_R[:rows].masked_fill(~settled_R[:rows].bool(), NOTHING_CHOSEN)
         self._report.copy_(self._target(logits_RV[:rows], chosen).view(self._report.shape), non_blocking=True)
         if draft is not None:
             logits, ids = draft
             if self._draft is None:
                 self._draft = Scorer(*self._made, token_ids=ids, device=logits.device)
-            wanted = chosen.view(self._samples, self._block)[:, :-1].flatten()
+            wanted = chosen.view(self._samples, self._rows)[:, : self._places].flatten()
             places = self._draft(logits, wanted).view(self._draft_report.shape)
             self._draft_report.copy_(places, non_blocking=True)
 
     def read(self) -> list[Scored]:
-        """By sample the target's b places and the draft's b − 1; the device must have come so far."""
+        """By sample the target's W places and the draft's b − 1; the device must have come so far."""
         target, draft = (
             [[place_scores(row) for row in sample] for sample in report.tolist()]
             for report in (self._report, self._draft_report)

@@ -3,7 +3,8 @@
 The plain form of both, in PyTorch operations that read nothing back; `steps_triton` does the same by kernels,
 one launch each. `proposer.unite` and `tree.walk` say in Python what they do; the tests hold all three equal.
 
-Shapes: S sample, b block, R rows (S·b and padding), T slots a sample, E slots of the tail.
+Shapes: S sample, b block, W rows of one sample (b, and those of end marks beyond the block), R rows (S·W and
+padding), T slots a sample, E slots of the tail.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ REASONS = (None, StopReason.TRAJ_FUTURE_START, StopReason.EOS, StopReason.LIMIT)
 """What `State.done` means."""
 _COUNTS = ("emitted", "accepted", "drafted", "offered", "proposed")
 FIELDS = (*_COUNTS, "failed", "unsettled", "broken", "anchor")
-"""A report's columns; after them the b emitted tokens and the b − 1 proposed ones."""
+"""A report's columns; after them the W emitted tokens and the W − 1 proposed ones."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class State:
     Args:
         samples: S.
         block: b; 1 decodes autoregressively.
+        sample_rows: W; left out, b.
         width: R.
         per_sample: T.
         slots: E.
@@ -105,16 +107,24 @@ class State:
         offered: [S] how many of those are of the chain that stood before the draft's, from the first on.
         listed: what the host offers.
         failed: [S] 1 where the draft's logits were not finite.
-        report: [S, len(FIELDS) + 2b − 1].
+        report: [S, len(FIELDS) + 2W − 1].
     """
 
     def __init__(
-        self, *, samples: int, block: int, width: int, per_sample: int, slots: int, device: torch.device
+        self,
+        *,
+        samples: int,
+        block: int,
+        sample_rows: int | None = None,
+        width: int,
+        per_sample: int,
+        slots: int,
+        device: torch.device,
     ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.int64, device=device)
 
-        self.samples, self.block = samples, block
+        self.samples, self.block, self.sample_rows = samples, block, sample_rows or block
         self.per_sample, self.slots = per_sample, slots
         self.tokens = zeros(samples, per_sample)
         self.lengths, self.previous, self.done = zeros(samples), zeros(samples), zeros(samples)
@@ -126,7 +136,7 @@ class State:
         self.proposed, self.drafted, self.failed = zeros(samples), zeros(samples), zeros(samples)
         self.offered = zeros(samples)
         self.listed: Chains = (zeros(samples, max(1, block - 1)), zeros(samples))
-        self.report = zeros(samples, len(FIELDS) + 2 * block - 1)
+        self.report = zeros(samples, len(FIELDS) + 2 * self.sample_rows - 1)
         self.row_slots.fill_(slots)
         self.lengths.fill_(1)
 
@@ -171,7 +181,7 @@ def propose(state: State, marks: Marks, picks: Picks | None, offered: Chains) ->
     """Fill the rows of the next pass: each sample's anchor, and what is proposed after it.
 
     That is a chain: what others offer, and the draft's picks as long as these agree with it, or from the
-    start where nothing else is offered.
+    start where nothing else is offered. Beyond the block only what a rule knows is proposed.
 
     Args:
         state: is written.
@@ -179,12 +189,12 @@ def propose(state: State, marks: Marks, picks: Picks | None, offered: Chains) ->
         picks: the draft's; None without one.
         offered: what others offer.
     """
-    samples, block = state.samples, state.block
+    samples, count = state.samples, state.sample_rows
     chains, chain_lengths = offered
     anchor = state.tokens.gather(1, state.lengths[:, None] - 1)[:, 0]
     open_ = state.done == 0
     room = state.limit - state.lengths
-    tokens = torch.zeros(samples, block, dtype=torch.int64, device=anchor.device)
+    tokens = torch.zeros(samples, count, dtype=torch.int64, device=anchor.device)
     tokens[:, 0] = anchor
     proposed, drafted, taken, failed = (torch.zeros_like(anchor) for _ in range(4))
     previous, given = anchor, open_
@@ -192,14 +202,17 @@ def propose(state: State, marks: Marks, picks: Picks | None, offered: Chains) ->
     if picks is None:
         sound, ids = torch.zeros_like(open_), chains
     else:
-        sound = picks.finite.view(samples, block - 1).all(1)
+        sound = picks.finite.view(samples, -1).all(1)
         ids = picks.columns if picks.token_ids is None else picks.token_ids[picks.columns]
-        ids = ids.view(samples, block - 1)
+        ids = ids.view(samples, -1)
         failed = (own & ~sound).long()
     own = own & sound
-    for step in range(block - 1):
-        forced, chain, pick = _forced(previous, marks), chains[:, step], ids[:, step]
-        listed = step < chain_lengths
+    for step in range(count - 1):
+        forced, listed = _forced(previous, marks), step < chain_lengths
+        if step < state.block - 1:
+            chain, pick = chains[:, step], ids[:, step]
+        else:  # beyond the block, where no chain reaches either
+            own = torch.zeros_like(own)
         stopped = _is_eos(previous, marks) | (previous == marks.traj_future_start)
         # With room for one token nothing is asked: the target's own fills it.
         known = (forced != NONE) | ((room > 1) & (listed | own))
@@ -215,15 +228,15 @@ def propose(state: State, marks: Marks, picks: Picks | None, offered: Chains) ->
     state.offered.copy_(taken)
     state.failed.copy_(failed)
     state.pending.copy_(state.done == 0)
-    rows = samples * block
-    positions = state.lengths[:, None] - 1 + torch.arange(block, device=anchor.device)
+    rows = samples * count
+    positions = state.lengths[:, None] - 1 + torch.arange(count, device=anchor.device)
     slots = (state.bases[:, None] + positions).flatten()
     state.row_tokens[:rows] = tokens.flatten()
     state.row_positions[:rows] = positions.flatten()
     state.next_positions[:rows] = positions.flatten() + 1
     state.row_slots[:rows] = slots
     at = torch.arange(state.slots, device=anchor.device)
-    first = state.bases.repeat_interleave(block, output_size=rows)
+    first = state.bases.repeat_interleave(count, output_size=rows)
     state.seen[:rows] = ((at >= first[:, None]) & (at <= slots[:, None])).to(torch.uint8)
 
 
@@ -248,16 +261,16 @@ def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor, finite:
         settled: bool [R], whether the choice is known.
         finite: bool [R], whether the row's logits are finite; a walk over one that has others is `broken`.
     """
-    samples, block = state.samples, state.block
-    rows = samples * block
-    choices = columns[:rows].view(samples, block)
-    known = settled[:rows].view(samples, block)
-    sound = finite[:rows].view(samples, block)
-    proposals = state.row_tokens[:rows].view(samples, block)[:, 1:]
+    samples, count = state.samples, state.sample_rows
+    rows = samples * count
+    choices = columns[:rows].view(samples, count)
+    known = settled[:rows].view(samples, count)
+    sound = finite[:rows].view(samples, count)
+    proposals = state.row_tokens[:rows].view(samples, count)[:, 1:]
     walking = state.pending != 0
     emitted, accepted = torch.zeros_like(state.lengths), torch.zeros_like(state.lengths)
     reason, unsettled, broken = state.done.clone(), torch.zeros_like(walking), torch.zeros_like(walking)
-    for step in range(block):
+    for step in range(count):
         token = choices[:, step]
         unsettled = unsettled | (walking & ~known[:, step])
         broken = broken | (walking & ~sound[:, step])
@@ -265,14 +278,14 @@ def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor, finite:
         after = _reason(token, state.lengths + emitted, state.limit, marks)
         reason = torch.where(walking, after, reason)
         matched = torch.zeros_like(walking)
-        if step < block - 1:
+        if step < count - 1:
             matched = (step < state.proposed) & (proposals[:, step] == token)
         accepted = accepted + (walking & matched)
         walking = walking & matched & (after == 0)
     stays = (state.pending == 0) | unsettled
     emitted, accepted = emitted.masked_fill(stays, 0), accepted.masked_fill(stays, 0)
     reason = torch.where(stays, state.done, reason)
-    steps = torch.arange(block, device=choices.device)
+    steps = torch.arange(count, device=choices.device)
     places = (state.lengths[:, None] + steps).clamp_max(state.per_sample - 1)
     kept = torch.where(steps < emitted[:, None], choices, state.tokens.gather(1, places))
     state.tokens.scatter_(1, places, kept)

@@ -1,6 +1,6 @@
 """The steps of `decode.steps` as kernels, a program a sample, one launch each.
 
-Shapes: S sample, b block, R rows, T slots a sample, E slots of the tail.
+Shapes: S sample, b block, W rows of one sample, R rows, T slots a sample, E slots of the tail.
 """
 
 from __future__ import annotations
@@ -59,24 +59,25 @@ def propose_kernel(
     period,
     DRAFT: tl.constexpr,
     REDUCED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PLACES: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Program s: sample s's rows."""
+    """Program s: sample s's rows. PLACES is b − 1, ROWS is W."""
     sample = tl.program_id(0)
     length = tl.load(lengths_ptr + sample)
     base = tl.load(bases_ptr + sample)
     live = tl.load(done_ptr + sample) == 0
     anchor = tl.load(tokens_ptr + sample * per_sample + length - 1)
-    row = sample * BLOCK
+    row = sample * ROWS
     tl.store(row_tokens_ptr + row, anchor)
-    if BLOCK > 1:
+    if ROWS > 1:
         room = tl.load(limit_ptr) - length
         chain_length = tl.load(chain_lengths_ptr + sample)
         bad = 0
         if DRAFT:
-            for step in tl.static_range(BLOCK - 1):
-                bad += tl.load(finite_ptr + sample * (BLOCK - 1) + step).to(tl.int32) == 0
+            for step in tl.static_range(PLACES):
+                bad += tl.load(finite_ptr + sample * PLACES + step).to(tl.int32) == 0
         previous = anchor
         opened = live
         given = live
@@ -84,13 +85,14 @@ def propose_kernel(
         drafted = 0
         offered = 0
         own = live
-        for step in tl.static_range(BLOCK - 1):
-            chain = tl.load(chains_ptr + sample * (BLOCK - 1) + step)
-            pick = chain
-            if DRAFT:
-                pick = tl.load(columns_ptr + sample * (BLOCK - 1) + step)
-                if REDUCED:
-                    pick = tl.load(ids_ptr + pick, mask=bad == 0, other=0)
+        for step in tl.static_range(ROWS - 1):
+            if step < PLACES:
+                chain = tl.load(chains_ptr + sample * PLACES + step)
+                pick = chain
+                if DRAFT:
+                    pick = tl.load(columns_ptr + sample * PLACES + step)
+                    if REDUCED:
+                        pick = tl.load(ids_ptr + pick, mask=bad == 0, other=0)
             after_end = (previous == cot_end) & (cot_end != _NONE)
             after_period = (previous == period) & (period != _NONE)
             forced = after_end | after_period
@@ -103,6 +105,8 @@ def propose_kernel(
                 else:
                     own = own & (room < 0)  # false, as a value of the loop's type
             listed = step < chain_length
+            if step >= PLACES:  # beyond the block, where no chain reaches either
+                own = own & (length < 0)  # false, as a value of the loop's type
             token = tl.where(listed, chain, pick)
             token = tl.where(after_end, traj_future_start, tl.where(after_period, cot_end, token))
             opened = opened & (step < room) & (forced | ((room > 1) & (listed | own))) & ~stopped
@@ -118,7 +122,7 @@ def propose_kernel(
         tl.store(offered_ptr + sample, offered.to(tl.int64))
     tl.store(pending_ptr + sample, live.to(tl.int64))
     e = tl.arange(0, BLOCK_E)
-    for step in tl.static_range(BLOCK):
+    for step in tl.static_range(ROWS):
         position = length - 1 + step
         slot = base + position
         tl.store(row_positions_ptr + row + step, position)
@@ -151,16 +155,16 @@ def accept_kernel(
     traj_future_start,
     eos,
     other_eos,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Program s: sample s's walk."""
+    """Program s: sample s's walk. ROWS is W."""
     sample = tl.program_id(0)
     length = tl.load(lengths_ptr + sample)
     limit = tl.load(limit_ptr)
     proposed = tl.load(proposed_ptr + sample)
     done = tl.load(done_ptr + sample)
     pending = tl.load(pending_ptr + sample) != 0
-    row = sample * BLOCK
+    row = sample * ROWS
     walking = pending
     unsettled = pending & (limit < 0)  # false, as a value of the loop's type
     broken = unsettled
@@ -168,8 +172,8 @@ def accept_kernel(
     accepted = 0
     reason = done
     last = length * 0  # as a value of the tokens' type
-    report = report_ptr + sample * (_FIELDS + 2 * BLOCK - 1)
-    for step in tl.static_range(BLOCK):
+    report = report_ptr + sample * (_FIELDS + 2 * ROWS - 1)
+    for step in tl.static_range(ROWS):
         token = tl.load(columns_ptr + row + step)
         unsettled = unsettled | (walking & (tl.load(settled_ptr + row + step).to(tl.int32) == 0))
         broken = broken | (walking & (tl.load(finite_ptr + row + step).to(tl.int32) == 0))
@@ -180,14 +184,14 @@ def accept_kernel(
         reason = tl.where(walking, after, reason)
         last = tl.where(walking, token, last)
         tl.store(report + _FIELDS + step, token)
-        if step < BLOCK - 1:
+        if step < ROWS - 1:
             proposal = tl.load(row_tokens_ptr + row + step + 1)
-            tl.store(report + _FIELDS + BLOCK + step, proposal)
+            tl.store(report + _FIELDS + ROWS + step, proposal)
             matched = (step < proposed) & (proposal == token)
             accepted += (walking & matched).to(tl.int32)
             walking = walking & matched & (after == 0)
     if pending & ~unsettled:
-        for step in tl.static_range(BLOCK):
+        for step in tl.static_range(ROWS):
             if step < emitted:
                 token = tl.load(columns_ptr + row + step)
                 tl.store(tokens_ptr + sample * per_sample + length + step, token)
@@ -244,7 +248,8 @@ def propose(state: State, marks: Marks, picks: Picks | None, offered: Chains) ->
         marks.period,
         DRAFT=picks is not None,
         REDUCED=picks is not None and picks.token_ids is not None,
-        BLOCK=state.block,
+        PLACES=state.block - 1,
+        ROWS=state.sample_rows,
         BLOCK_E=triton.next_power_of_2(state.slots),
         num_warps=4,
     )
@@ -274,6 +279,6 @@ def accept(state: State, marks: Marks, columns: Tensor, settled: Tensor, finite:
         marks.traj_future_start,
         marks.eos,
         marks.other_eos,
-        BLOCK=state.block,
+        ROWS=state.sample_rows,
         num_warps=1,
     )

@@ -68,6 +68,13 @@ class StopRules:
             return self.traj_future_start
         return self.cot_end if self.mode == "hint" and previous == self.period else None
 
+    @property
+    def most_forced(self) -> int:
+        """How many tokens `forced` puts one after the other at most."""
+        if self.cot_end is None or self.traj_future_start is None:
+            return 0
+        return 2 if self.mode == "hint" and self.period is not None else 1
+
     def forced_end(self, anchor: int) -> list[int]:
         """The tokens that `force` emits after this anchor without asking (rule 1), or none."""
         if self.mode != "force" or anchor != self.period:

@@ -221,7 +221,8 @@ def _recipe_figures(
         ceiling = sum(results["sampled_tokens"]) / sum(results["ceilings"]["text"])
         row["ceiling_share"] = round(sampled.length / ceiling, 4)
     if "bench_raw" in results:
-        pass_ms = _pass_ms(results["bench_raw"], units[0]["options"].get("previous_head") or "no")
+        head = units[0]["options"].get("previous_head") or "no"
+        pass_ms = _pass_ms(results["bench_raw"], results["round_rows"], head)
         row["pass_ms"] = round(pass_ms, 4)
         row["ms_per_coc"] = round(pass_ms * row["passes_per_coc"], 4)
         row["validation_ms_per_coc"] = round(pass_ms * passes / validated, 4)
@@ -239,7 +240,7 @@ def _counts(results: Mapping[str, Any], units: Sequence[Mapping[str, Any]], mode
     return pooled([ClipCounts(tokens, tuple(unit[f"{mode}_passes"])) for unit in units])
 
 
-def _pass_ms(raw: Mapping[str, Any], head: str) -> float:
-    """A round at R1's size: the verify pass of 8 rows, and the draft's forward with its picks."""
-    verify, picks = raw["verify_ms"]["8"], raw["picks_ms"][head]
+def _pass_ms(raw: Mapping[str, Any], rows: int, head: str) -> float:
+    """A round at R1's size: the verify pass of its rows, and the draft's forward with its picks."""
+    verify, picks = raw["verify_ms"][str(rows)], raw["picks_ms"][head]
     return float(statistics.median(verify) + statistics.median(picks))

@@ -133,11 +133,12 @@ class Arms:
         """Both loops, each with what it wrote for one sample of the prompt that both have read last."""
         samples, width = self.config.num_traj_samples, self.config.row_width
         parts = (("autoregressive", autoregressive, 1), ("dflash", speculative, self.block_size))
-        one, other = (
-            Loop(self._decoder(arm), self._read[arm], text, step, width or samples * step)
-            for arm, text, step in parts
-        )
-        return one, other
+        found = []
+        for arm, text, step in parts:
+            decoder = self._decoder(arm)
+            rows = width or samples * decoder.device_rounds.sample_rows
+            found.append(Loop(decoder, self._read[arm], text, step, rows))
+        return found[0], found[1]
 
     def transformers_greedy(self, prompt: Prompt) -> list[list[int]]:
         """The greedy tokens of transformers, one sample."""
