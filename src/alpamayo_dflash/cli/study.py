@@ -75,6 +75,7 @@ RECIPES = {
     "mlp kl muon": Recipe(_MUON | {"previous_head": "mlp"}),
     "gru kl muon": Recipe(_MUON),
     "gru kl, three times": Recipe(_GRU, long=3),
+    "bigram kl muon, three times": Recipe(_MUON | {"previous_head": "bigram"}, long=3),
     "mlp kl muon, three times": Recipe(_MUON | {"previous_head": "mlp"}, long=3),
     "gru kl muon, three times": Recipe(_MUON, long=3),
 }

@@ -217,16 +217,44 @@ class Plan:
 _PLANS = {
     16: Plan(16, 32, 32, 4, 3),
     64: Plan(64, 64, 12, 4, 3),
-    192: Plan(64, 64, 8, 4, 3),
-    256: Plan(128, 64, 6, 8, 3),
-    512: Plan(128, 64, 4, 8, 3),
-    1024: Plan(128, 128, 1, 8, 3, tail=256),
+    512: Plan(64, 64, 12, 4, 3),
+    1024: Plan(64, 64, 3, 4, 3, tail=768),
 }
 """By the most folded rows (rows times query heads of a KV head) that a plan is for; the last for all more."""
+_DIVIDED = range(65, 513)
+"""Folded rows whose stretches are made to be one wave of programs."""
+_WAVE = 264
+"""Programs of 64 folded rows that an H100 or H200 runs at once."""
+_PROMPT = 3072
+"""Entries of the prompt that this is reckoned with."""
+_SLOT_COST = 1.6
+"""A tail slot's time over a prompt entry's: its mask is read too (docs/results/attention_tries_h200.json)."""
 
 
-def _plan(folded: int) -> Plan:
-    return next((plan for most, plan in _PLANS.items() if folded <= most), _PLANS[max(_PLANS)])
+def plan_of(folded: int, kv_heads: int, slots: int, *, dim: int, available: int) -> Plan:
+    """How attention is cut.
+
+    Args:
+        folded: rows times query heads of a KV head.
+        kv_heads: K.
+        slots: T.
+        dim: D.
+        available: bytes of shared memory.
+    """
+    plan = next((plan for most, plan in _PLANS.items() if folded <= most), _PLANS[max(_PLANS)])
+    plan = plan.fitted(dim, available)
+    if folded not in _DIVIDED:
+        return plan
+    count = max(2, _WAVE // (kv_heads * -(-folded // plan.rows)))
+
+    def divided(tails: int) -> Plan:
+        tiles = -(-slots // (tails * plan.keys))
+        return replace(plan, stretches=min(plan.stretches, count - tails), tail=tiles * plan.keys)
+
+    def slowest(cut: Plan) -> float:
+        return max(_PROMPT / cut.stretches, _SLOT_COST * cut.tail)
+
+    return min(map(divided, range(1, count)), key=slowest)
 
 
 def attend(
@@ -255,10 +283,11 @@ def attend(
     """
     rows, heads, dim = q_RHD.shape
     kv_heads = keys_EKD.shape[1]
-    plan = _plan(rows * (heads // kv_heads)).fitted(dim, shared_memory(q_RHD.device))
-    tiles = triton.cdiv(rows * (heads // kv_heads), plan.rows)
+    folded, slots = rows * (heads // kv_heads), mask_RT.shape[1]
+    plan = plan_of(folded, kv_heads, slots, dim=dim, available=shared_memory(q_RHD.device))
+    tiles = triton.cdiv(folded, plan.rows)
     stretches = plan.stretches if prompt else 0
-    tail = triton.cdiv(mask_RT.shape[1], plan.tail)
+    tail = triton.cdiv(slots, plan.tail)
     count = stretches + tail
     out = torch.empty(count, rows, heads, dim, dtype=torch.float32, device=q_RHD.device)
     tops = torch.empty(2, count, rows, heads, dtype=torch.float32, device=q_RHD.device)
@@ -272,7 +301,7 @@ def attend(
         tops[0],
         tops[1],
         rows,
-        mask_RT.shape[1],
+        slots,
         dim**-0.5 * LOG2_E,
         stretches,
         plan.tail,
