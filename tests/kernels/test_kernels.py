@@ -97,10 +97,19 @@ def test_rotate_store(heads, kv_heads, dim):
     assert (keys[[0, 1, 4, 5, 6, 8]] == 5).all() and (values[[0, 1, 4, 5, 6, 8]] == 6).all()
 
 
+def test_many_rows_take_one_wave_of_programs_and_see_the_whole_tail():
+    for rows in range(17, 129):
+        for slots in (1, 64, 320, 384, 1920, 5120):
+            plan = attention.plan_of(4 * rows, 8, slots, dim=128, available=227 * 1024)
+            tiles, tails = -(-4 * rows // plan.rows), -(-slots // plan.tail)
+            assert plan.stretches >= 1 and plan.tail % plan.keys == 0
+            assert 8 * tiles * (plan.stretches + tails) <= attention._WAVE or plan.stretches + tails == 2
+
+
 @pytest.mark.parametrize("length", [0, 1, 63, 64, 200, 421])
-@pytest.mark.parametrize("rows", [1, 7])
-def test_attend_merges_the_prompt_with_a_masked_tail(length, rows):
-    heads, kv_heads, dim, slots = 6, 2, 16, 150
+@pytest.mark.parametrize(("rows", "slots"), [(1, 150), (7, 150), (25, 700)])
+def test_attend_merges_the_prompt_with_a_masked_tail(length, rows, slots):
+    heads, kv_heads, dim = 6, 2, 16
     q = normal(rows, heads, dim)
     keys, values = (
         normal(length + slots + 1, kv_heads, dim, seed=1),
