@@ -271,9 +271,9 @@ def broken_accept(state, marks, columns, settled, finite):
     if state.block == 1:  # nothing is ever proposed
         accept(state, marks, columns, settled, finite)
         return
-    rows = state.samples * state.block
-    wrong, blocks = columns.clone(), state.row_tokens[:rows].view(state.samples, state.block)
-    firsts = wrong[:rows].view(state.samples, state.block)[:, 0]
+    rows = state.samples * state.sample_rows
+    wrong, blocks = columns.clone(), state.row_tokens[:rows].view(state.samples, state.sample_rows)
+    firsts = wrong[:rows].view(state.samples, state.sample_rows)[:, 0]
     firsts.copy_(torch.where(state.proposed > 0, blocks[:, 1], firsts))
     accept(state, marks, wrong, settled, finite)
 

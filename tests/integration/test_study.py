@@ -1,10 +1,17 @@
 """The study of recipes: its ceilings against plain arithmetic, and a small one run, resumed and refused."""
 
-import math
-
 import pytest
 
-from alpamayo_dflash.cli.study import PEER_FILE, PeerDraft, StudyConfig, ceilings, run
+from alpamayo_dflash.cli.study import (
+    _PLAIN,
+    PEER_FILE,
+    RECIPES,
+    PeerDraft,
+    StudyConfig,
+    _bench_parts,
+    ceilings,
+    run,
+)
 from alpamayo_dflash.common.artefacts import read_json, write_json
 from alpamayo_dflash.decode.config import DecodeConfig, Sampling
 from alpamayo_dflash.decode.decoder import SpeculativeDecoder
@@ -30,13 +37,40 @@ def prompts(target):
     return [target.prompt(view) for view, _ in held_out(3, seed=11)]
 
 
+def whole_blocks(text, rules, block):
+    """Passes where every block is right, and the rules' own continuation of its last token behind it."""
+    passes, last = 0, 0
+    while last < len(text) - 1:
+        proposed = list(text[last + 1 : last + block])
+        while (forced := rules.forced(proposed[-1])) is not None:
+            proposed.append(forced)
+        last, passes = last + len(proposed) + 1, passes + 1
+    return passes
+
+
 def test_the_texts_oracle_takes_whole_blocks(target, prompts):
     found = ceilings(target, prompts, 8, SAMPLING, range(2))
-    writer = SpeculativeDecoder(target)
+    writer, beyond = SpeculativeDecoder(target), 0
     for clip, prompt in enumerate(prompts):
-        lengths = [writer.generate(prompt, seed=seed, trajectories=False).emitted for seed in range(2)]
-        assert found["text"][clip] == sum(math.ceil(length / 8) for length in lengths)
-        assert found["text"][clip] <= found["independent"][clip] <= sum(lengths)
+        texts = [writer.generate(prompt, seed=seed, trajectories=False).token_ids[0] for seed in range(2)]
+        assert found["text"][clip] == sum(whole_blocks(text, writer.rules, 8) for text in texts)
+        assert found["text"][clip] <= found["independent"][clip] <= sum(map(len, texts)) - 2
+        beyond += sum((len(text) - 1) % 8 in (1, 2) for text in texts)
+    assert beyond  # some text's end marks alone would take a pass
+
+
+def test_plain_says_all_that_recipes_differ_in():
+    """What `train` does by default may change; a recipe without a word on it must not."""
+    assert set(_PLAIN) == {"context_len", *(key for recipe in RECIPES.values() for key in recipe.options)}
+
+
+def test_a_benchmark_without_a_rounds_rows_is_refused():
+    raw = {"verify_ms": {"8": [4.5]}, "picks_ms": {"no": [0.4]}, "round_ms": {}}
+    assert _bench_parts(raw, 8, "bench.json") == {"verify_ms": {"8": [4.5]}, "picks_ms": {"no": [0.4]}}
+    with pytest.raises(ValueError, match=r"bench\.json: no pass of 10 rows was timed.*--rows"):
+        _bench_parts(raw, 10, "bench.json")
+    with pytest.raises(ValueError, match=r"bench\.json: no picks_ms"):
+        _bench_parts({"verify_ms": {}}, 10, "bench.json")
 
 
 def test_marginals_are_sums_over_continuations(target, prompts):
@@ -75,7 +109,7 @@ def test_the_independent_oracles_first_pick_is_always_right(target, prompts):
         assert result.token_ids == plain.token_ids
         parts = [part for trace in recorder.rounds for part in trace.samples]
         assert all(part.proposed[0] == part.emitted[0] for part in parts)
-        assert max(len(part.emitted) for part in parts) <= 8
+        assert max(len(part.emitted) for part in parts) <= 10
 
 
 def small(folder, **options):
@@ -104,6 +138,8 @@ def test_a_small_study(tmp_path, target):
     assert list(kept["units"]) == ["dflash | all | 0", "bigram kl | all | 0"]
     assert kept["figures"] == study_figures(kept)
     assert sum(kept["ceilings"]["text"]) <= sum(kept["units"]["dflash | all | 0"]["sampled_passes"])
+    trained = read_json(tmp_path / "out" / "drafts" / "dflash-all-0" / "train.json")
+    assert trained["provenance"]["config"]["optimizer"]["optimizer"] == "adamw"
     assert kept["units"]["bigram kl | all | 0"]["options"] == {"previous_head": "bigram", "loss_type": "kl"}
     with pytest.raises(ValueError, match="another test_clips"):
         run(small(tmp_path, test_clips=1))

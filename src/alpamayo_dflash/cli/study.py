@@ -53,6 +53,17 @@ class Recipe:
     long: int = 1
 
 
+_PLAIN = {
+    "context_len": CONTEXT,
+    "previous_head": "none",
+    "loss_type": "ce",
+    "ce_weight_start": 1.0,
+    "ce_weight_end": 0.8,
+    "position_weights": "decay",
+    "prefix_weight_gamma": None,
+    "optimizer": "adamw",
+}
+"""Plain DFlash, in all that recipes differ in: what `train` does by default is another matter."""
 _GRU = {"previous_head": "gru", "loss_type": "kl"}
 _MUON = _GRU | {"optimizer": "muon"}
 RECIPES = {
@@ -403,14 +414,11 @@ class _Study:
         clips = (DemoConfig.num_chunks - DemoConfig.held_out_chunks - 1) * self.config.clips_per_chunk
         options: dict[str, Any] = {
             "output_dir": self.config.out / "drafts" / unit.key.replace(" | ", "-").replace(" ", "_"),
-            "context_len": CONTEXT,
-            "loss_type": "ce",
-            "previous_head": "none",
             "seed": unit.seed,
             "num_epochs": plain.schedule.num_epochs * recipe.long * (TENTH if tenth else 1),
             "train_clips": clips // TENTH if tenth else None,
         }
-        return plain.changed(**(options | dict(recipe.options)))
+        return plain.changed(**(_PLAIN | options | dict(recipe.options)))
 
     def _measured(self, draft: DFlashDraft) -> dict[str, Any]:
         """What decoding with a draft accepts on validation and test clips."""

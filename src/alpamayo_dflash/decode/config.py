@@ -98,7 +98,7 @@ class DecodeConfig:
             neither (see `decode.stops`).
         row_width: run every verify pass at exactly this many rows (padded, or split), one sample after
             another, over keys of one length, so that in bf16 both loops round alike. None takes the rows
-            as they come.
+            as they come. End marks beyond a draft's block find room from two rows more than the block on.
         prompt_capacity: the longest prompt that the cache holds, tokens.
         loop: who walks. `device` runs whole rounds on the device, on a GPU as CUDA graphs; `host` walks in
             Python, a few reads a round. Both write the same. `auto` is device on a GPU and host elsewhere.
