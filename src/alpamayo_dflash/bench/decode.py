@@ -17,11 +17,12 @@ from alpamayo_dflash.bench.figures import SIX
 from alpamayo_dflash.bench.floors import DraftShape, TextShape
 from alpamayo_dflash.bench.generation import Texts
 from alpamayo_dflash.bench.setup import Bench, replayed
+from alpamayo_dflash.decode.cache import per_sample_slots
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.decoder import Result, SpeculativeDecoder
 from alpamayo_dflash.decode.picks import DraftPicks
 from alpamayo_dflash.decode.proposer import StaticBlock
-from alpamayo_dflash.decode.round_device import per_sample_slots, static_block
+from alpamayo_dflash.decode.round_device import static_block
 from alpamayo_dflash.decode.steps import State
 from alpamayo_dflash.decode.verify import Prefilled, Verifier
 from alpamayo_dflash.draft.heads import KINDS

@@ -27,7 +27,7 @@ from alpamayo_dflash.bench.window import Windows
 from alpamayo_dflash.common.artefacts import provenance, write_json
 from alpamayo_dflash.common.graphs import CapturedCall
 from alpamayo_dflash.common.machine import GpuMemory, current, gib
-from alpamayo_dflash.decode.round_device import per_sample_slots
+from alpamayo_dflash.decode.cache import per_sample_slots
 from alpamayo_dflash.target.formats import OPTIONS
 
 FP8: Final = "fp8"

@@ -22,6 +22,7 @@ from alpamayo_dflash.target.expert import ActionPrefix
 from alpamayo_dflash.target.vlm import Qwen3VLTarget
 
 _FIRST_TAIL_SLOTS = 256
+_SLOTS_MULTIPLE = 64
 
 
 class Cache:
@@ -194,6 +195,11 @@ class Cache:
         ]
         index = torch.tensor(rows, device=device)
         return ActionPrefix(self.keys[:, index], self.values[:, index], lengths, positions)
+
+
+def per_sample_slots(max_new_tokens: int, rows: int) -> int:
+    """Slots for a text of that length and the rows after it, rounded up so that shapes recur."""
+    return -(-(max_new_tokens + rows) // _SLOTS_MULTIPLE) * _SLOTS_MULTIPLE
 
 
 def _keep_last(out_XF: Tensor, states_NF: Tensor) -> None:

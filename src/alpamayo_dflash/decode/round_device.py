@@ -23,7 +23,7 @@ from alpamayo_dflash.common.graphs import CapturedCall, Recent
 from alpamayo_dflash.common.machine import uploaded
 from alpamayo_dflash.common.options import MOST_BLOCK
 from alpamayo_dflash.decode import steps
-from alpamayo_dflash.decode.cache import Cache
+from alpamayo_dflash.decode.cache import Cache, per_sample_slots
 from alpamayo_dflash.decode.config import Request, Sampling
 from alpamayo_dflash.decode.loop import NotFiniteError, Pass, Sample, Step
 from alpamayo_dflash.decode.noise import stream_keys
@@ -52,7 +52,6 @@ from alpamayo_dflash.target.expert_fused import DeviceTexts
 _FAILED, _UNSETTLED, _BROKEN, _ANCHOR = (
     steps.FIELDS.index(name) for name in ("failed", "unsettled", "broken", "anchor")
 )
-_SLOTS_MULTIPLE = 64
 _KEPT = 8
 """Rounds that are kept for their shapes to come again; each holds its buffers and its graph's memory."""
 
@@ -499,11 +498,6 @@ class DeviceRounds:
             slots=count * per_sample,
             sampling=request.sampling,
         )
-
-
-def per_sample_slots(max_new_tokens: int, rows: int) -> int:
-    """Slots for a text of that length and the rows after it, rounded up so that shapes recur."""
-    return -(-(max_new_tokens + rows) // _SLOTS_MULTIPLE) * _SLOTS_MULTIPLE
 
 
 def static_block(

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from alpamayo_dflash.common.options import MOST_BLOCK
-from alpamayo_dflash.decode.cache import ROOT
+from alpamayo_dflash.decode.cache import ROOT, per_sample_slots
 from alpamayo_dflash.decode.config import Request, Sampling
 from alpamayo_dflash.decode.loop import NotFiniteError, Pass, Sample, Step, same_texts
 from alpamayo_dflash.decode.noise import TokenNoise
@@ -57,7 +57,9 @@ class HostRound:
     ) -> None:
         """See Round."""
         target, self._everyone = self._verifier.target, samples
-        self._verifier.begin(prefilled, request.num_samples * (request.max_new_tokens + MOST_BLOCK))
+        # As many as on the device at one row width, since attention is cut by them.
+        slots = request.num_samples * per_sample_slots(request.max_new_tokens, MOST_BLOCK)
+        self._verifier.begin(prefilled, slots)
         self._logits_V, self._limit, self._span = prefilled.logits_V, request.max_new_tokens, observer.span
         key = prefilled.prompt.key
         noise = TokenNoise(request.seed, key, request.streams, target.vocab_size, target.device)
