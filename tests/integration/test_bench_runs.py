@@ -35,7 +35,7 @@ def test_a_small_run(tmp_path, capsys):
     assert written["floors"] == floors(written["raw"])
     assert written["spread"] == spread(written["raw"])
     picks = {f"picks_{kind}_head_over_verify" for kind in ("no", "bigram", "mlp", "gru")}
-    assert set(written["figures"]) == (set(FIGURES) | {"verify_1_over_floor"} | picks)
+    assert set(written["figures"]) == (set(FIGURES) | {"verify_1_over_floor", "verify_10_over_floor"} | picks)
     assert {"round_overhead", "decode_vs_transformers"} <= set(written["replayed"])
     assert written["lossless"]["passed"] and written["lossless"]["one_row_width"]["equal"] == 4
     reason = {"because": "transformers compiles nothing by itself on a device of type cpu"}
