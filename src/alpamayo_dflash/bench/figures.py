@@ -35,15 +35,14 @@ def figures(raw: Mapping[str, Any]) -> dict[str, float]:
     Args:
         raw: lists of milliseconds: `verify_ms` by rows, `draft_ms` by draft, `picks_ms` by its head on
             previous picks (older runs have none), `round_ms` by samples, `text_ms` by arm and samples,
-            `prefill_ms` by arm; `text_rounds`, passes after the first token, like `text_ms`; `round_rows`, a
-            sample's rows of a round (older runs have none, and `block_size` of them); `weight_bytes`, and the
-            list `read_bytes_per_s`.
+            `prefill_ms` by arm; `text_rounds`, passes after the first token, like `text_ms`; what
+            `round_rows` reads; `weight_bytes`, and the list `read_bytes_per_s`.
     """
     median, mean = statistics.median, statistics.fmean
     floor = raw["weight_bytes"] / median(raw["read_bytes_per_s"]) * 1e3
     verify, texts = raw["verify_ms"], raw["text_ms"]
     draft = median(next(iter(raw["draft_ms"].values())))
-    one_pass = median(verify[str(raw.get("round_rows", raw["block_size"]))])
+    one_pass = median(verify[str(round_rows(raw))])
     one, six = (median(raw["round_ms"][str(samples)]) for samples in (1, SIX))
     keys = {f"verify_{rows}_over_floor": median(times) / floor for rows, times in verify.items()}
     keys |= {
@@ -61,6 +60,11 @@ def figures(raw: Mapping[str, Any]) -> dict[str, float]:
     if texts.get("compiled_1"):
         keys["decode_vs_compiled"] = _text_over_ours(raw, "compiled_1")
     return {key: round(value, 4) for key, value in keys.items()}
+
+
+def round_rows(raw: Mapping[str, Any]) -> int:
+    """A sample's rows of a round; older runs do not say, and had as many as their block."""
+    return int(raw.get("round_rows", raw["draft_shape"]["block_size"]))
 
 
 def _picks_figures(raw: Mapping[str, Any], one_pass: float) -> dict[str, float]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alpamayo_dflash.bench.figures import format_parts, third_quartile
+from alpamayo_dflash.bench.figures import format_parts, round_rows, third_quartile
 
 _REPLAYED = "speculative, replayed"
 
@@ -212,7 +212,7 @@ def _part_works(raw: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     if "window_parts_ms" not in raw:
         return {}
     shape, draft, prompt = TextShape(**raw["shape"]), DraftShape(**raw["draft_shape"]), raw["prompt_tokens"]
-    round_ = draft_work(shape, draft, raw["draft_layers"], 1), pass_work(shape, prompt, _round_rows(raw))
+    round_ = draft_work(shape, draft, raw["draft_layers"], 1), pass_work(shape, prompt, round_rows(raw))
     return {
         "vision": (1, Work(raw["vision_bytes"], raw["vision_operations"])),
         "prompt": (1, prefill_work(shape, prompt)),
@@ -240,7 +240,7 @@ def _row(rates: Rates, what: str, arm: str, measured: float, *works: tuple[float
 def _lines(raw: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     """What was timed, by which arm, how long it took, and its work."""
     shape, draft = TextShape(**raw["shape"]), DraftShape(**raw["draft_shape"])
-    prompt, round_rows = raw["prompt_tokens"], _round_rows(raw)
+    prompt, rows_each = raw["prompt_tokens"], round_rows(raw)
     median, mean = statistics.median, statistics.fmean
     vision = Work(raw["vision_bytes"], raw["vision_operations"])
     for arm, times in raw["vision_ms"].items():
@@ -255,7 +255,7 @@ def _lines(raw: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     first, _ = draft_of(next(iter(raw["draft_ms"])))
 
     def round_work(samples: int) -> tuple[Work, Work]:
-        return draft_work(shape, draft, first, samples), pass_work(shape, prompt, samples * round_rows)
+        return draft_work(shape, draft, first, samples), pass_work(shape, prompt, samples * rows_each)
 
     for samples, times in raw["round_ms"].items():
         yield (
@@ -276,11 +276,6 @@ def _lines(raw: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         one = pass_work(shape, prompt, samples)
         yield what, arm, mean(times), (passes, one)
         yield _of("one token", samples), arm, mean(times) / passes, (1, one)
-
-
-def _round_rows(raw: Mapping[str, Any]) -> int:
-    """A sample's rows of a round; older runs had as many as their block."""
-    return int(raw.get("round_rows", raw["draft_shape"]["block_size"]))
 
 
 def draft_of(name: str) -> tuple[int, int]:

@@ -311,6 +311,7 @@ class _Study:
         from alpamayo_dflash.clips.lists import parse_chunks
         from alpamayo_dflash.clips.source import ClipSource
         from alpamayo_dflash.decode.config import DecodeConfig, Sampling
+        from alpamayo_dflash.decode.round_device import rows_of_sample
         from alpamayo_dflash.decode.stops import stop_rules
         from alpamayo_dflash.target.alpamayo import open_target
 
@@ -343,7 +344,7 @@ class _Study:
             "temperature": drawn.temperature,
             "top_p": drawn.top_p,
             "block_size": demo.block_size,
-            "round_rows": demo.block_size + stop_rules(self.target, DecodeConfig()).most_forced,
+            "round_rows": rows_of_sample(demo.block_size, stop_rules(self.target, DecodeConfig())),
             "decoding_seeds": DECODING_SEEDS,
             "validation_seeds": VALIDATION_SEEDS,
             "epochs": config.epochs,

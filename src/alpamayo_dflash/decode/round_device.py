@@ -426,6 +426,11 @@ class DeviceRound:
             self._capturing = False
 
 
+def rows_of_sample(block: int, rules: StopRules) -> int:
+    """W where passes are as wide as they come: the block's rows, and those of end marks beyond it."""
+    return min(block + rules.most_forced, MOST_BLOCK) if block > 1 else block
+
+
 class DeviceRounds:
     """Owns the rounds of a decoder: makes one for each shape, keeps it, lets all go.
 
@@ -461,7 +466,7 @@ class DeviceRounds:
     def sample_rows(self) -> int:
         """W: a sample's rows in a pass."""
         block, row_width = self._proposers.block, self._verifier.row_width
-        rows = min(block + self._rules.most_forced, MOST_BLOCK) if block > 1 else block
+        rows = rows_of_sample(block, self._rules)
         # End marks take no pass of their own.
         return rows if row_width is None else min(rows, -(-block // row_width) * row_width)
 

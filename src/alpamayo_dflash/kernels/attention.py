@@ -191,7 +191,7 @@ class Plan:
         stretches: programs that share the prompt.
         warps: of a program.
         stages: of its loads.
-        tail: slots of a tail stretch.
+        tail: slots of a tail stretch; 0 where `plan_of` makes all stretches one wave of programs.
     """
 
     rows: int
@@ -217,12 +217,10 @@ class Plan:
 _PLANS = {
     16: Plan(16, 32, 32, 4, 3),
     64: Plan(64, 64, 12, 4, 3),
-    512: Plan(64, 64, 12, 4, 3),
+    512: Plan(64, 64, 12, 4, 3, tail=0),
     1024: Plan(64, 64, 3, 4, 3, tail=768),
 }
 """By the most folded rows (rows times query heads of a KV head) that a plan is for; the last for all more."""
-_DIVIDED = range(65, 513)
-"""Folded rows whose stretches are made to be one wave of programs."""
 _WAVE = 264
 """Programs of 64 folded rows that an H100 or H200 runs at once."""
 _PROMPT = 3072
@@ -243,7 +241,7 @@ def plan_of(folded: int, kv_heads: int, slots: int, *, dim: int, available: int)
     """
     plan = next((plan for most, plan in _PLANS.items() if folded <= most), _PLANS[max(_PLANS)])
     plan = plan.fitted(dim, available)
-    if folded not in _DIVIDED:
+    if plan.tail:
         return plan
     count = max(2, _WAVE // (kv_heads * -(-folded // plan.rows)))
 
