@@ -7,7 +7,7 @@ language half, and its inputs are of a made-up window. With a model of yours the
 `Qwen3VLForConditionalGeneration.from_pretrained(...)` and what its processor returns.
 """
 
-import sys
+import argparse
 
 import numpy as np
 
@@ -31,8 +31,11 @@ def loaded() -> tuple:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("draft")
+    given = parser.parse_args()
     model, tokenizer, inputs = loaded()
-    decoder = accelerate(model, DFlashDraft.from_pretrained(sys.argv[1]), tokenizer=tokenizer)
+    decoder = accelerate(model, DFlashDraft.from_pretrained(given.draft), tokenizer=tokenizer)
     prompt = decoder.target.prompt_from_inputs(inputs, key="someone's@0")
     ours = decoder.generate(prompt, temperature=0.0)
     tokens = ours.token_ids[0]

@@ -6,15 +6,19 @@ CLIPS is a folder of clips in the dataset's layout (`alpamayo-dflash world --out
 draft's folder (`examples/train_draft.py` makes one).
 """
 
-import sys
+import argparse
 
 from alpamayo_dflash import Alpamayo, ClipSource, DFlashDraft, SpeculativeDecoder
 
 if __name__ == "__main__":
-    source = ClipSource(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("clips")
+    parser.add_argument("draft")
+    given = parser.parse_args()
+    source = ClipSource(given.clips)
     window = source.window(source.clip_ids()[0])
     target = Alpamayo.from_pretrained("tiny")
-    draft = DFlashDraft.from_pretrained(sys.argv[2])
+    draft = DFlashDraft.from_pretrained(given.draft)
     plain = SpeculativeDecoder(target).generate(window, temperature=0.6, seed=0)
     drafted = SpeculativeDecoder(target, draft).generate(window, temperature=0.6, seed=0)
     if drafted.token_ids != plain.token_ids:

@@ -21,7 +21,7 @@ previous picks (`examples/train_draft.py` makes one).
 Shapes: V vocabulary, b block size.
 """
 
-import sys
+import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -215,7 +215,12 @@ def check_decoder(decoder: SpeculativeDecoder, prefilled: Prefilled, texts: list
 
 
 if __name__ == "__main__":
-    rules = table(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 4000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("clips")
+    parser.add_argument("draft")
+    parser.add_argument("draws", type=int, nargs="?", default=4000)
+    given = parser.parse_args()
+    rules = table(given.clips, given.draft, given.draws)
     print(f"{'rule':<20}{'tokens a pass':>15}{'p-value':>12}")
     for row in rules:
         print(f"{row['rule']:<20}{row['tokens_a_pass']:>15.2f}{row['p_value']:>12.2g}")

@@ -1,10 +1,12 @@
 """A proposer of one's own: after a sample's last words it offers what followed them in texts seen before.
 
-Whatever it offers, the text stays the target's own; a good guess saves passes. Run it with a folder of clips
-in the dataset's layout (`alpamayo-dflash world --out` makes such) and their ids.
+    python examples/own_proposer.py CLIPS CLIP...
+
+Whatever it offers, the text stays the target's own; a good guess saves passes. CLIPS is a folder of clips in
+the dataset's layout (`alpamayo-dflash world --out CLIPS` makes such), CLIP the id of one.
 """
 
-import sys
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,9 +33,13 @@ class SeenBefore(Listed):
 
 
 if __name__ == "__main__":
-    seen, source = SeenBefore(), ClipSource(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("clips")
+    parser.add_argument("clip", nargs="+")
+    given = parser.parse_args()
+    seen, source = SeenBefore(), ClipSource(given.clips)
     decoder = SpeculativeDecoder(Alpamayo.from_pretrained("tiny"), proposers=[seen])
-    for clip in sys.argv[2:]:
+    for clip in given.clip:
         result = decoder.generate(source.window(clip), temperature=0.0)
         seen.texts += result.token_ids
         print(f"{result.coc[0]} ({result.acceptance_length:.2f} tokens a pass)")

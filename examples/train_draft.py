@@ -8,7 +8,7 @@ chunks 0 and 1 (`alpamayo-dflash world --out CLIPS --num-chunks 2 --clips-per-ch
 thousands of clips (`docs/training.md`).
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from alpamayo_dflash import Alpamayo, ClipSource, DFlashDraft, SpeculativeDecoder
@@ -22,12 +22,17 @@ SMALL = {"num_draft_layers": 1, "previous_head": "none", "held_out_chunks": "1"}
 SHORT = {"num_epochs": 5, "batch_size": 64, "learning_rate": 3e-3}
 
 if __name__ == "__main__":
-    checkpoint, clips, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    distill(DistillConfig(checkpoint, clips, out / "data", target_layers="1,2,4,6", samples_per_clip=6))
-    trained = train(TrainConfig.flat(checkpoint, out / "data", out / "train", **SMALL, **SHORT))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("target")
+    parser.add_argument("clips", type=Path)
+    parser.add_argument("out", type=Path)
+    given = parser.parse_args()
+    target, data = given.target, given.out / "data"
+    distill(DistillConfig(target, given.clips, data, target_layers="1,2,4,6", samples_per_clip=6))
+    trained = train(TrainConfig.flat(target, data, given.out / "train", **SMALL, **SHORT))
     draft = DFlashDraft.from_pretrained(trained["draft"])
-    source = ClipSource(clips)
-    decoder = SpeculativeDecoder(Alpamayo.from_pretrained(checkpoint), draft)
+    source = ClipSource(given.clips)
+    decoder = SpeculativeDecoder(Alpamayo.from_pretrained(target), draft)
     result = decoder.generate(source.window(source.clip_ids([1])[0]), seed=0)
     print(f"{trained['steps']} steps; on a held-out clip {result.acceptance_length:.2f} tokens a pass:")
     print(result.coc[0])

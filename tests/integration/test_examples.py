@@ -101,6 +101,16 @@ def test_the_example(check, capsys, clips, trained):
     check(capsys=capsys, clips=clips, trained=trained)
 
 
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"own_cameras"}))
+def test_an_example_without_its_arguments_names_them(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(name, capsys)
+    told = capsys.readouterr().err
+    wanted = re.search(rf"python examples/{name}.py (\w+)", (FOLDER / f"{name}.py").read_text())
+    assert ended.value.code == 2
+    assert f"{name}.py: error: the following arguments are required: {wanted[1].lower()}" in told
+
+
 def test_every_example_is_run_and_named():
     assert sorted(check.__name__ for check in CHECKS) == EXAMPLES
     named = re.findall(r"\]\((\w+)\.py\)", (FOLDER / "README.md").read_text())
