@@ -1,5 +1,6 @@
 """Training that decodes held-out clips: the command's own decoding, held to the simulated walk."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,13 +8,22 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alpamayo_dflash.cli import real_acceptance
+from alpamayo_dflash.clips.source import ClipSource
 from alpamayo_dflash.common import machine
 from alpamayo_dflash.common.artefacts import read_json
+from alpamayo_dflash.decode.config import DecodeConfig
+from alpamayo_dflash.decode.decoder import SpeculativeDecoder
+from alpamayo_dflash.decode.observer import Recorder
 from alpamayo_dflash.distill.config import DistillConfig
+from alpamayo_dflash.distill.data import DistillData
 from alpamayo_dflash.distill.run import run as distill
 from alpamayo_dflash.draft.model import DFlashDraft
+from alpamayo_dflash.target.alpamayo import Alpamayo
+from alpamayo_dflash.target.checkpoint import read_target
 from alpamayo_dflash.train import run as train_run
 from alpamayo_dflash.train.config import TrainConfig
+from alpamayo_dflash.train.data import BlockData
+from alpamayo_dflash.train.expected import expect
 from alpamayo_dflash.train.run import run
 from alpamayo_dflash.world.config import WorldConfig
 from alpamayo_dflash.world.run import run as write_world
@@ -86,10 +96,39 @@ def test_the_best_draft_is_the_best_at_temperature_0_6(trained, made):
     # Decoding leaves the run as it is: without it the numbers are the same.
     plain = run(options(made, made / "plain", real_acceptance=None))
     assert plain["losses"] == trained["losses"]
-    assert plain["chosen_by"] == "simulated acceptance"
+    assert plain["chosen_by"] == "expected acceptance"
+    assert plain["acceptance_length"] == max(
+        entry["expected_acceptance_length"] for entry in plain["evaluations"]
+    )
     assert [entry["passes"] for entry in plain["evaluations"]] == [
         entry["passes"] for entry in trained["evaluations"]
     ]
+
+
+def test_decoding_accepts_what_drawn_responses_let_expect(trained, made, tmp_path):
+    """Passes that wrote these very responses, each sample's own, without the rules for a sentence's end."""
+    config = DistillConfig("tiny", made / "world", tmp_path / "data", target_layers="2,4,6", chunks="1")
+    distill(replace(config, samples_per_clip=25, seed=1))
+    data, target = DistillData(tmp_path / "data"), Alpamayo.from_pretrained("tiny")
+    drawn = [sample for sample in data.samples if sample.temperature > 0]
+    draft = DFlashDraft.from_pretrained(made / "first" / "draft")
+    frozen = read_target("tiny", local_files_only=True)
+    draft.bind(frozen.embedding, frozen.head, frozen.num_layers)
+    blocks = BlockData(data, drawn, draft.config, teacher=True, unlabelled=target.traj_ids, cache_bytes=2**28)
+    expected = expect(draft, blocks)
+
+    # In the device's rounds, where samples of one prompt do not find each other's proposals.
+    source, alone = ClipSource(made / "world"), DecodeConfig(loop="device", sentence_end="off")
+    decoder = SpeculativeDecoder(target, draft, alone)
+    tokens, passes = 0, 0
+    for clip in {sample.clip_id: sample for sample in drawn}.values():
+        recorder, prompt = Recorder(), target.prompt(source.window(clip.clip_id, clip.t0_us))
+        options = {"num_traj_samples": 24, "seed": clip.seed, "temperature": 0.6, "trajectories": False}
+        decoder.generate(prompt, observer=recorder, **options)
+        tokens += sum(len(part.emitted) for trace in recorder.rounds for part in trace.samples)
+        passes += sum(len(trace.samples) for trace in recorder.rounds)
+    assert tokens == expected.tokens
+    assert expected.length == pytest.approx(tokens / passes, rel=0.04) and expected.length > 1.3
 
 
 def test_a_difference_is_reported_with_its_first_place(trained, made, tmp_path, monkeypatch, capsys):

@@ -59,8 +59,10 @@ def test_a_toy_is_learnt_to_nearly_the_longest_acceptance(made, tmp_path):
     assert result["held_out"] == {"clips": 10, "responses": 10, "too_short": 0, "greedy": True}
     assert result["train"]["clips"] == 30
     assert result["steps"] == 40 * result["steps_per_epoch"]
-    best = max(entry["acceptance_length"] for entry in result["evaluations"])
-    assert result["acceptance_length"] == best
+    expected = {entry["step"]: entry["expected_acceptance_length"] for entry in result["evaluations"]}
+    assert result["acceptance_length"] == max(expected.values()) == expected[result["best_step"]]
+    assert result["chosen_by"] == "expected acceptance"
+    assert max(entry["acceptance_length"] for entry in result["evaluations"]) > 0.9 * perfect
     assert read_json(tmp_path / "out" / "train.json") == result
     assert list((tmp_path / "out" / "logs").glob("events*"))
 
@@ -239,6 +241,21 @@ def test_a_training_from_before_options_stood_by_component(made, tmp_path):
         run(config)
 
 
+def test_a_training_whose_best_was_chosen_otherwise_does_not_continue(made, tmp_path):
+    config = options(made, tmp_path / "out", num_epochs=1)
+    run(config)
+    path = tmp_path / "out" / "checkpoint" / "trainer.json"
+    state = read_json(path)
+    for entry in state["progress"]["evaluations"]:
+        del entry["expected_acceptance_length"]
+    path.write_text(json.dumps(state))
+    assert run(config)["nothing_to_do"]
+    state["progress"]["step"] -= 1
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"lack expected_acceptance_length, .* --resume never to start over"):
+        run(config)
+
+
 @HAS_MUON
 def test_a_checkpoint_of_another_optimizer_does_not_continue(made, tmp_path):
     config = options(made, tmp_path / "out", num_epochs=1, optimizer="muon")
@@ -389,6 +406,9 @@ def test_one_process_two_and_one_again_take_the_steps_of_one(made, tmp_path, mon
     assert [entry["tokens"] for entry in parts["evaluations"]] == [
         entry["tokens"] for entry in whole["evaluations"]
     ]
+    for found, expected in zip(parts["evaluations"], whole["evaluations"], strict=True):
+        pair = (each["expected_acceptance_length"] for each in (found, expected))
+        assert next(pair) == pytest.approx(next(pair), rel=1e-2), found["step"]
     with pytest.raises(
         ValueError, match=r"96 blocks a step on all processes \(1\), not with 48 on each of 1"
     ):
@@ -421,7 +441,7 @@ def test_training_goes_on_from_a_draft(made, tmp_path):
             made, tmp_path / "second", init_from=first["draft"], num_draft_layers=None, learning_rate=1e-5
         )
     )
-    assert second["evaluations"][0]["acceptance_length"] == first["acceptance_length"]
+    assert second["evaluations"][0]["expected_acceptance_length"] == first["acceptance_length"]
     wider = run(
         options(
             made,
@@ -442,7 +462,7 @@ def test_a_head_on_previous_picks_is_trained_kept_and_let_go(made, tmp_path, kin
     with_head = {"num_epochs": 2, "num_draft_layers": None, "previous_size": 8, "loss_type": "kl"}
     grown = run(options(made, tmp_path / "grown", init_from=plain["draft"], previous_head=kind, **with_head))
     # A new head adds nothing yet, so the first look finds the draft as it was.
-    assert grown["evaluations"][0]["acceptance_length"] == plain["acceptance_length"]
+    assert grown["evaluations"][0]["expected_acceptance_length"] == plain["acceptance_length"]
     assert grown["losses"][-1]["kl"] < grown["losses"][0]["kl"]
     moved = weights(tmp_path / "grown" / "checkpoint")
     names = {name for name in moved if name.startswith("previous.")}

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import TopPLogitsWarper
 
+from alpamayo_dflash.common.nucleus import nucleus
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.noise import token_noise
-from alpamayo_dflash.decode.sampling import choose, distribution, mask_bias, nucleus
+from alpamayo_dflash.decode.sampling import choose, distribution, mask_bias
 
 
 def nucleus_by_definition(row, top_p):

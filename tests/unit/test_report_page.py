@@ -103,7 +103,8 @@ def demo(folder: Path) -> Path:
     written(folder / "layers", scores | {"target_layers": [1, 2]}, "layers.json")
     entries = [
         {"step": 0, "acceptance_length": 1.0, "real_acceptance_length": 1.1},
-        {"step": 10, "acceptance_length": 3.0, "real_acceptance_length": 2.9},
+        {"step": 10, "acceptance_length": 3.0, "expected_acceptance_length": 2.8}
+        | {"real_acceptance_length": 2.9},
     ]
     losses = [{"step": 5, "ce": 2.0, "kl": 1.0, "gradient_norm": 3.0, "learning_rate": 0.1}]
     written(folder / "train", {"evaluations": entries, "losses": losses, "best_step": 10}, "train.json")
@@ -330,10 +331,11 @@ def test_the_layers_that_are_tapped_are_marked(tmp_path: Path) -> None:
     assert lines is not None and lines[1].count("<line") == 2
 
 
-def test_simulated_and_real_acceptance_are_drawn(tmp_path: Path) -> None:
+def test_simulated_expected_and_real_acceptance_are_drawn(tmp_path: Path) -> None:
     table = measures.training_acceptance(read_runs([demo(tmp_path / "a")]))
     kinds = {(each["kind"], each["step"]): (each["length"], each["best"]) for each in table.objects()}
     assert kinds[("simulated", 10)] == (3.0, True) and kinds[("real, sampled", 0)] == (1.1, False)
+    assert kinds[("expected, sampled", 10)] == (2.8, True)
     assert {each["loss"] for each in measures.losses(read_runs([tmp_path / "a"])).objects()} == {"ce", "kl"}
 
 

@@ -257,6 +257,16 @@ def test_a_training_before_its_first_checkpoint(tmp_path):
     assert not (tmp_path / "checkpoint").exists()
 
 
+def test_the_best_draft_so_far_is_what_the_trainer_chooses_by(tmp_path):
+    at_work(tmp_path, since=time.time() - 5)
+    with Live(tmp_path / "logs", total_steps=8, first_step=0) as monitor:
+        for step, simulated, expected in ((0, 1.0, 1.0), (2, 5.0, 4.0), (4, 4.5, 4.5)):
+            monitor.evaluated(held_out(step, simulated) | {"expected_acceptance_length": expected})
+    reading = only(tmp_path).reading
+    assert reading.curves["acceptance, expected, sampled"] == (1.0, 4.0, 4.5)
+    assert (reading.figures["best_step"], reading.figures["best_acceptance_length"]) == (4, 4.5)
+
+
 def test_a_training_between_checkpoints_and_taken_up_again(tmp_path):
     config = TrainConfig.flat("tiny", tmp_path / "data", tmp_path)
     write_checkpoint(tmp_path / "checkpoint", config)  # of step 1 of 4

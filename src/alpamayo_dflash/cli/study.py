@@ -314,6 +314,7 @@ class _Study:
         from alpamayo_dflash.decode.round_device import rows_of_sample
         from alpamayo_dflash.decode.stops import stop_rules
         from alpamayo_dflash.target.alpamayo import open_target
+        from alpamayo_dflash.train.trainer import EXPECTED
 
         self.config = config
         demo = DemoConfig(
@@ -348,6 +349,7 @@ class _Study:
             "decoding_seeds": DECODING_SEEDS,
             "validation_seeds": VALIDATION_SEEDS,
             "epochs": config.epochs,
+            "chosen_by": EXPECTED,
         }
         self.results: dict[str, Any] = {**settings, "units": {}}
         if config.results.exists():
@@ -401,7 +403,7 @@ class _Study:
             "steps": trained["steps"],
             "best_step": trained["best_step"],
             "parameters": trained["parameters"],
-            "simulated_acceptance_length": trained["acceptance_length"],
+            "expected_acceptance_length": trained["acceptance_length"],
             "train_s": round(seconds, 1),
             **self._measured(DFlashDraft.from_pretrained(options.run.output_dir / "draft")),
         }

@@ -25,7 +25,7 @@ class Monitor:
         """A log entry: step, gradient_norm, learning_rate and, by these names, losses."""
 
     def evaluated(self, entry: dict[str, Any]) -> None:
-        """An evaluation: step, acceptance_length, tokens, passes; where clips were decoded `real_…` too."""
+        """An evaluation: step, acceptance_length, tokens, passes, and `expected_…` and `real_…` if any."""
 
 
 class Live(Monitor):
@@ -75,6 +75,8 @@ class Live(Monitor):
     def evaluated(self, entry: dict[str, Any]) -> None:
         """Show and log the acceptance lengths, and say where simulated and real ones part."""
         shown = f"acceptance {entry['acceptance_length']:.2f}"
+        if "expected_acceptance_length" in entry:
+            shown += f" expected {entry['expected_acceptance_length']:.2f}"
         if "real_acceptance_length" in entry:
             shown += f" real {entry['real_acceptance_length']:.2f}"
         self._bar.update(self._task, acceptance=shown)

@@ -1,7 +1,6 @@
 """From logits to tokens: mask, temper, cut the nucleus, add noise, take the arg max.
 
-One nucleus predicate holds everywhere: a token is in if the mass of strictly more probable tokens is below
-top_p, so equally probable tokens are in or out together. The same functions serve target and draft.
+One nucleus predicate holds everywhere (`common/nucleus.py`). The same functions serve target and draft.
 
 Shapes: R rows, V vocabulary (of the target, or of a draft's reduced head).
 """
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alpamayo_dflash.common.nucleus import nucleus
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.noise import TokenNoise, row_noise, without_noise
 
@@ -32,18 +32,6 @@ def mask_bias(masked: range, vocab_size: int, token_ids: Tensor | None = None) -
     ids = torch.arange(vocab_size, device="cpu") if token_ids is None else token_ids
     hidden = (ids >= masked.start) & (ids < masked.stop)
     return torch.zeros(ids.shape, dtype=torch.float32, device=ids.device).masked_fill_(hidden, float("-inf"))
-
-
-def nucleus(probabilities_RV: Tensor, top_p: float) -> Tensor:
-    """Return bool [R, V]: the tokens for which the mass of strictly more probable tokens is below top_p."""
-    if top_p >= 1:
-        return torch.ones_like(probabilities_RV, dtype=torch.bool)
-    ranked = probabilities_RV.sort(dim=-1, descending=True).values
-    before = torch.nn.functional.pad(ranked.cumsum(-1)[..., :-1], (1, 0))
-    # A tie's first member decides for all of it, and it is the last to pass if any passes: so the nucleus
-    # is everything at least as probable as the last rank that passes.
-    last = (before < top_p).sum(-1, keepdim=True).clamp_min(1) - 1
-    return probabilities_RV >= ranked.gather(-1, last)
 
 
 def distribution(logits_RV: Tensor, bias_V: Tensor, sampling: Sampling) -> Tensor:

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from alpamayo_dflash.common.nucleus import nucleus
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.observer import PlaceScores
-from alpamayo_dflash.decode.sampling import mask_bias, nucleus
+from alpamayo_dflash.decode.sampling import mask_bias
 
 TOP = 8
 """How many of the likeliest tokens are named."""

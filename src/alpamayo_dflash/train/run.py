@@ -70,8 +70,8 @@ def run(config: TrainConfig, open_evaluate: OpenEvaluate | None = None) -> dict[
 
     Returns:
         what `train.json` holds: the draft's folder, the acceptance length of the best draft (`chosen_by` says
-        which: simulated or real) and of every evaluation, losses, counts of clips, responses and blocks, and
-        provenance.
+        which: simulated, expected or real) and of every evaluation, losses, counts of clips, responses and
+        blocks, and provenance.
 
     Raises:
         ValueError: data, target, draft and options do not fit each other, a file is missing or corrupt, or
@@ -281,6 +281,8 @@ def _trainer(
     teacher = config.loss.needs_teacher
     blocks = BlockData(data, train, draft.config, teacher=teacher, unlabelled=unlabelled, cache_bytes=cached)
     walked = BlockData(data, held_out, draft.config, teacher=False, unlabelled=range(0), cache_bytes=cached)
+    hot = [sample for sample in rest if sample.temperature > 0 and len(sample.token_ids) > 1]
+    drawn = BlockData(data, hot, draft.config, teacher=True, unlabelled=unlabelled, cache_bytes=cached)
 
     def save_best(best: DFlashDraft) -> None:
         record = provenance(config, started, parents, device=processes.device)
@@ -291,6 +293,7 @@ def _trainer(
         draft,
         train=blocks,
         held_out=walked,
+        drawn=drawn if hot else None,
         masked_ids=target.traj_ids,
         processes=processes,
         parents=parents,
@@ -389,7 +392,7 @@ def _result(trainer: Trainer, counts: dict[str, Any], started: float) -> dict[st
     return {
         "draft": str(config.run.output_dir / "draft"),
         "acceptance_length": progress.best_length,
-        "chosen_by": "simulated acceptance" if trainer.evaluate is None else "real acceptance",
+        "chosen_by": trainer.choice,
         "best_step": progress.best_step,
         "steps": progress.step,
         "steps_per_epoch": trainer.steps_per_epoch,

@@ -19,6 +19,7 @@ from alpamayo_dflash.train.accept import counts_of, simulate
 from alpamayo_dflash.train.checkpoint import load_training, save_training
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.data import BlockBatch, BlockData, Blocks, step_count, step_share
+from alpamayo_dflash.train.expected import MOST_RESPONSES, expect
 from alpamayo_dflash.train.feed import batches_on
 from alpamayo_dflash.train.loss import BlockLoss
 from alpamayo_dflash.train.optimizer import (
@@ -37,7 +38,7 @@ class Progress:
 
     Attributes:
         step: steps done.
-        best_length: acceptance length of the best draft so far, simulated or, where clips are decoded, real.
+        best_length: acceptance length of the best draft so far, by the trainer's `choice`.
         best_step: the step it was found at; −1 before the first evaluation.
         evaluations: step, epoch and counts of every evaluation.
         losses: step, the loss's terms, the gradient's norm and the learning rate at every log entry; with a
@@ -49,6 +50,15 @@ class Progress:
     best_step: int = -1
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     losses: list[dict[str, Any]] = field(default_factory=list)
+
+
+REAL, EXPECTED, SIMULATED = "real acceptance", "expected acceptance", "simulated acceptance"
+CHOICES = {
+    REAL: "real_acceptance_length",
+    EXPECTED: "expected_acceptance_length",
+    SIMULATED: "acceptance_length",
+}
+"""What the best draft may be chosen by, and the number of an evaluation that it is."""
 
 
 class FirstFault:
@@ -90,6 +100,7 @@ class Trainer:
         *,
         train: BlockData,
         held_out: BlockData,
+        drawn: BlockData | None = None,
         masked_ids: range,
         processes: Processes,
         parents: Mapping[str, str],
@@ -103,17 +114,20 @@ class Trainer:
             draft: bound, on this process's device.
             train: responses to train on.
             held_out: responses to walk through.
+            drawn: held-out responses that were drawn at a temperature, with the target's logits; the best
+                draft is then chosen by what it is expected to accept of them.
             masked_ids: ids that are never proposed.
             processes: this process among the run's.
             parents: hashes of what the draft is made from; checkpoints keep them.
             save_best: writes the draft's folder.
-            evaluate: decodes held-out clips with the draft; the best draft is then chosen by what it gives at
-                temperature 0.6. Only the first process calls it, but all are to have one or none.
+            evaluate: decodes held-out clips with the draft; the best draft is then chosen by what that gives
+                at temperature 0.6. Only the first process calls it, but all are to have one or none.
 
         Raises:
             ValueError: there are fewer blocks than processes, or the warm-up is no shorter than the run.
         """
-        self.config, self.draft, self.train, self.held_out = config, draft, train, held_out
+        self.config, self.draft, self.train = config, draft, train
+        self.held_out, self.drawn = held_out, drawn
         self.masked_ids, self.processes, self.save_best = masked_ids, processes, save_best
         self.evaluate = evaluate
         self.parents = dict(parents)
@@ -139,10 +153,16 @@ class Trainer:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: it belongs to another draft or to a run of another length, or is corrupt.
+            ValueError: it belongs to another draft or to a run of another length, chose its best draft by
+                something else, or is corrupt.
         """
         if total_steps != self.total_steps:
             raise ValueError(f"{folder}: of a run of {total_steps} steps; this one has {self.total_steps}")
+        if any(CHOICES[self.choice] not in entry for entry in progress.evaluations):
+            raise ValueError(
+                f"{folder}: its evaluations lack {CHOICES[self.choice]}, by which the best draft is chosen; "
+                "go on with the version that made it, use another output_dir, or --resume never to start over"
+            )
         load_training(folder, self.draft, self.optimizer)
         self.progress = progress
 
@@ -228,6 +248,13 @@ class Trainer:
         return torch.cat((report, norm[None]))
 
     @property
+    def choice(self) -> str:
+        """What the best draft is chosen by, a key of `CHOICES`."""
+        if self.evaluate is not None:
+            return REAL
+        return SIMULATED if self.drawn is None else EXPECTED
+
+    @property
     def shares(self) -> dict[str, float]:
         """Weight of each term of the loss at the present step."""
         start, end = self.config.loss.ce_weight_start, self.config.loss.ce_weight_end
@@ -252,8 +279,7 @@ class Trainer:
     def _evaluate(self, monitor: Monitor) -> None:
         """Walk through the held-out responses, decode if asked to, and keep the draft if it is the best."""
         processes, progress = self.processes, self.progress
-        mine = torch.arange(processes.rank, len(self.held_out), processes.world_size)
-        counts = counts_of(simulate(self.draft, self.held_out, self.masked_ids, mine))
+        counts = counts_of(simulate(self.draft, self.held_out, self.masked_ids, self._share(self.held_out)))
         both = torch.tensor([counts.tokens, counts.passes], device=processes.device)
         tokens, passes = processes.add(both).tolist()
         entry = {
@@ -263,14 +289,30 @@ class Trainer:
             "tokens": tokens,
             "passes": passes,
         }
-        entry |= self._decoded()
-        length = entry.get("real_acceptance_length", entry["acceptance_length"])
+        entry |= self._expected() | self._decoded()
+        length = entry[CHOICES[self.choice]]
         progress.evaluations.append(entry)
         monitor.evaluated(entry)
         if length > progress.best_length:
             progress.best_length, progress.best_step = length, progress.step
             if processes.first:
                 self.save_best(self.draft)
+
+    def _share(self, data: BlockData, most: int | None = None) -> Tensor:
+        """This process's part of some responses: of all, or of so many that lie evenly among them."""
+        places = torch.arange(len(data))
+        if most is not None and len(data) > most:
+            places = torch.arange(most) * len(data) // most
+        return places[self.processes.rank :: self.processes.world_size]
+
+    def _expected(self) -> dict[str, Any]:
+        """What drawn responses let expect; nothing where there are none."""
+        if self.drawn is None:
+            return {}
+        counts = expect(self.draft, self.drawn, self._share(self.drawn, MOST_RESPONSES))
+        both = torch.tensor([counts.tokens, counts.passes], dtype=torch.float64, device=self.processes.device)
+        tokens, passes = self.processes.add(both).tolist()
+        return {"expected_acceptance_length": tokens / max(passes, 1.0)}
 
     def _decoded(self) -> dict[str, Any]:
         """What decoding held-out clips gives, on every process; nothing where nobody decodes."""

@@ -192,7 +192,7 @@ def training_figures(runs: Sequence[Run]) -> list[Figure]:
             "training-acceptance",
             measures.training_acceptance(runs),
             _training_acceptance(several),
-            "Lines: simulated and real acceptance length over steps.",
+            "Lines: simulated, expected and real acceptance length over steps.",
         ),
     ]
     return [figure for figure in found if figure.table.rows]

@@ -372,6 +372,7 @@ def errors(runs: Sequence[Run]) -> DataTable:
 _NO_LOSSES = frozenset(("step", "gradient_norm", "learning_rate", "labels_outside_vocab"))
 _LENGTHS = {
     "acceptance_length": "simulated",
+    "expected_acceptance_length": "expected, sampled",
     "real_acceptance_length": "real, sampled",
     "real_greedy_acceptance_length": "real, greedy",
 }
@@ -395,7 +396,7 @@ def losses(runs: Sequence[Run]) -> DataTable:
 
 
 def training_acceptance(runs: Sequence[Run]) -> DataTable:
-    """The acceptance lengths over training, simulated and real."""
+    """The acceptance lengths over training: simulated, expected and real."""
     objects: _Objects = []
     for run in runs:
         training = run.training or {}

@@ -27,6 +27,7 @@ class _Scores(TypedDict):
 class _Evaluation(TypedDict):
     step: int
     acceptance_length: float | None
+    expected_acceptance_length: NotRequired[float | None]
     real_acceptance_length: NotRequired[float | None]
     real_greedy_acceptance_length: NotRequired[float | None]
 

@@ -40,6 +40,7 @@ _Curves = dict[str, dict[int, float]]
 _NO_LOSSES = frozenset(("step", "gradient_norm", "learning_rate", "labels_outside_vocab"))
 _ACCEPTANCE = {
     "acceptance_length": "acceptance, simulated",
+    "expected_acceptance_length": "acceptance, expected, sampled",
     "real_acceptance_length": "acceptance, real, sampled",
     "real_greedy_acceptance_length": "acceptance, real, greedy",
 }
@@ -142,8 +143,9 @@ def _held_out(curves: _Curves, name: str) -> dict[int, float]:
 
 def _best(curves: _Curves) -> _Kept | None:
     """The best draft so far by what was logged, chosen as the trainer does."""
-    found = _held_out(curves, "real_acceptance_length") or _held_out(curves, "acceptance_length")
-    if not found:
+    choices = (_held_out(curves, f"{kind}acceptance_length") for kind in ("real_", "expected_", ""))
+    found = next(filter(None, choices), None)
+    if found is None:
         return None
     step = max(found, key=lambda each: (found[each], -each))
     return _Kept(0, 0, step, found[step], {})
