@@ -47,6 +47,8 @@ def test_of_the_target_only_what_is_stored_counts():
     first = agreement(p, q, p[:, 0], q[:, 0])
     assert float(first) == pytest.approx(1 / (0.7 + 0.35 + 0.35))
     assert float(agreement(p, q, p[:, 0], torch.zeros(1))) == 0
+    twice = torch.tensor([[0.7, 0.3, 0.0, 0.0]]), torch.tensor([[0.1, 0.0, 0.8, 0.8]])
+    assert float(agreement(*twice, p[:, 0], torch.tensor([0.1]))) == pytest.approx(1 / (0.7 + 0.3 + 0.9 * 7))
     same = agreement(p, p, p[:, 1], p[:, 1])
     assert float(same) == pytest.approx(1)
 
@@ -109,7 +111,10 @@ def drawn_set():
     for at, (row, tensors) in enumerate(zip(found.samples, found.content, strict=True)):
         # Five different tokens a row, the response's own among them.
         others = torch.tensor([[(token + 8 * i) % 40 for i in range(5)] for token in row.token_ids])
-        found.content[at] = tensors | {"topk_ids": others.int(), "topk_logits": tensors["topk_logits"] * 0.3}
+        others[:, 4] = others[:, 3]  # left out, twice the same token
+        logits = tensors["topk_logits"] * 0.3
+        logits[:, 3:] = -torch.inf
+        found.content[at] = tensors | {"topk_ids": others.int(), "topk_logits": logits}
     return found
 
 

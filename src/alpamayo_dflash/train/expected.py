@@ -122,12 +122,14 @@ def agreement(target_Rk: Tensor, draft_Rk: Tensor, target_R: Tensor, draft_R: Te
     """The probability [R] that the draft picks what the target chose, with the same noise.
 
     Args:
-        target_Rk: the target's probabilities; all other tokens have none.
+        target_Rk: the target's probabilities; all other tokens have none. A token without one may stand there
+            several times, as stored logits that are left out do.
         draft_Rk: the draft's, of the same tokens.
         target_R: the target's, of the token that it chose.
         draft_R: the draft's, of that token.
     """
     ratio_R = target_R / draft_R  # infinite where the draft cannot pick it, and then the answer is 0
+    draft_Rk = draft_Rk * (target_Rk > 0)
     either_Rk = target_Rk.maximum(draft_Rk * ratio_R[:, None])
     elsewhere_R = (1 - draft_Rk.sum(1)).clamp_min(0) * ratio_R
     return torch.where(draft_R > 0, 1 / (either_Rk.sum(1) + elsewhere_R), 0.0)
