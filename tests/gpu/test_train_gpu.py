@@ -53,3 +53,6 @@ def test_a_gpu_trains_as_a_cpu_does(made, tmp_path, changes):
     tolerance = 5e-2 if changes.get("dtype") == "bfloat16" or "optimizer" in changes else 1e-3
     for found, expected in zip(on_gpu["losses"], on_cpu["losses"], strict=True):
         assert found == pytest.approx(expected, rel=tolerance, abs=1e-3)
+    for found, expected in zip(on_gpu["evaluations"], on_cpu["evaluations"], strict=True):
+        pair = (each["expected_acceptance_length"] for each in (found, expected))
+        assert next(pair) == pytest.approx(next(pair), rel=max(tolerance, 1e-2))
