@@ -1,9 +1,7 @@
 """A proposer of one's own: after a sample's last words it offers what followed them in texts seen before.
 
-    python examples/own_proposer.py CLIPS CLIP...
-
-Whatever it offers, the text stays the target's own; a good guess saves passes. CLIPS is a folder of clips in
-the dataset's layout (`alpamayo-dflash world --out CLIPS` makes such), CLIP the id of one.
+Run `python examples/own_proposer.py CLIPS CLIP...`: a folder in the dataset's layout (`alpamayo-dflash world
+--out CLIPS` makes such) and ids. The text stays the target's own; a good guess saves passes.
 """
 
 import argparse
@@ -25,11 +23,8 @@ class SeenBefore(Listed):
 
     def after(self, last: list[int]) -> list[int]:
         """At most seven tokens."""
-        for text in reversed(self.texts):
-            for end in range(len(last), len(text)):
-                if text[end - len(last) : end] == last:
-                    return text[end : end + 7]
-        return []
+        ends = ((text, end) for text in reversed(self.texts) for end in range(len(last), len(text)))
+        return next((text[end : end + 7] for text, end in ends if text[end - len(last) : end] == last), [])
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ import itertools
 import pytest
 import torch
 
+from alpamayo_dflash.common.nucleus import cut
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.sampling import choose, distribution, mask_bias
 from alpamayo_dflash.draft.model import DFlashDraft
 from alpamayo_dflash.train.accept import walk_responses
-from alpamayo_dflash.train.expected import agreement, cut, expect, expected_passes
+from alpamayo_dflash.train.expected import agreement, expect, expected_passes
 from tests.unit.test_train_data import CONFIG, Set, block_data, naive_blocks
 
 VOCAB, SAMPLING = 6, Sampling(0.6, 0.9)
@@ -27,8 +28,8 @@ def test_the_agreement_is_how_often_both_choose_the_same(seed):
     chosen, picked = (choose(logits, bias, SAMPLING, noise) for logits in rows)
     # The target's are stored in another order.
     order = torch.randperm(VOCAB, generator=generator)
-    p = cut(target[None, order] / SAMPLING.temperature, SAMPLING.top_p)
-    q = cut(draft[None] / SAMPLING.temperature, SAMPLING.top_p)
+    p = cut((target[None, order] / SAMPLING.temperature).softmax(-1), SAMPLING.top_p)
+    q = cut((draft[None] / SAMPLING.temperature).softmax(-1), SAMPLING.top_p)
     torch.testing.assert_close(p[0, order.argsort()], distribution(target[None], bias, SAMPLING)[0])
     found = {}
     for token in chosen.unique().tolist():

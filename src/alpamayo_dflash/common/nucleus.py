@@ -22,3 +22,9 @@ def nucleus(probabilities_RV: Tensor, top_p: float) -> Tensor:
     # is everything at least as probable as the last rank that passes.
     last = (before < top_p).sum(-1, keepdim=True).clamp_min(1) - 1
     return probabilities_RV >= ranked.gather(-1, last)
+
+
+def cut(probabilities_RV: Tensor, top_p: float) -> Tensor:
+    """The same cut to the nucleus, summing to 1."""
+    kept = probabilities_RV.masked_fill(~nucleus(probabilities_RV, top_p), 0.0)
+    return kept / kept.sum(-1, keepdim=True)

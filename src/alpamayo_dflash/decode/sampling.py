@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.common.nucleus import nucleus
+from alpamayo_dflash.common.nucleus import cut, nucleus
 from alpamayo_dflash.decode.config import Sampling
 from alpamayo_dflash.decode.noise import TokenNoise, row_noise, without_noise
 
@@ -49,8 +49,7 @@ def distribution(logits_RV: Tensor, bias_V: Tensor, sampling: Sampling) -> Tenso
         best = (logits_RV + bias_V).argmax(-1)
         return torch.nn.functional.one_hot(best, logits_RV.shape[-1]).to(logits_RV.dtype)
     probabilities = torch.add(bias_V, logits_RV, alpha=1 / sampling.temperature).softmax(-1)
-    kept = probabilities.masked_fill(~nucleus(probabilities, sampling.top_p), 0.0)
-    return kept / kept.sum(-1, keepdim=True)
+    return cut(probabilities, sampling.top_p)
 
 
 def choose(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alpamayo_dflash.draft.model import DFlashDraft
-from alpamayo_dflash.train.data import BlockData, Blocks
+from alpamayo_dflash.train.data import BlockBatch, BlockData, Blocks
 
 _BATCH = 256
 
@@ -29,11 +29,11 @@ class AcceptanceCounts:
 
     Attributes:
         tokens: response tokens after the first.
-        passes: verify passes.
+        passes: verify passes, or how many are to be expected.
     """
 
     tokens: int
-    passes: int
+    passes: float
 
     @property
     def length(self) -> float:
@@ -78,19 +78,11 @@ def simulate(
     """
     if responses is None:
         responses = torch.arange(len(data))
-    ids = draft.token_ids
-    columns = torch.arange(len(draft.head), device=draft.head.device) if ids is None else ids
-    masked_V = (columns >= masked_ids.start) & (columns < masked_ids.stop)
+    columns_V = head_columns(draft)
 
     def accepted(blocks: Blocks) -> Tensor:
         batch = data.batch(Blocks(responses[blocks.responses], blocks.positions)).to(draft.fc.weight.device)
-        hidden = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries)
-        logits = torch.nn.functional.linear(hidden, draft.head)
-        if draft.previous is not None:
-            # Along an accepted prefix the picks are the labels; after it nothing counts.
-            codes = draft.shift_codes(hidden.flatten(0, 1), batch.anchors, batch.labels)
-            logits = logits + draft.previous.out(codes).view_as(logits)
-        predicted = columns[logits.masked_fill(masked_V, -torch.inf).argmax(-1)]
+        predicted = columns_V[labelled_logits(draft, batch, masked_ids).argmax(-1)]
         return accepted_prefix(predicted, batch.labels, batch.labelled).cpu()
 
     was_training = draft.training
@@ -102,6 +94,39 @@ def simulate(
         Walk(sample.clip_id, sample.token_ids, tuple(own))
         for sample, own in zip(samples, anchors, strict=True)
     ]
+
+
+def head_columns(draft: DFlashDraft) -> Tensor:
+    """The target's id of each column of a draft's logits, int64 [V]."""
+    if draft.token_ids is not None:
+        return draft.token_ids
+    return torch.arange(len(draft.head), device=draft.head.device)
+
+
+def labelled_logits(
+    draft: DFlashDraft, batch: BlockBatch, masked_ids: range, wanted_R: Tensor | None = None
+) -> Tensor:
+    """The logits of a batch's masks, each place's picks before it being the labels; masked ids have −inf.
+
+    Along an accepted prefix the picks are the labels, and after it nothing counts.
+
+    Args:
+        draft: bound, on the batch's device.
+        batch: the blocks.
+        masked_ids: ids that are never proposed.
+        wanted_R: as in `DFlashDraft.forward`.
+
+    Returns:
+        [S, B, V], or of the wanted masks [R, V].
+    """
+    hidden = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries, wanted_R)
+    logits = torch.nn.functional.linear(hidden, draft.head)
+    if draft.previous is not None:
+        codes = draft.shift_codes(hidden.flatten(0, -2), batch.anchors, batch.labels, wanted_R)
+        logits = logits + draft.previous.out(codes).view_as(logits)
+    columns_V = head_columns(draft)
+    masked_V = (columns_V >= masked_ids.start) & (columns_V < masked_ids.stop)
+    return logits.masked_fill(masked_V, -torch.inf)
 
 
 def walk_responses(lengths: Tensor, accepted: Callable[[Blocks], Tensor]) -> list[list[int]]:

@@ -19,13 +19,12 @@ V vocabulary of the draft, k stored logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from alpamayo_dflash.common.nucleus import nucleus
+from alpamayo_dflash.common.nucleus import cut
 from alpamayo_dflash.draft.model import DFlashDraft
+from alpamayo_dflash.train.accept import AcceptanceCounts, labelled_logits
 from alpamayo_dflash.train.data import BlockData, Blocks
 from alpamayo_dflash.train.loss import head_rows
 
@@ -34,26 +33,8 @@ MOST_RESPONSES = 2048
 _BATCH = 64
 
 
-@dataclass(frozen=True)
-class ExpectedCounts:
-    """Counts of decoding; they add up over responses and processes.
-
-    Attributes:
-        tokens: response tokens after the first.
-        passes: verify passes to expect.
-    """
-
-    tokens: int
-    passes: float
-
-    @property
-    def length(self) -> float:
-        """Tokens a pass."""
-        return self.tokens / self.passes if self.passes else 0.0
-
-
 @torch.no_grad()
-def expect(draft: DFlashDraft, data: BlockData, responses: Tensor | None = None) -> ExpectedCounts:
+def expect(draft: DFlashDraft, data: BlockData, responses: Tensor | None = None) -> AcceptanceCounts:
     """What decoding is expected to accept at the temperature that some responses were drawn at.
 
     Args:
@@ -70,7 +51,7 @@ def expect(draft: DFlashDraft, data: BlockData, responses: Tensor | None = None)
     kept = [_kept(draft, data, blocks[start : start + _BATCH]) for start in range(0, len(blocks), _BATCH)]
     draft.train(was_training)
     passes = expected_passes(torch.cat(kept), lengths) if kept else torch.zeros(0)
-    return ExpectedCounts(int((lengths - 1).clamp_min(0).sum()), float(passes.sum()))
+    return AcceptanceCounts(int((lengths - 1).clamp_min(0).sum()), float(passes.sum()))
 
 
 def _kept(draft: DFlashDraft, data: BlockData, blocks: Blocks) -> Tensor:
@@ -80,22 +61,15 @@ def _kept(draft: DFlashDraft, data: BlockData, blocks: Blocks) -> Tensor:
         float64 [S, B], on the host.
     """
     batch = data.batch(blocks).to(draft.fc.weight.device)
-    hidden_RC = draft(batch.states, batch.context_lengths, batch.anchors, batch.entries, batch.label_rows)
-    logits_RV = torch.nn.functional.linear(hidden_RC, draft.head)
-    if draft.previous is not None:
-        # Along a kept prefix the picks are the labels; after it nothing counts.
-        codes = draft.shift_codes(hidden_RC, batch.anchors, batch.labels, batch.label_rows)
-        logits_RV = logits_RV + draft.previous.out(codes)
-    ids, never = draft.token_ids, data.unlabelled
-    columns_V = torch.arange(len(draft.head), device=draft.head.device) if ids is None else ids
-    logits_RV = logits_RV.masked_fill((columns_V >= never.start) & (columns_V < never.stop), -torch.inf)
-
+    logits_RV = labelled_logits(draft, batch, data.unlabelled, batch.label_rows)
     assert batch.teacher_logits is not None and batch.teacher_ids is not None
     tokens = batch.labels.flatten()[batch.label_rows, None], batch.teacher_ids
     first = data.samples[0]
-    target_Rk = cut(batch.teacher_logits / first.temperature, first.top_p)
-    draft_RV = cut(logits_RV / first.temperature, first.top_p)
-    draft_R1, draft_Rk = (_of(some, draft_RV, ids) for some in tokens)
+    target_Rk, draft_RV = (
+        cut((logits / first.temperature).softmax(-1), first.top_p)
+        for logits in (batch.teacher_logits, logits_RV)
+    )
+    draft_R1, draft_Rk = (_of(some, draft_RV, draft.token_ids) for some in tokens)
     target_R = (target_Rk * (tokens[0] == tokens[1])).sum(1)
     agree_R = agreement(target_Rk, draft_Rk, target_R, draft_R1[:, 0])
     found = torch.zeros(batch.labelled.shape, dtype=torch.float64)
@@ -109,13 +83,6 @@ def _of(tokens: Tensor, draft_RV: Tensor, kept_V: Tensor | None) -> Tensor:
         return draft_RV.gather(1, tokens)
     rows, inside = head_rows(tokens, kept_V)
     return draft_RV.gather(1, rows) * inside
-
-
-def cut(scores_RV: Tensor, top_p: float) -> Tensor:
-    """The probabilities of tempered logits, cut to the nucleus and summing to 1."""
-    probabilities = scores_RV.softmax(-1)
-    kept = probabilities.masked_fill(~nucleus(probabilities, top_p), 0.0)
-    return kept / kept.sum(-1, keepdim=True)
 
 
 def agreement(target_Rk: Tensor, draft_Rk: Tensor, target_R: Tensor, draft_R: Tensor) -> Tensor:

@@ -282,7 +282,9 @@ def _trainer(
     blocks = BlockData(data, train, draft.config, teacher=teacher, unlabelled=unlabelled, cache_bytes=cached)
     walked = BlockData(data, held_out, draft.config, teacher=False, unlabelled=range(0), cache_bytes=cached)
     hot = [sample for sample in rest if sample.temperature > 0 and len(sample.token_ids) > 1]
-    drawn = BlockData(data, hot, draft.config, teacher=True, unlabelled=unlabelled, cache_bytes=cached)
+    drawn = None
+    if hot:
+        drawn = BlockData(data, hot, draft.config, teacher=True, unlabelled=unlabelled, cache_bytes=cached)
 
     def save_best(best: DFlashDraft) -> None:
         record = provenance(config, started, parents, device=processes.device)
@@ -293,7 +295,7 @@ def _trainer(
         draft,
         train=blocks,
         held_out=walked,
-        drawn=drawn if hot else None,
+        drawn=drawn,
         masked_ids=target.traj_ids,
         processes=processes,
         parents=parents,

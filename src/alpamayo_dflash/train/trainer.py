@@ -15,7 +15,7 @@ from alpamayo_dflash.common.artefacts import IDENTITY
 from alpamayo_dflash.common.processes import Processes
 from alpamayo_dflash.common.progress import Monitor
 from alpamayo_dflash.draft.model import DFlashDraft
-from alpamayo_dflash.train.accept import counts_of, simulate
+from alpamayo_dflash.train.accept import AcceptanceCounts, counts_of, simulate
 from alpamayo_dflash.train.checkpoint import load_training, save_training
 from alpamayo_dflash.train.config import TrainConfig
 from alpamayo_dflash.train.data import BlockBatch, BlockData, Blocks, step_count, step_share
@@ -278,16 +278,14 @@ class Trainer:
 
     def _evaluate(self, monitor: Monitor) -> None:
         """Walk through the held-out responses, decode if asked to, and keep the draft if it is the best."""
-        processes, progress = self.processes, self.progress
-        counts = counts_of(simulate(self.draft, self.held_out, self.masked_ids, self._share(self.held_out)))
-        both = torch.tensor([counts.tokens, counts.passes], device=processes.device)
-        tokens, passes = processes.add(both).tolist()
+        progress, mine = self.progress, self._share(self.held_out)
+        counts = self._added(counts_of(simulate(self.draft, self.held_out, self.masked_ids, mine)))
         entry = {
             "step": progress.step,
             "epoch": progress.step / self.steps_per_epoch,
-            "acceptance_length": tokens / max(passes, 1),
-            "tokens": tokens,
-            "passes": passes,
+            "acceptance_length": counts.length,
+            "tokens": counts.tokens,
+            "passes": int(counts.passes),
         }
         entry |= self._expected() | self._decoded()
         length = entry[CHOICES[self.choice]]
@@ -295,7 +293,7 @@ class Trainer:
         monitor.evaluated(entry)
         if length > progress.best_length:
             progress.best_length, progress.best_step = length, progress.step
-            if processes.first:
+            if self.processes.first:
                 self.save_best(self.draft)
 
     def _share(self, data: BlockData, most: int | None = None) -> Tensor:
@@ -305,14 +303,18 @@ class Trainer:
             places = torch.arange(most) * len(data) // most
         return places[self.processes.rank :: self.processes.world_size]
 
+    def _added(self, counts: AcceptanceCounts) -> AcceptanceCounts:
+        """The sum of all processes' counts."""
+        both = torch.tensor([counts.tokens, counts.passes], dtype=torch.float64, device=self.processes.device)
+        tokens, passes = self.processes.add(both).tolist()
+        return AcceptanceCounts(int(tokens), passes)
+
     def _expected(self) -> dict[str, Any]:
         """What drawn responses let expect; nothing where there are none."""
         if self.drawn is None:
             return {}
-        counts = expect(self.draft, self.drawn, self._share(self.drawn, MOST_RESPONSES))
-        both = torch.tensor([counts.tokens, counts.passes], dtype=torch.float64, device=self.processes.device)
-        tokens, passes = self.processes.add(both).tolist()
-        return {"expected_acceptance_length": tokens / max(passes, 1.0)}
+        counts = self._added(expect(self.draft, self.drawn, self._share(self.drawn, MOST_RESPONSES)))
+        return {"expected_acceptance_length": counts.length}
 
     def _decoded(self) -> dict[str, Any]:
         """What decoding held-out clips gives, on every process; nothing where nobody decodes."""
